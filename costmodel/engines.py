@@ -1,0 +1,66 @@
+"""Who executes: the accounting rules of engines that decide memory and launch overhead.
+
+Data: ``costmodel/data/engines.toml``, every number with its source. An engine says how it keeps
+the cache, how long a prompt chunk it prefills, and how it starts kernels; kernel speeds belong to
+kernel families in the hardware profile.
+"""
+
+import functools
+import tomllib
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any, Literal
+
+from costmodel.errors import UnknownNameError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Engine:
+    """Rules of one engine.
+
+    kv_growth             "paged" (blocks of ``block_tokens``), "preallocated" (room for prompt and
+                          output from the start) or "cat" (a new, longer tensor every step)
+    prefill_chunk_tokens  most prompt tokens in one forward pass; 0: the whole prompt at once
+    decode_graph          decode replays a captured graph, so the host does not limit it
+    host_launch_s         host time per kernel start when there is no graph (low, mid, high)
+    step_overhead_s       host time per step besides (scheduler, sampling) (low, mid, high)
+    reserved_bytes        device memory beside tensors: context, workspaces (one GPU / several)
+    fixed_state_layout    "exact": (kernel-1) convolution columns and W window tokens;
+                          "transformers": kernel columns and W-1 window tokens
+    """
+
+    name: str
+    title: str
+    kv_growth: Literal["paged", "preallocated", "cat"]
+    block_tokens: int = 1
+    prefill_chunk_tokens: int = 0
+    decode_graph: bool
+    host_launch_s: tuple[float, float, float]
+    step_overhead_s: tuple[float, float, float]
+    reserved_bytes: tuple[float, float]
+    fixed_state_layout: Literal["exact", "transformers"] = "exact"
+    sources: tuple[str, ...] = ()
+
+
+@functools.cache
+def _table() -> dict[str, Any]:
+    text = resources.files("costmodel").joinpath("data/engines.toml").read_text("utf-8")
+    return tomllib.loads(text)
+
+
+def engine_names() -> list[str]:
+    """Names of all engines."""
+    return sorted(_table())
+
+
+@functools.cache
+def load_engine(name: str) -> Engine:
+    """The engine of that name; raises ``UnknownNameError``."""
+    table = _table()
+    key = name.strip().lower()
+    if key not in table:
+        raise UnknownNameError("engine", name, table)
+    row = dict(table[key])
+    for field in ("host_launch_s", "step_overhead_s", "reserved_bytes", "sources"):
+        row[field] = tuple(row[field])
+    return Engine(name=key, **row)

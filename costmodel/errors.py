@@ -1,0 +1,62 @@
+"""Everything lccost raises on purpose.
+
+    LccostError
+    ├── UnknownNameError     a name that is not in a registry; carries the near matches
+    ├── ConfigError          a file, key or value that cannot be used: what was expected, what was got
+    │   └── UnsupportedArchitectureError   a model_type or key nobody understood
+    ├── NotApplicableError   a valid method, model and GPU that do not go together
+    ├── MissingExtraError    an optional package or device that is not here
+    └── MeasurementError     a measurement that could not be made, and why
+
+Messages say what was expected, what was got, and what to do. The command line prints them without
+a traceback.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class LccostError(Exception):
+    """Base of every error that a user can cause."""
+
+
+class UnknownNameError(LccostError):
+    """A name that is not known; the message lists the near matches.
+
+    Parameters: ``kind`` is the word for what was looked up ("GPU"), ``name`` what the user wrote,
+    ``known`` all names that exist, ``hint`` the command that lists them.
+    """
+
+    def __init__(self, kind: str, name: str, known: Iterable[str], hint: str = "") -> None:
+        names = sorted(set(known))
+        near = difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.45)
+        near += [n for n in names if name.lower() in n and n not in near][: 3 - len(near)]
+        text = f"unknown {kind} {name!r}."
+        if near:
+            text += f" Did you mean: {', '.join(near)}?"
+        elif len(names) <= 20:
+            text += f" Known: {', '.join(names)}."
+        if hint:
+            text += f"  {hint}"
+        super().__init__(text)
+        self.near = tuple(near)
+
+
+class ConfigError(LccostError):
+    """A file, key or value that cannot be used."""
+
+
+class UnsupportedArchitectureError(ConfigError):
+    """A model_type, or an attention-related key, that lccost does not understand."""
+
+
+class NotApplicableError(LccostError):
+    """A combination that does not exist, with the reason."""
+
+
+class MissingExtraError(LccostError):
+    """An optional package or a device that is not here."""
+
+
+class MeasurementError(LccostError):
+    """A measurement that could not be made, and why."""

@@ -1,0 +1,184 @@
+"""KIVI: 2- or 4-bit KV cache, keys per channel and values per token, a 16-bit residual.
+
+Liu et al., arXiv 2402.02750; code jy-yuan/KIVI (``quant/new_pack.py``, ``quant/matmul.py``,
+``models/llama_kivi.py``). Prefill attends exactly, then quantises: keys in whole blocks of R tokens
+(T - T mod R of them), values all but the last R. Decode appends in 16 bits; a full block of R keys is
+quantised at once (a sawtooth of 0..R-1), of the values always the oldest one.
+
+State per layer, e = bits/8 + 2 * scale_bytes / group bytes per quantised element:
+    B K [ Nk Hk e + Rk Hk b  +  Nv Hv e + Rv Hv b ],   Rk = T mod R, Rv = min(T, R), N = T - R
+A window W keeps whole key blocks: the fewest that still cover min(T, W) tokens.
+
+``ideal`` reads the packed state once in one fused kernel. ``reference`` is the upstream chain: scales,
+zeros and codes repeated to all query heads (GQA) and made contiguous before each kernel, packed
+values and their scales re-concatenated every step, scores materialised.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+import numpy as np
+
+from costmodel.architecture import MixerGroup
+from costmodel.errors import ConfigError
+from costmodel.methods.base import AbstractMethod, Stage, State
+from costmodel.mixers import Attention
+from costmodel.mixers.attention import decode_attention
+from costmodel.operation import Array, Operation, Operations
+from costmodel.workload import Point
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kivi(AbstractMethod):
+    """KIVI with its paper's defaults."""
+
+    NAME: ClassVar[str] = "kivi"
+    TITLE: ClassVar[str] = "KIVI: 2/4-bit KV cache with a 16-bit residual"
+    REFERENCE: ClassVar[str] = "arXiv 2402.02750; github.com/jy-yuan/KIVI"
+    STAGES: ClassVar[frozenset[Stage]] = frozenset({"cache"})
+    DOES_NOT_SAVE: ClassVar[str] = (
+        "prefill compute or the prefill peak: the prompt is attended exactly, then quantised."
+    )
+    REALISED_BY: ClassVar[tuple[str, ...]] = ("KIVI repository (CUDA)", "LMDeploy (KV int4, close)")
+    PARAMETERS: ClassVar[dict[str, str]] = {
+        "bits": "bits per stored element, 2 or 4; fewer is smaller",
+        "group": "elements that share a scale and a zero point; larger is smaller",
+        "residual_tokens": "latest tokens kept in 16 bits; more is larger and more exact",
+    }
+    STATE_FORMULA: ClassVar[str] = (
+        "B K [Nk Hk e + Rk Hk b + Nv Hv e + Rv Hv b], e = bits/8 + 2 b/group, "
+        "Rk = T mod R, Rv = min(T, R), N = T - R"
+    )
+
+    bits: int = 2
+    group: int = 32
+    residual_tokens: int = 128
+
+    def __post_init__(self) -> None:
+        if self.bits not in (2, 4):
+            raise ConfigError(f"kivi: bits must be 2 or 4, got {self.bits}")
+        if self.group < 1 or self.residual_tokens < 1 or self.residual_tokens % self.group:
+            raise ConfigError(
+                f"kivi: residual_tokens ({self.residual_tokens}) must be a multiple of group "
+                f"({self.group})"
+            )
+
+    def counts(self, mixer: Attention, tokens: Array) -> tuple[Array, Array, Array, Array]:
+        """(quantised keys, residual keys, quantised values, residual values) in tokens."""
+        t = np.asarray(tokens, dtype=np.float64)
+        r = float(self.residual_tokens)
+        held = np.minimum(t, mixer.limit_tokens)
+        rk = np.mod(t, r)
+        nk = np.minimum(t - rk, np.ceil(np.maximum(held - rk, 0.0) / r) * r)
+        rv = np.minimum(held, r)
+        return nk, rk, held - rv, rv
+
+    def packed_bytes(self, mixer: Attention, point: Point) -> tuple[Array, Array]:
+        """(packed codes with scales and zeros, 16-bit residual) of one layer, whole batch."""
+        nk, rk, nv, rv = self.counts(mixer, point.cached_tokens)
+        b = point.kv_element_bytes
+        e = self.bits / 8 + 2 * b / self.group
+        hk, hv = mixer.head_dim, mixer.v_head_dim
+        heads = point.batch * mixer.n_kv_heads
+        return heads * (nk * hk + nv * hv) * e, heads * (rk * hk + rv * hv) * b
+
+    def state(self, group: MixerGroup, point: Point) -> State:
+        """Exact packed bytes."""
+        mixer = _attention(group)
+        packed, residual = self.packed_bytes(mixer, point)
+        return State(group.n_layers * (packed + residual))
+
+    def prefill(self, group: MixerGroup, point: Point) -> Operations:
+        """Exact attention, then quantise and pack one of K and V at a time."""
+        mixer = _attention(group)
+        at_end = point.at(point.prompt_tokens)
+        packed, residual = self.packed_bytes(mixer, at_end)
+        elements = point.batch * point.prompt_tokens * mixer.kv_elements_per_token()
+        b = point.kv_element_bytes
+        quantise = Operation(
+            name="quantise",
+            kind="elementwise",
+            vector_flops=6 * elements,
+            state_bytes=packed + residual,
+            # ideal: K and V are in flight once; upstream: transposed copy, (x - min) copy, int32 codes
+            workspace_bytes=elements * (b if point.level == "ideal" else 26.0),
+            transient_bytes=elements * (b if point.level == "ideal" else 12.0),
+            launches=1 if point.level == "ideal" else 24,
+            source="" if point.level == "ideal" else "jy-yuan/KIVI quant/new_pack.py",
+            formula="read K and V once, write e bytes per element",
+        )
+        return (*mixer.prefill(point)[:1], quantise)
+
+    def decode(self, group: MixerGroup, point: Point) -> Operations:
+        """Attention over packed and residual tokens; the flush every R steps at 1/R of its cost."""
+        mixer = _attention(group)
+        packed, residual = self.packed_bytes(mixer, point)
+        nk, rk, nv, rv = self.counts(mixer, point.cached_tokens)
+        b = point.kv_element_bytes
+        heads = point.batch * mixer.n_kv_heads
+        new_token = heads * (mixer.head_dim + mixer.v_head_dim) * b
+        dequantised = heads * (nk * mixer.head_dim + nv * mixer.v_head_dim)
+        ratio = mixer.n_heads / mixer.n_kv_heads
+        held = np.minimum(point.cached_tokens, mixer.limit_tokens)
+        reference = point.level == "reference"
+        attention = decode_attention(
+            mixer,
+            point,
+            read_tokens=held,
+            executed_tokens=(nk + rk + nv + rv) / 2 + 1,
+            read_bytes=packed + residual,
+            written_bytes=new_token,
+            vector_flops=2 * dequantised * (ratio if reference else 1.0),
+            launches=4 if reference else 1,
+            source="jy-yuan/KIVI quant/matmul.py cuda_bmm_fA_qB_outer" if reference else "",
+            formula="packed and residual state read once",
+        )
+        flush = Operation(
+            name="quantise_append",
+            kind="elementwise",
+            vector_flops=6 * heads * (mixer.head_dim + mixer.v_head_dim),
+            state_bytes=heads * (mixer.head_dim + mixer.v_head_dim) * (b + self.bits / 8),
+            launches=2 if reference else 1,
+            formula="one value token per step, a block of R key tokens every R steps",
+        )
+        if not reference:
+            return attention, flush
+        # MHA: transpose().contiguous() of codes, scales and zeros (read and write);
+        # GQA: first repeat them to all query heads (read 1, write G), then copy (2 G), then read G.
+        extra = 2.0 * packed if ratio == 1 else (4.0 * ratio) * packed
+        repeat = Operation(
+            name="repeat_and_copy_packed",
+            kind="elementwise",
+            workspace_bytes=extra,
+            transient_bytes=2 * ratio * packed,
+            launches=12,
+            source="jy-yuan/KIVI quant/matmul.py repeat_kv_quant, .transpose().contiguous()",
+            formula="packed * 4 G (GQA) or packed * 2 (MHA)",
+        )
+        v_packed = heads * nv * mixer.v_head_dim * (self.bits / 8 + 2 * b / self.group)
+        cat = Operation(
+            name="cache_cat",
+            kind="elementwise",
+            workspace_bytes=2 * v_packed,
+            transient_bytes=v_packed,
+            launches=3,
+            source="jy-yuan/KIVI models/llama_kivi.py torch.cat of value codes, scales, zeros",
+            formula="read and write the packed values every step",
+        )
+        scores = Operation(
+            name="scores",
+            kind="elementwise",
+            workspace_bytes=point.batch * mixer.n_heads * held * (2 + 4) * 2,
+            transient_bytes=point.batch * mixer.n_heads * held * 6,
+            launches=4,
+            source="jy-yuan/KIVI models/llama_kivi.py softmax in float32",
+            formula="B N T (2 + 4) bytes written and read",
+        )
+        return attention, repeat, cat, scores, flush
+
+
+def _attention(group: MixerGroup) -> Attention:
+    mixer = group.mixer
+    assert isinstance(mixer, Attention)
+    return mixer

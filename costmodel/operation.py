@@ -1,0 +1,118 @@
+"""One thing a pass executes: counts, no hardware.
+
+An :class:`Operation` says what is multiplied, what is moved and how often; ``costmodel.kernels`` turns it
+into seconds. Amounts are float64 scalars or arrays that broadcast to the shape of the workload,
+and stand for ONE run on ONE GPU; ``count`` says how many runs a pass makes (usually the number of
+layers alike). float64 throughout: at 2**20 tokens and batch 16 the attention FLOPs of an
+8B model overflow int64.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64] | np.float64 | float
+
+#: What an operation can be; each kind has one time model in ``costmodel.kernels``.
+KINDS = frozenset(
+    {
+        "gemm",  # dense matmul with weights: shape m, n, k
+        "moe_gemm",  # grouped expert matmul: shape m (tokens), n, k, experts, active_experts, top_k
+        "prefill_attention",  # shape batch, q_len, kv_len, n_heads, n_kv_heads, head_dim, v_head_dim, pairs
+        "decode_attention",  # shape batch, kv_len, n_heads, n_kv_heads, head_dim, v_head_dim, element_bytes
+        "mla_prefill_attention",  # as prefill_attention
+        "mla_decode_attention",  # shape batch, kv_len, n_heads, latent_dim, rope_dim
+        "scan_prefill",  # recurrent mixer over a prompt (chunked matmul form)
+        "scan_step",  # recurrent mixer, one token: reads and writes its state
+        "elementwise",  # norm, rope, activation, quantise, pack, gather, copy: bytes decide
+        "select",  # top-k, argmin, sort over scores
+        "collective",  # shape message_bytes, n_gpus; algorithm in the name
+        "host_link",  # transfers over the host link: link_bytes decide
+    }
+)
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Operation:
+    """Counts of one operation. See the module docstring for what a value stands for.
+
+    flops            useful matmul and convolution FLOPs (1 MAC = 2); causal attention counts the
+                     pairs that exist
+    executed_flops   matmul-like FLOPs that really run (what torch's flop counter counts), with
+                     recomputation, repeated heads and full squares; ``None`` means ``flops``
+    vector_flops     elementwise work (exp, dequantise, scale) that runs beside the tensor cores
+    weight_bytes     weights read from HBM
+    state_bytes      KV cache or recurrent state read and written in HBM
+    workspace_bytes  intermediates the algorithm must write to HBM and read back
+                     (dequantised copies, score matrices, ``cat`` copies)
+    activation_bytes inputs and outputs between kernels; priced in time, not part of ``*_hbm_bytes``
+                     because in a fused pass they stay on chip
+    link_bytes       bytes over the host link
+    launches         kernels started by one run
+    transient_bytes  device memory alive during the run beyond weights and state
+    dtype            compute type of the multiplications
+    shape            what the time model of this kind needs, by name
+    source           upstream file (``reference`` level) or formula reference
+    formula          the formula in words, for ``--explain``
+    """
+
+    name: str
+    kind: str
+    count: float = 1.0
+    flops: Array = 0.0
+    executed_flops: Array | None = None
+    vector_flops: Array = 0.0
+    weight_bytes: Array = 0.0
+    state_bytes: Array = 0.0
+    workspace_bytes: Array = 0.0
+    activation_bytes: Array = 0.0
+    link_bytes: Array = 0.0
+    launches: float = 1.0
+    transient_bytes: Array = 0.0
+    dtype: str = "bf16"
+    shape: Mapping[str, Array] = field(default_factory=dict)
+    source: str = ""
+    formula: str = ""
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise AssertionError(f"operation {self.name!r} has unknown kind {self.kind!r}")
+
+    @property
+    def counted_flops(self) -> Array:
+        """FLOPs that really run."""
+        return self.flops if self.executed_flops is None else self.executed_flops
+
+    @property
+    def hbm_bytes(self) -> Array:
+        """Bytes the algorithm must move through HBM; activations between kernels are left out."""
+        return self.weight_bytes + self.state_bytes + self.workspace_bytes
+
+    @property
+    def moved_bytes(self) -> Array:
+        """All bytes the kernel touches, activations included: what its time model uses."""
+        return self.hbm_bytes + self.activation_bytes
+
+
+Operations = tuple[Operation, ...]
+
+
+def causal_pairs(n_queries: Array, window_tokens: float | None = None) -> Array:
+    """Query-key pairs of causal attention over a prompt: S(S+1)/2, or with a window W
+    (each query sees itself and W-1 before it): a ramp up to W, then flat.
+    """
+    s = np.asarray(n_queries, dtype=np.float64)
+    if window_tokens is None:
+        return s * (s + 1) / 2
+    w = np.minimum(s, window_tokens)
+    return w * (w + 1) / 2 + (s - w) * w
+
+
+def chunked_pairs(n_queries: Array, chunk_tokens: float) -> Array:
+    """Pairs of chunked causal attention: every chunk of c tokens sees only itself."""
+    s = np.asarray(n_queries, dtype=np.float64)
+    n_full = np.floor(s / chunk_tokens)
+    rest = s - n_full * chunk_tokens
+    return n_full * causal_pairs(chunk_tokens) + causal_pairs(rest)

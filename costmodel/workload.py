@@ -1,0 +1,99 @@
+"""What is asked of the model, and the point at which a method is priced."""
+
+from dataclasses import dataclass, replace
+from typing import Literal, Self
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from costmodel.engines import Engine
+from costmodel.errors import ConfigError
+from costmodel.operation import Array
+from costmodel.units import DTYPE_BYTES
+
+Level = Literal["ideal", "reference"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Workload:
+    """Batch, prompt and output lengths: scalars or arrays that broadcast.
+
+    batch           sequences served together
+    context_tokens  prompt tokens; decode is priced for the step that reads this many cached tokens
+    output_tokens   tokens generated per sequence (E2E, cost, throughput and capacity use it)
+    """
+
+    batch: NDArray[np.float64]
+    context_tokens: NDArray[np.float64]
+    output_tokens: NDArray[np.float64]
+
+    @classmethod
+    def of(
+        cls, batch: ArrayLike = 1, context_tokens: ArrayLike = 4096, output_tokens: ArrayLike = 256
+    ) -> Self:
+        """Build from numbers or arrays; raises ``ConfigError`` below 1 or for fractions."""
+        arrays = []
+        for name, value in (
+            ("batch", batch),
+            ("context_tokens", context_tokens),
+            ("output_tokens", output_tokens),
+        ):
+            array = np.asarray(value, dtype=np.float64)
+            if array.size and not (
+                np.all(np.isfinite(array)) and np.all(array >= 1) and np.all(array == np.floor(array))
+            ):
+                raise ConfigError(f"{name}: expected whole numbers of at least 1, got {value!r}")
+            arrays.append(array)
+        try:
+            np.broadcast_shapes(*(a.shape for a in arrays))
+        except ValueError:
+            shapes = ", ".join(str(a.shape) for a in arrays)
+            raise ConfigError(
+                f"batch, context_tokens and output_tokens must broadcast, got shapes {shapes}"
+            ) from None
+        return cls(*arrays)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The broadcast shape of every result."""
+        return np.broadcast_shapes(
+            self.batch.shape, self.context_tokens.shape, self.output_tokens.shape
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Point:
+    """The workload as a layer sees it; all token counts are float64 scalars or arrays.
+
+    batch            sequences
+    prompt_tokens    S: prompt tokens that reach the model (after prompt compression)
+    cached_tokens    T: tokens in the cache that the decode step reads, prompt included (T >= S)
+    reserved_tokens  tokens for which a preallocating implementation has made room (S + output)
+    dtype            activation and compute type
+    kv_dtype         storage type of unquantised KV entries
+    level            "ideal": one fused pass over the compressed state;
+                     "reference": the operation chain of the published implementation
+    """
+
+    batch: Array
+    prompt_tokens: Array
+    cached_tokens: Array
+    reserved_tokens: Array
+    dtype: str
+    kv_dtype: str
+    level: Level
+    engine: Engine
+
+    @property
+    def element_bytes(self) -> float:
+        """Bytes of one activation."""
+        return DTYPE_BYTES[self.dtype]
+
+    @property
+    def kv_element_bytes(self) -> float:
+        """Bytes of one unquantised KV element."""
+        return DTYPE_BYTES[self.kv_dtype]
+
+    def at(self, cached_tokens: Array) -> "Point":
+        """The same point with another number of cached tokens."""
+        return replace(self, cached_tokens=cached_tokens)
