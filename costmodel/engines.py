@@ -24,6 +24,8 @@ class Engine:
     decode_graph          decode replays a captured graph, so the host does not limit it
     host_launch_s         host time per kernel start when there is no graph (low, mid, high)
     step_overhead_s       host time per step besides (scheduler, sampling) (low, mid, high)
+    elementwise_launches  kernels one layer starts between its matmuls (norms, rotary, activation,
+                          residuals): few where they are fused, many in eager Python
     reserved_bytes        device memory beside tensors: context, workspaces (one GPU / several)
     fixed_state_layout    "exact": (kernel-1) convolution columns and W window tokens;
                           "transformers": kernel columns and W-1 window tokens
@@ -37,6 +39,7 @@ class Engine:
     decode_graph: bool
     host_launch_s: tuple[float, float, float]
     step_overhead_s: tuple[float, float, float]
+    elementwise_launches: float
     reserved_bytes: tuple[float, float]
     fixed_state_layout: Literal["exact", "transformers"] = "exact"
     sources: tuple[str, ...] = ()

