@@ -61,9 +61,10 @@ class Architecture:
     other_parameters   final norm, position tables and the like, outside layers and embeddings
     tied_embeddings    the LM head is the embedding matrix
     head_bias          elements of an LM-head bias
-    dtype              dtype of the checkpoint's 16-bit (or 32-bit) tensors
-    quantization       the config's ``quantization_config``, as read, or None
     active_adjustment  elements to add to ``n_active_parameters`` (see its definition)
+    dtype              dtype of the checkpoint's 16-bit (or 32-bit) tensors
+    quantization       the config's ``quantization_config`` as (key, value) pairs, nested objects the
+                       same, lists as tuples; ``dict(quantization)`` reads it; None without one
     notes              what a reader of the numbers should know
     assumed            True when ``--assume`` replaced the config's own family
     """
@@ -79,6 +80,7 @@ class Architecture:
     embedding_parameters: int = 0
     tied_embeddings: bool = False
     head_bias: int = 0
+    active_adjustment: int = 0
     dtype: str = "bf16"
     quantization: tuple[tuple[str, object], ...] | None = field(default=None, compare=False)
     max_context_tokens: int | None = None
@@ -149,7 +151,7 @@ class Architecture:
         """Parameters a token uses: all but the routed experts it does not visit. Includes the
         embedding and the head (published figures often leave them out).
         """
-        return self._count(active=True)
+        return self._count(active=True) + self.active_adjustment
 
     def sharded(self, tp: int) -> "Architecture":
         """What one of ``tp`` tensor-parallel GPUs holds; raises ``NotApplicableError``."""

@@ -1,0 +1,107 @@
+"""What the families share: the result they build and the keys most of them have."""
+
+from dataclasses import dataclass
+
+from costmodel.architecture import Layer
+from costmodel.errors import ConfigError
+from costmodel.hf_config import MAX_LAYERS, ConfigReader
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """What a family decides about an architecture; names as in ``Architecture``."""
+
+    d_model: int
+    vocab_size: int
+    layers: tuple[Layer, ...]
+    shared_layers: tuple[Layer, ...] = ()
+    other_parameters: int = 0
+    embedding_parameters: int = 0
+    tied_embeddings: bool = False
+    head_bias: int = 0
+    active_adjustment: int = 0
+    max_context_tokens: int | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Basics:
+    """The keys that every decoder has."""
+
+    d_model: int
+    n_layers: int
+    vocab_size: int
+    max_context_tokens: int | None
+
+
+def read_basics(c: ConfigReader) -> Basics:
+    """hidden_size, num_hidden_layers, vocab_size and the longest context."""
+    return Basics(
+        d_model=c.integer("hidden_size", "n_embd", "d_model"),
+        n_layers=c.integer("num_hidden_layers", "n_layer", "num_layers", maximum=MAX_LAYERS),
+        vocab_size=c.integer("vocab_size"),
+        max_context_tokens=c.optional_integer(
+            "max_position_embeddings", "n_positions", "model_max_length", "max_sequence_length"
+        ),
+    )
+
+
+def read_tied(c: ConfigReader, outer: ConfigReader | None, *, default: bool) -> bool:
+    """``tie_word_embeddings``: the text config's own, else the wrapper's, else the family's default."""
+    if c.has("tie_word_embeddings") or outer is None:
+        return c.flag("tie_word_embeddings", default=default)
+    return outer.flag("tie_word_embeddings", default=default)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Heads:
+    """Query heads, KV heads and their size."""
+
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+
+
+def read_heads(c: ConfigReader, d_model: int, *, kv_heads_required: bool = False) -> Heads:
+    """Attention heads; without ``num_key_value_heads`` as many as query heads, without ``head_dim``
+    hidden / heads.
+    """
+    n_heads = c.integer("num_attention_heads", "n_head")
+    n_kv = c.optional_integer("num_key_value_heads")
+    if n_kv is None:
+        if kv_heads_required:
+            raise c.missing("num_key_value_heads", "a whole number (this family has no fixed default)")
+        n_kv = n_heads
+    if n_heads % n_kv:
+        raise c.error("num_key_value_heads", f"a divisor of num_attention_heads ({n_heads})", n_kv)
+    head_dim = c.optional_integer("head_dim")
+    if head_dim is None:
+        if d_model % n_heads:
+            raise c.missing("head_dim", f"it, since hidden_size {d_model} / {n_heads} heads is no whole")
+        head_dim = d_model // n_heads
+    return Heads(n_heads=n_heads, n_kv_heads=n_kv, head_dim=head_dim)
+
+
+FULL, SLIDING, CHUNKED, LINEAR = (
+    "full_attention",
+    "sliding_attention",
+    "chunked_attention",
+    "linear_attention",
+)
+
+
+def read_layer_types(
+    c: ConfigReader, n_layers: int, allowed: tuple[str, ...], key: str = "layer_types"
+) -> tuple[str, ...] | None:
+    """The list of layer types, checked for length and vocabulary, or None."""
+    types = c.optional_texts(key)
+    if types is None:
+        return None
+    if len(types) != n_layers:
+        raise ConfigError(
+            f"{c.where}: {c.path}{key}: expected {n_layers} entries, one for each layer, got {len(types)}"
+        )
+    for i, kind in enumerate(types):
+        if kind not in allowed:
+            raise c.error(f"{key}[{i}]", " or ".join(allowed), kind)
+    return types
