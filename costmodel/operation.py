@@ -1,10 +1,11 @@
 """One thing a pass executes: counts, no hardware.
 
-An :class:`Operation` says what is multiplied, what is moved and how often; ``costmodel.kernels`` turns it
-into seconds. Amounts are float64 scalars or arrays that broadcast to the shape of the workload,
-and stand for ONE run on ONE GPU; ``count`` says how many runs a pass makes (usually the number of
-layers alike). float64 throughout: at 2**20 tokens and batch 16 the attention FLOPs of an
-8B model overflow int64.
+An :class:`Operation` says what is multiplied, what is moved and how often; ``costmodel.kernels``
+turns it into seconds. Amounts are float64 scalars or arrays that broadcast to the shape of the
+workload, and stand for ONE run on ONE GPU; ``count`` says how many runs a pass makes (usually the
+number of layers alike; an array where it depends on the point: chunks of a prompt, or 0 where a
+method's budget holds everything and the operation does not run). float64 throughout: at 2**20
+tokens and batch 16 the attention FLOPs of an 8B model overflow int64.
 """
 
 from collections.abc import Mapping
@@ -19,9 +20,10 @@ Array = NDArray[np.float64] | np.float64 | float
 KINDS = frozenset(
     {
         "gemm",  # dense matmul with weights: shape m, n, k
-        "moe_gemm",  # grouped expert matmul: shape m (tokens), n, k, experts, active_experts, top_k
-        "prefill_attention",  # shape batch, q_len, kv_len, n_heads, n_kv_heads, head_dim, v_head_dim, pairs
-        "decode_attention",  # shape batch, kv_len, n_heads, n_kv_heads, head_dim, v_head_dim, element_bytes
+        "moe_gemm",  # grouped experts: shape m (tokens), n, k, experts, active_experts, top_k
+        # shape batch, q_len, kv_len, n_heads, n_kv_heads, head_dim, v_head_dim, and
+        "prefill_attention",  # pairs, window_tokens
+        "decode_attention",  # kv_bytes
         "mla_prefill_attention",  # as prefill_attention
         "mla_decode_attention",  # shape batch, kv_len, n_heads, latent_dim, rope_dim
         "scan_prefill",  # recurrent mixer over a prompt (chunked matmul form)
@@ -60,7 +62,7 @@ class Operation:
 
     name: str
     kind: str
-    count: float = 1.0
+    count: Array = 1.0
     flops: Array = 0.0
     executed_flops: Array | None = None
     vector_flops: Array = 0.0
@@ -99,15 +101,14 @@ class Operation:
 Operations = tuple[Operation, ...]
 
 
-def causal_pairs(n_queries: Array, window_tokens: float | None = None) -> Array:
+def causal_pairs(n_queries: Array, window_tokens: Array | None = None) -> Array:
     """Query-key pairs of causal attention over a prompt: S(S+1)/2, or with a window W
     (each query sees itself and W-1 before it): a ramp up to W, then flat.
     """
     s = np.asarray(n_queries, dtype=np.float64)
-    if window_tokens is None:
-        return s * (s + 1) / 2
-    w = np.minimum(s, window_tokens)
-    return w * (w + 1) / 2 + (s - w) * w
+    w = s if window_tokens is None else np.minimum(s, window_tokens)
+    pairs: Array = w * (w + 1) / 2 + (s - w) * w
+    return pairs
 
 
 def chunked_pairs(n_queries: Array, chunk_tokens: float) -> Array:

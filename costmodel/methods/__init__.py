@@ -1,7 +1,8 @@
 """Long-context methods, one file each, found by walking this package.
 
-``METHODS`` maps names to classes. Adding a method is adding ``costmodel/methods/<name>.py`` (its cost)
-and ``measure/methods/<name>.py`` (its runnable twin); there is no list to edit.
+Adding a method is adding ``costmodel/methods/<name>.py`` (its cost) and
+``measure/methods/<name>.py`` (its runnable twin); there is no list to edit. Text forms are read by
+``costmodel.methods.parse``; methods compose as ``costmodel.methods.stack`` says.
 """
 
 import functools
@@ -15,10 +16,11 @@ from costmodel.methods.base import AbstractMethod
 @functools.cache
 def method_names() -> tuple[str, ...]:
     """Names of all methods: the module names of this package (nothing is imported)."""
-    return tuple(sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name not in _NOT_METHODS))
+    modules = {m.name for m in pkgutil.iter_modules(__path__)}
+    return tuple(sorted(modules - _NOT_METHODS))
 
 
-_NOT_METHODS = ("base", "parse", "stack")
+_NOT_METHODS = {"base", "parse", "stack"}
 
 
 @functools.cache
@@ -29,7 +31,10 @@ def method_class(name: str) -> type[AbstractMethod]:
         raise UnknownNameError("method", name, method_names(), "lccost methods list")
     module = importlib.import_module(f"{__name__}.{key}")
     for value in vars(module).values():
-        if isinstance(value, type) and issubclass(value, AbstractMethod):
-            if getattr(value, "NAME", None) == key:
-                return value
+        if (
+            isinstance(value, type)
+            and issubclass(value, AbstractMethod)
+            and getattr(value, "NAME", None) == key
+        ):
+            return value
     raise AssertionError(f"costmodel/methods/{key}.py defines no method named {key!r}")

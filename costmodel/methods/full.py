@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from typing import ClassVar, final
 
 from costmodel.architecture import Architecture, MixerGroup
-from costmodel.methods.base import AbstractMethod, Stage, State
+from costmodel.methods.base import AbstractMethod, Mask, Stage, State
 from costmodel.mixers import AbstractMixer
-from costmodel.operation import Operations
+from costmodel.operation import Array, Operations
 from costmodel.workload import Point
 
 
@@ -19,6 +19,7 @@ class Full(AbstractMethod):
     TITLE: ClassVar[str] = "full attention, 16-bit cache"
     REFERENCE: ClassVar[str] = "Vaswani et al., arXiv 1706.03762"
     STAGES: ClassVar[frozenset[Stage]] = frozenset()
+    ACTS: ClassVar[str] = "never"
     DOES_NOT_SAVE: ClassVar[str] = "anything: it is what the others are compared with."
     REALISED_BY: ClassVar[tuple[str, ...]] = ("every engine",)
     STATE_FORMULA: ClassVar[str] = "B * min(T, W) * K * (Hk + Hv) * b per layer"
@@ -31,13 +32,15 @@ class Full(AbstractMethod):
         """Runs on everything."""
         return None
 
+    def equals_full(
+        self, prompt_tokens: Array, cached_tokens: Array, n_kv_layers: int | None = None
+    ) -> Mask:
+        """Everywhere."""
+        return True
+
     def state(self, group: MixerGroup, point: Point) -> State:
         """Never asked: it covers no mixer."""
         return State(group.n_layers * group.mixer.state_bytes(point))
-
-    def prefill(self, group: MixerGroup, point: Point) -> Operations:
-        """The mixer's own."""
-        return group.mixer.prefill(point)
 
     def decode(self, group: MixerGroup, point: Point) -> Operations:
         """The mixer's own."""

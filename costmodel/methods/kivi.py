@@ -2,16 +2,16 @@
 
 Liu et al., arXiv 2402.02750; code jy-yuan/KIVI (``quant/new_pack.py``, ``quant/matmul.py``,
 ``models/llama_kivi.py``). Prefill attends exactly, then quantises: keys in whole blocks of R tokens
-(T - T mod R of them), values all but the last R. Decode appends in 16 bits; a full block of R keys is
-quantised at once (a sawtooth of 0..R-1), of the values always the oldest one.
+(T - T mod R of them), values all but the last R. Decode appends in 16 bits; a full block of R keys
+is quantised at once (a sawtooth of 0..R-1), of the values always the oldest one.
 
 State per layer, e = bits/8 + 2 * scale_bytes / group bytes per quantised element:
     B K [ Nk Hk e + Rk Hk b  +  Nv Hv e + Rv Hv b ],   Rk = T mod R, Rv = min(T, R), N = T - R
 A window W keeps whole key blocks: the fewest that still cover min(T, W) tokens.
 
-``ideal`` reads the packed state once in one fused kernel. ``reference`` is the upstream chain: scales,
-zeros and codes repeated to all query heads (GQA) and made contiguous before each kernel, packed
-values and their scales re-concatenated every step, scores materialised.
+``ideal`` reads the packed state once in one fused kernel. ``reference`` is the upstream chain:
+scales, zeros and codes repeated to all query heads (GQA) and made contiguous before each kernel,
+packed values and their scales re-concatenated every step, scores materialised.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ import numpy as np
 
 from costmodel.architecture import MixerGroup
 from costmodel.errors import ConfigError
-from costmodel.methods.base import AbstractMethod, Stage, State
+from costmodel.methods.base import AbstractMethod, Stage, State, attention_of, not_stored
 from costmodel.mixers import Attention
 from costmodel.mixers.attention import decode_attention
 from costmodel.operation import Array, Operation, Operations
@@ -36,7 +36,8 @@ class Kivi(AbstractMethod):
     NAME: ClassVar[str] = "kivi"
     TITLE: ClassVar[str] = "KIVI: 2/4-bit KV cache with a 16-bit residual"
     REFERENCE: ClassVar[str] = "arXiv 2402.02750; github.com/jy-yuan/KIVI"
-    STAGES: ClassVar[frozenset[Stage]] = frozenset({"cache"})
+    STAGES: ClassVar[frozenset[Stage]] = frozenset({"store"})
+    ACTS: ClassVar[str] = "after prefill, layer by layer, and on every decoded token"
     DOES_NOT_SAVE: ClassVar[str] = (
         "prefill compute or the prefill peak: the prompt is attended exactly, then quantised."
     )
@@ -85,13 +86,19 @@ class Kivi(AbstractMethod):
 
     def state(self, group: MixerGroup, point: Point) -> State:
         """Exact packed bytes."""
-        mixer = _attention(group)
+        mixer = attention_of(group)
         packed, residual = self.packed_bytes(mixer, point)
         return State(group.n_layers * (packed + residual))
 
-    def prefill(self, group: MixerGroup, point: Point) -> Operations:
-        """Exact attention, then quantise and pack one of K and V at a time."""
-        mixer = _attention(group)
+    def prefill_attention(
+        self, group: MixerGroup, point: Point, attention: Operations
+    ) -> Operations:
+        """Exact; the 16-bit K and V of the prompt live for one layer only."""
+        return not_stored(attention, point)
+
+    def after_prefill(self, group: MixerGroup, point: Point) -> Operations:
+        """Quantise and pack one of K and V at a time."""
+        mixer = attention_of(group)
         at_end = point.at(point.prompt_tokens)
         packed, residual = self.packed_bytes(mixer, at_end)
         elements = point.batch * point.prompt_tokens * mixer.kv_elements_per_token()
@@ -101,18 +108,18 @@ class Kivi(AbstractMethod):
             kind="elementwise",
             vector_flops=6 * elements,
             state_bytes=packed + residual,
-            # ideal: K and V are in flight once; upstream: transposed copy, (x - min) copy, int32 codes
+            # upstream: transposed copy, (x - min) copy, int32 codes
             workspace_bytes=elements * (b if point.level == "ideal" else 26.0),
             transient_bytes=elements * (b if point.level == "ideal" else 12.0),
             launches=1 if point.level == "ideal" else 24,
             source="" if point.level == "ideal" else "jy-yuan/KIVI quant/new_pack.py",
             formula="read K and V once, write e bytes per element",
         )
-        return (*mixer.prefill(point)[:1], quantise)
+        return (quantise,)
 
     def decode(self, group: MixerGroup, point: Point) -> Operations:
         """Attention over packed and residual tokens; the flush every R steps at 1/R of its cost."""
-        mixer = _attention(group)
+        mixer = attention_of(group)
         packed, residual = self.packed_bytes(mixer, point)
         nk, rk, nv, rv = self.counts(mixer, point.cached_tokens)
         b = point.kv_element_bytes
@@ -177,8 +184,3 @@ class Kivi(AbstractMethod):
         )
         return attention, repeat, cat, scores, flush
 
-
-def _attention(group: MixerGroup) -> Attention:
-    mixer = group.mixer
-    assert isinstance(mixer, Attention)
-    return mixer
