@@ -27,6 +27,8 @@ class Engine:
     elementwise_launches  kernels one layer starts between its matmuls (norms, rotary, activation,
                           residuals): few where they are fused, many in eager Python
     reserved_bytes        device memory beside tensors: context, workspaces (one GPU / several)
+    fused_dequantise      attention kernels read packed caches directly; False: the cache is
+                          unpacked into a copy before it is attended, even at level "ideal"
     fixed_state_layout    "exact": (kernel-1) convolution columns and W window tokens;
                           "transformers": kernel columns and W-1 window tokens
     """
@@ -41,6 +43,7 @@ class Engine:
     step_overhead_s: tuple[float, float, float]
     elementwise_launches: float
     reserved_bytes: tuple[float, float]
+    fused_dequantise: bool = True
     fixed_state_layout: Literal["exact", "transformers"] = "exact"
     sources: tuple[str, ...] = ()
 

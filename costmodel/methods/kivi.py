@@ -112,6 +112,8 @@ class Kivi(AbstractMethod):
             workspace_bytes=elements * (b if point.level == "ideal" else 26.0),
             transient_bytes=elements * (b if point.level == "ideal" else 12.0),
             launches=1 if point.level == "ideal" else 24,
+            dtype=point.dtype,
+            shape={"elements": elements, "bits": float(self.bits)},
             source="" if point.level == "ideal" else "jy-yuan/KIVI quant/new_pack.py",
             formula="read K and V once, write e bytes per element",
         )
@@ -129,6 +131,8 @@ class Kivi(AbstractMethod):
         ratio = mixer.n_heads / mixer.n_kv_heads
         held = np.minimum(point.cached_tokens, mixer.limit_tokens)
         reference = point.level == "reference"
+        if not (reference or point.engine.fused_dequantise):
+            return self._unfused_decode(mixer, point)
         attention = decode_attention(
             mixer,
             point,
@@ -141,14 +145,7 @@ class Kivi(AbstractMethod):
             source="jy-yuan/KIVI quant/matmul.py cuda_bmm_fA_qB_outer" if reference else "",
             formula="packed and residual state read once",
         )
-        flush = Operation(
-            name="quantise_append",
-            kind="elementwise",
-            vector_flops=6 * heads * (mixer.head_dim + mixer.v_head_dim),
-            state_bytes=heads * (mixer.head_dim + mixer.v_head_dim) * (b + self.bits / 8),
-            launches=2 if reference else 1,
-            formula="one value token per step, a block of R key tokens every R steps",
-        )
+        flush = self._quantise_append(mixer, point, launches=2 if reference else 1)
         if not reference:
             return attention, flush
         # MHA: transpose().contiguous() of codes, scales and zeros (read and write);
@@ -184,3 +181,50 @@ class Kivi(AbstractMethod):
         )
         return attention, repeat, cat, scores, flush
 
+    def _quantise_append(self, mixer: Attention, point: Point, *, launches: float) -> Operation:
+        """Quantise what leaves the residual: on average one token per step."""
+        elements = point.batch * (mixer.n_kv_heads * (mixer.head_dim + mixer.v_head_dim))
+        return Operation(
+            name="quantise_append",
+            kind="elementwise",
+            vector_flops=6 * elements,
+            state_bytes=elements * (point.kv_element_bytes + self.bits / 8),
+            launches=launches,
+            dtype=point.dtype,
+            shape={"elements": elements, "bits": float(self.bits)},
+            formula="one value token per step, a block of R key tokens every R steps",
+        )
+
+    def _unfused_decode(self, mixer: Attention, point: Point) -> Operations:
+        """Without a fused kernel: unpack to the compute type, then attend copy and residual.
+
+        The copy is written and read once; it is made piece by piece, so it is never alive whole.
+        """
+        packed, residual = self.packed_bytes(mixer, point)
+        nk, rk, nv, rv = self.counts(mixer, point.cached_tokens)
+        heads = point.batch * mixer.n_kv_heads
+        elements = heads * (nk * mixer.head_dim + nv * mixer.v_head_dim)
+        new_token = heads * (mixer.head_dim + mixer.v_head_dim) * point.kv_element_bytes
+        dequantise = Operation(
+            name="dequantise",
+            kind="elementwise",
+            vector_flops=2 * elements,
+            state_bytes=packed,
+            workspace_bytes=2 * elements * point.element_bytes,
+            launches=10,
+            dtype=point.dtype,
+            shape={"elements": elements, "bits": float(self.bits)},
+            formula="codes, scales and zeros read; a copy of b bytes per element written and read",
+        )
+        attention = decode_attention(
+            mixer,
+            point,
+            name="dequantised_attention",
+            read_tokens=np.minimum(point.cached_tokens, mixer.limit_tokens),
+            executed_tokens=(nk + rk + nv + rv) / 2 + 1,
+            read_bytes=residual,
+            written_bytes=new_token,
+            launches=8,
+            formula="scores and weighted sum over the copy, and over the residual",
+        )
+        return dequantise, attention, self._quantise_append(mixer, point, launches=16)
