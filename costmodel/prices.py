@@ -1,7 +1,7 @@
 """What a GPU-hour costs: a dated file of ranges, apart from the profiles and easily replaced.
 
 Prices move weekly and spread 2.5 to 4 times for the same part, so a price is (low, mid, high) with
-its source and date. ``hardware_profiles/prices-*.toml`` is the bundled file (the latest one counts); a
+its source and date. ``hardware_profiles/prices-*.toml`` is the bundled file (the latest counts); a
 user's own file of the same form, even of one line, goes before it:
 
     date = "2026-11-21"
