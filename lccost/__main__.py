@@ -1,0 +1,18 @@
+"""Entry point: ``lccost`` and ``python -m lccost``."""
+
+import sys
+
+from lccost.cli import cli
+
+
+def main() -> None:
+    """Run the command line; the reader of a pipe that closes early is not an error."""
+    try:
+        cli(prog_name="lccost")
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,240 @@
+"""Predictions as text: one table per model, GPU, context and batch, and what each method leaves alone.
+
+rich draws the tables, on a terminal and in a pipe alike (no colour there, nothing cut off).
+"""
+
+import io
+import shutil
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from costmodel.units import format_bytes, format_seconds, format_si, format_traffic
+from lccost.sweep import Sweep, explain
+
+Row = dict[str, Any]
+BOUND_WORDS = {
+    "compute": "compute",
+    "weight": "weights",
+    "kv": "KV/state",
+    "launch": "launch",
+    "link": "link",
+}
+PIPE_WIDTH = 200
+
+
+def console(file: io.StringIO) -> Console:
+    """A console that writes text: coloured on a terminal, plain and wide in a pipe."""
+    terminal = sys.stdout.isatty()
+    width = shutil.get_terminal_size().columns if terminal else PIPE_WIDTH
+    return Console(
+        file=file, width=max(width, 100), force_terminal=terminal, highlight=False, markup=False,
+        emoji=False,
+    )
+
+
+def predictions(
+    rows: Sequence[Row],
+    run: Sweep,
+    assumptions: Sequence[str],
+    *,
+    markdown: bool = False,
+    solve: str | None = None,
+) -> str:
+    """The report of ``lccost predict``."""
+    file = io.StringIO()
+    out = console(file)
+
+    def key(row: Row) -> tuple[Any, ...]:
+        return (row["model"], row["gpu"], row["context_tokens"], row["batch"])
+
+    order = list(dict.fromkeys(key(r) for r in rows))
+    groups = {k: [r for r in rows if key(r) == k] for k in order}
+    for members in groups.values():
+        out.print(_heading(members[0], run), style=None)
+        if solve:
+            out.print(_answer(members, solve))
+        table = _table(members, markdown)
+        out.print(table)
+        out.print(_prefill_sentence(members))
+        out.print()
+    for line in _leaves_alone(run):
+        out.print(line)
+    out.print()
+    for line in assumptions:
+        out.print(f"- {line}")
+    return "\n".join(line.rstrip() for line in file.getvalue().splitlines()) + "\n"
+
+
+def _heading(row: Row, run: Sweep) -> str:
+    architecture = next(a for a in run.architectures if a.name == row["model"])
+    hardware = next(h for h in run.hardware if h.name == row["gpu"])
+    weights = row["weights_bytes"]
+    gpus = f"{row['tp']} x {hardware.title}" if row["tp"] > 1 else hardware.title
+    stored = f" in {format_bytes(weights)} of weights per GPU" if weights else ""
+    active = architecture.n_active_parameters
+    sparse = (
+        f" ({format_si(float(active), '').strip()} active)"
+        if active < architecture.n_parameters
+        else ""
+    )
+    return (
+        f"{architecture.name} · {format_si(float(architecture.n_parameters), '').strip()} "
+        f"parameters{sparse}{stored} · {gpus} · {row['level']} · {row['dtype']} · "
+        f"context {row['context_tokens']:,} · batch {row['batch']:,} · "
+        f"output {row['output_tokens']:,}"
+    )
+
+
+def _answer(members: Sequence[Row], solve: str) -> str:
+    name = solve.replace("-", " ")
+    key = {"max-batch": "max_batch", "max-context": "max_context_tokens", "min-gpus": "min_gpus"}
+    parts = []
+    for row in members:
+        if not row["applicable"]:
+            continue
+        value = row[key[solve]]
+        if value is None:
+            text = "unlimited by memory" if solve == "max-context" else "none up to 64"
+        else:
+            text = f"{value:,}"
+        parts.append(f"{row['method_spec']} {text}")
+    return f"{name}: " + "; ".join(parts)
+
+
+def _interval(row: Row, name: str) -> str:
+    mid, low, high = row[f"{name}_s"], row[f"{name}_low_s"], row[f"{name}_high_s"]
+    return f"{format_seconds(mid)} ({format_seconds(low)} - {format_seconds(high)})"
+
+
+def _count(value: int | None, unlimited: str = "no limit") -> str:
+    return unlimited if value is None else f"{value:,}"
+
+
+def _accuracy(row: Row) -> str:
+    drop = row["accuracy_drop_points"]
+    return "unknown" if drop is None else f"{drop:+.1f} points" if drop else "0"
+
+
+def _table(members: Sequence[Row], markdown: bool) -> Table:
+    table = Table(
+        box=box.MARKDOWN if markdown else box.SIMPLE_HEAD, pad_edge=False, show_edge=markdown
+    )
+    table.add_column("method", no_wrap=True)
+    for title in ("KV/state", "peak", "decode bytes", "TTFT (low - high)", "TPOT (low - high)"):
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("bound", no_wrap=True)
+    table.add_column("fits", no_wrap=True)
+    for title in ("max sequences", "max context"):
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("accuracy given up", no_wrap=True)
+    for row in members:
+        if not row["applicable"]:
+            table.add_row(row["method_spec"], "not applicable", *[""] * 9)
+            continue
+        state = format_bytes(row["state_bytes"])
+        if row["state_host_bytes"]:
+            state += f" + {format_bytes(row['state_host_bytes'])} host"
+        table.add_row(
+            row["method_spec"] + (" = full" if row["equals_full"] and row["method"] != "full" else ""),
+            state,
+            format_bytes(max(row["peak_prefill_bytes"], row["peak_decode_bytes"])),
+            format_traffic(row["decode_hbm_bytes"]),
+            _interval(row, "ttft"),
+            _interval(row, "tpot"),
+            BOUND_WORDS[row["decode_bound"]],
+            "yes" if row["fits"] else "no",
+            _count(row["max_batch"]),
+            _count(row["max_context_tokens"]),
+            _accuracy(row),
+        )
+    return table
+
+
+def _prefill_sentence(members: Sequence[Row]) -> str:
+    """What the table's methods do to prefill, in one sentence, and why rows are missing."""
+    shown = [r for r in members if r["applicable"]]
+    lines = [f"{r['method_spec']}: {r['reason']}" for r in members if not r["applicable"]]
+    if shown:
+        base = next((r for r in shown if r["method"] == "full"), shown[0])
+        same = [r["method_spec"] for r in shown if r["ttft_s"] >= 0.97 * base["ttft_s"]]
+        faster = [r["method_spec"] for r in shown if r["ttft_s"] < 0.97 * base["ttft_s"]]
+        text = (
+            f"prefill {format_si(base['prefill_flops'], 'FLOP')}, "
+            f"{BOUND_WORDS[base['prefill_bound']]}-bound, roofline "
+            f"{format_seconds(base['roofline_ttft_s'])}"
+        )
+        if faster:
+            text += f": {', '.join(faster)} shorten it" if len(faster) > 1 else f": {faster[0]} shortens it"
+            if len(same) > 1:
+                text += f"; {', '.join(s for s in same if s != base['method_spec'])} do not"
+        elif len(shown) > 1:
+            text += ": no method here changes it"
+        lines.append(text + ".")
+        lines.append(
+            f"decode roofline {format_seconds(base['roofline_tpot_s'])} per step for "
+            f"{base['method_spec']}; a step's time is bound by: "
+            + ", ".join(f"{r['method_spec']} {BOUND_WORDS[r['decode_bound']]}" for r in shown)
+            + "."
+        )
+    return "\n".join(lines)
+
+
+def _leaves_alone(run: Sweep) -> Iterable[str]:
+    for method in dict.fromkeys(m for s in run.stacks for m in s.methods):
+        if method.NAME != "full":
+            yield f"{method.NAME} does not save {method.DOES_NOT_SAVE}"
+
+
+def explanations(run: Sweep) -> str:
+    """Every operation with its numbers and formula, for the first context and batch."""
+    file = io.StringIO()
+    out = console(file)
+    for block in explain(run):
+        out.print()
+        out.print(
+            f"{block['model']} · {block['gpu']} · {block['method_spec']} · context "
+            f"{block['context_tokens']:,} · batch {block['batch']:,}: operations of one GPU"
+        )
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        for title, justify in (
+            ("phase", "left"),
+            ("operation", "left"),
+            ("runs", "right"),
+            ("FLOPs each", "right"),
+            ("executed", "right"),
+            ("weights", "right"),
+            ("state", "right"),
+            ("workspace", "right"),
+            ("link", "right"),
+            ("time all", "right"),
+            ("formula", "left"),
+            ("source", "left"),
+        ):
+            table.add_column(title, justify=justify, overflow="fold")  # type: ignore[arg-type]
+        for op in block["operations"]:
+            table.add_row(
+                op["phase"],
+                op["name"],
+                f"{op['count']:.4g}",
+                *(
+                    format_si(op[k], u) if op[k] else ""
+                    for k, u in (
+                        ("flops", "F"),
+                        ("executed_flops", "F"),
+                        ("weight_bytes", "B"),
+                        ("state_bytes", "B"),
+                        ("workspace_bytes", "B"),
+                        ("link_bytes", "B"),
+                    )
+                ),
+                format_seconds(op["time_s"]),
+                op["formula"],
+                op["source"],
+            )
+        out.print(table)
+    return "\n".join(line.rstrip() for line in file.getvalue().splitlines()) + "\n"

@@ -1,0 +1,249 @@
+"""A Cartesian product of models, GPUs, methods, contexts and batches, as rows in option order.
+
+Everything that varies within one (model, GPU, method) is one vectorised call.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from costmodel.architecture import Architecture
+from costmodel.errors import LccostError, NotApplicableError
+from costmodel.hardware import HardwareProfile, load_hardware
+from costmodel.methods.parse import parse_methods
+from costmodel.methods.stack import MethodStack
+from costmodel.predict import Model, Options, Prediction, default_dtype, predict
+from costmodel.registry import load_architecture
+from costmodel.results import SCHEMA_VERSION as SCHEMA_VERSION
+from costmodel.results import inapplicable_row, key_fields
+from costmodel.workload import Workload
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sweep:
+    """What ``lccost predict`` was asked for, resolved."""
+
+    architectures: tuple[Architecture, ...]
+    hardware: tuple[HardwareProfile, ...]
+    stacks: tuple[MethodStack, ...]
+    contexts: tuple[int, ...]
+    batches: tuple[int, ...]
+    output_tokens: int
+    options: Options
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        models: Sequence[str],
+        gpus: Sequence[str],
+        methods: Sequence[str],
+        contexts: Sequence[int],
+        batches: Sequence[int],
+        output_tokens: int,
+        options: dict[str, Any],
+        assume: str | None = None,
+    ) -> "Sweep":
+        """Load everything by name; raises ``LccostError`` for what does not exist."""
+        return cls(
+            architectures=tuple(load_architecture(m, assume=assume) for m in models),
+            hardware=tuple(load_hardware(g) for g in gpus),
+            stacks=tuple(dict.fromkeys(parse_methods(methods))),
+            contexts=tuple(contexts),
+            batches=tuple(batches),
+            output_tokens=output_tokens,
+            options=Options(**options),
+        )
+
+    def inputs(self) -> dict[str, Any]:
+        """The request, so that it can be repeated from a result."""
+        return {
+            "model": [a.name for a in self.architectures],
+            "gpu": [h.name for h in self.hardware],
+            "method": [s.spec for s in self.stacks],
+            "context": list(self.contexts),
+            "batch": list(self.batches),
+            "output_tokens": self.output_tokens,
+            "dtype": self.options.dtype,
+            "weight_dtype": self.options.weight_dtype,
+            "level": self.options.level,
+            "tp": self.options.tp,
+            "engine": self.options.engine,
+            "memory_fraction": self.options.memory_fraction,
+        }
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Every combination, in option order. An impossible one is a row with the reason, unless it
+        is the only one: then its ``NotApplicableError`` is raised.
+        """
+        workload = Workload.of(
+            np.array(self.batches)[None, :], np.array(self.contexts)[:, None], self.output_tokens
+        )
+        n = len(self.architectures) * len(self.hardware) * len(self.stacks)
+        out: list[dict[str, Any]] = []
+        for architecture in self.architectures:
+            for hardware in self.hardware:
+                per_method: list[list[dict[str, Any]]] = []
+                for stack in self.stacks:
+                    try:
+                        per_method.append(
+                            self.predict(architecture, stack, hardware, workload).rows()
+                        )
+                    except LccostError as error:
+                        if n == 1 or not isinstance(error, NotApplicableError):
+                            raise
+                        per_method.append(self._refused(architecture, stack, hardware, error))
+                # --method stands before --context and --batch
+                out += [row for rows in per_method for row in rows]
+        if not any(r["applicable"] for r in out) and len(self.stacks) == 1:
+            raise NotApplicableError(out[0]["reason"])
+        return out
+
+    def predict(
+        self,
+        architecture: Architecture,
+        stack: MethodStack,
+        hardware: HardwareProfile,
+        workload: Workload,
+    ) -> Prediction:
+        """One vectorised call."""
+        o = self.options
+        return predict(
+            architecture,
+            stack,
+            workload,
+            hardware,
+            dtype=o.dtype,
+            weight_dtype=o.weight_dtype,
+            level=o.level,
+            tp=o.tp,
+            engine=o.engine,
+            memory_fraction=o.memory_fraction,
+        )
+
+    def _refused(
+        self,
+        architecture: Architecture,
+        stack: MethodStack,
+        hardware: HardwareProfile,
+        error: LccostError,
+    ) -> list[dict[str, Any]]:
+        return [
+            inapplicable_row(
+                key_fields(
+                    architecture=architecture,
+                    method=stack,
+                    gpu=hardware.name,
+                    level=self.options.level,
+                    engine=self.options.engine,
+                    tp=self.options.tp,
+                    dtype=self.options.dtype or default_dtype(architecture),
+                    weight_dtype=self.options.weight_dtype,
+                    batch=batch,
+                    context_tokens=context,
+                    output_tokens=self.output_tokens,
+                ),
+                str(error),
+            )
+            for context in self.contexts
+            for batch in self.batches
+        ]
+
+
+def solvable(row: dict[str, Any], solve: str) -> bool:
+    """Whether the asked question has an answer in this row. An unlimited context is an answer."""
+    if solve == "max-batch":
+        return bool(row["max_batch"])
+    if solve == "min-gpus":
+        return row["min_gpus"] is not None
+    return row["max_context_tokens"] is None or row["max_context_tokens"] > 0
+
+
+def assumptions(rows: Sequence[dict[str, Any]], run: Sweep) -> list[str]:
+    """What a reader must know before trusting the numbers."""
+    engines = sorted({str(r["engine"]) for r in rows if r["applicable"]})
+    bases = sorted({str(r["basis"]) for r in rows if r["applicable"]})
+    out = [
+        f"engine {', '.join(engines)}; basis of times: {', '.join(bases)}",
+        "TTFT is unloaded (no queue); TPOT is the step that reads the given context",
+        f"fits means the peak within {run.options.memory_fraction:.0%} of the memory the driver "
+        f"reports, with context + {run.output_tokens} output tokens",
+    ]
+    if "prior" in bases:
+        out.append(
+            "times rest on a prior for kernel efficiency, not on measurements of this GPU: "
+            "run `lccost calibrate`, or read low-high as the answer"
+        )
+    for a in run.architectures:
+        if a.assumed:
+            out.append(f"{a.name}: read as family {a.family} because --assume says so")
+        if any(type(m).__name__ == "MoE" for layer in a.layers for m in layer.mlps):
+            out.append(f"{a.name}: experts are assumed to be chosen uniformly")
+    for h in run.hardware:
+        if h.price_usd_per_hour:
+            low, mid, high = h.price_usd_per_hour
+            out.append(
+                f"{h.name}: {mid:.2f} USD per GPU-hour ({low:.2f}-{high:.2f}), {h.price_date}"
+            )
+    return out
+
+
+def explain(run: Sweep) -> list[dict[str, Any]]:
+    """Every operation of the first context and batch of each combination, with its numbers."""
+    from costmodel.kernels import time_operation
+
+    out = []
+    for architecture in run.architectures:
+        for hardware in run.hardware:
+            for stack in run.stacks:
+                try:
+                    model = Model.of(architecture, stack, hardware, run.options)
+                except NotApplicableError:
+                    continue
+                out.append(
+                    {
+                        "model": architecture.name,
+                        "gpu": hardware.name,
+                        "method_spec": stack.spec,
+                        "context_tokens": run.contexts[0],
+                        "batch": run.batches[0],
+                        "operations": [
+                            {
+                                "phase": phase,
+                                "name": op.name,
+                                "kind": op.kind,
+                                "count": float(np.max(op.count)),
+                                "flops": float(np.max(op.flops)),
+                                "executed_flops": float(np.max(op.counted_flops)),
+                                "weight_bytes": float(np.max(op.weight_bytes)),
+                                "state_bytes": float(np.max(op.state_bytes)),
+                                "workspace_bytes": float(np.max(op.workspace_bytes)),
+                                "activation_bytes": float(np.max(op.activation_bytes)),
+                                "link_bytes": float(np.max(op.link_bytes)),
+                                "launches": float(op.launches),
+                                "dtype": op.dtype,
+                                "time_s": float(np.max(op.count * time_operation(op, hardware).mid_s)),
+                                "formula": op.formula,
+                                "source": op.source,
+                            }
+                            for phase, operations in model.operations(
+                                run.batches[0], run.contexts[0], run.output_tokens
+                            ).items()
+                            for op in operations
+                            if np.max(op.count) > 0
+                        ],
+                    }
+                )
+    return out
+
+
+def plot(rows: Sequence[dict[str, Any]], run: Sweep, path: Path) -> None:
+    """The roofline of the predictions on the first GPU."""
+    from reports.figures import roofline, save_figure
+
+    hardware = run.hardware[0]
+    shown = [r for r in rows if r["applicable"] and r["gpu"] == hardware.name]
+    save_figure(roofline(shown, hardware), path)
