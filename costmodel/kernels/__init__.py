@@ -1,10 +1,11 @@
 """Seconds of operations on a device.
 
-``time_operation`` picks the best knowledge there is: efficiency curves measured on this very device, then
-fitted kernel families, then the prior. Every estimate names its ``basis``.
+``time_operation`` picks the best knowledge there is: efficiency curves measured on this very
+device, then fitted kernel families, then the prior. Every estimate names its ``basis``.
 """
 
 from costmodel.hardware import HardwareProfile
+from costmodel.kernels.curves import calibrated_time
 from costmodel.kernels.prior import KernelTime as KernelTime
 from costmodel.kernels.prior import prior_time
 from costmodel.operation import Operation
@@ -12,4 +13,8 @@ from costmodel.operation import Operation
 
 def time_operation(operation: Operation, hardware: HardwareProfile) -> KernelTime:
     """Interval, parts and basis of one run of ``operation``."""
+    if hardware.curves:
+        calibrated = calibrated_time(operation, hardware)
+        if calibrated is not None:
+            return calibrated
     return prior_time(operation, hardware)
