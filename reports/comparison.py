@@ -1,0 +1,354 @@
+"""Predicted beside observed: joins, signed errors, groups.
+
+Error = (predicted - observed) / observed: positive where lccost promised too much time or memory.
+Predictions of different basis (datasheet, prior, calibrated, ...) are never averaged together: each
+group has one basis and names it.
+"""
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from costmodel.errors import UnknownNameError
+from reports.labels import METRIC_TITLES, point, safe_text, varying_fields
+from reports.records import KEY_FIELDS, Records, Row
+
+#: What is compared, in the order it is shown.
+METRICS = tuple(METRIC_TITLES)
+#: Statuses whose numbers count. "noisy" counts and is shown.
+USABLE = ("ok", "noisy")
+#: Fields by which errors can be grouped.
+GROUP_FIELDS = (
+    *(k for k in KEY_FIELDS if k != "method_parameters"),
+    *("layers", "device", "realisation", "status"),
+)
+_ALIASES = {"context": "context_tokens", "output": "output_tokens", "hardware": "gpu"}
+#: Fields that must agree where both sides have them; the first ones find the candidates.
+_JOIN_FIELDS = (*(k for k in KEY_FIELDS if k not in ("method_spec", "method_parameters")), "layers")
+_MAX_CANDIDATES = 200
+_LEFT_OUT_FIELDS = ("method_spec", "level", "context_tokens", "batch", "model")
+
+Predict = Callable[[Mapping[str, Any]], Mapping[str, Any]]
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Pair:
+    """One point: its prediction, its observation, or both. ``key`` has the fields of the point."""
+
+    key: Row
+    predicted: Row | None = None
+    observed: Row | None = None
+
+    @property
+    def basis(self) -> str:
+        """Basis of the predicted numbers."""
+        return "" if self.predicted is None else self.predicted.text("basis", "unknown")
+
+    @property
+    def is_noisy(self) -> bool:
+        """Whether the measurement itself was unsteady."""
+        observed = self.observed
+        return observed is not None and (
+            observed.status == "noisy" or observed.values.get("is_valid") is False
+        )
+
+    def value(self, metric: str, side: str = "predicted") -> float | None:
+        """A metric of one side ("predicted" or "observed")."""
+        row = self.predicted if side == "predicted" else self.observed
+        return None if row is None else row.number(metric)
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class MetricError:
+    """One metric of one pair. ``error`` is a fraction."""
+
+    pair: Pair
+    metric: str
+    predicted: float
+    observed: float
+    error: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unjoined:
+    """A record that takes no part in the errors, and why."""
+
+    origin: str
+    label: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Comparison:
+    """All pairs (drawable, joined or not), the errors of the joined ones, and what is missing."""
+
+    pairs: tuple[Pair, ...] = ()
+    errors: tuple[MetricError, ...] = ()
+    unjoined: tuple[Unjoined, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def past_tolerance(self, max_error: float) -> tuple[MetricError, ...]:
+        """Errors whose size is above ``max_error`` (a fraction), the worst first."""
+        past = [e for e in self.errors if abs(e.error) > max_error]
+        return tuple(sorted(past, key=lambda e: -abs(e.error)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ErrorGroup:
+    """Error of one metric in one group, in percent; one basis only.
+
+    mape     mean size of the error          median, p90   of its size
+    bias     median signed error             worst         the largest one, signed, with its point
+    """
+
+    group: Mapping[str, Any] = field(default_factory=dict)
+    metric: str = ""
+    basis: str = ""
+    n: int = 0
+    n_noisy: int = 0
+    mape_percent: float = 0.0
+    median_percent: float = 0.0
+    p90_percent: float = 0.0
+    bias_percent: float = 0.0
+    worst_percent: float = 0.0
+    worst_point: str = ""
+    worst_origin: str = ""
+
+
+def compare(records: Records, predict: Predict | None = None) -> Comparison:
+    """Join measurements with predictions of the same point.
+
+    Parameters
+    ----------
+    records
+        What :func:`reports.records.read_records` returned.
+    predict
+        Called with a measurement that has no prediction of its own and none in the files; returns
+        result keys of ``predict``. Raising ``LccostError`` is the caller's way to refuse.
+
+    Returns
+    -------
+    Comparison
+        A file's prediction replaces a record's own of the same basis; of another basis it stands
+        beside it. Predictions that nothing observed stay as pairs to draw.
+    """
+    index = _Index(records.predictions)
+    pairs: list[Pair] = []
+    unjoined: list[Unjoined] = []
+    for record in records.measurements:
+        if record.status not in USABLE:
+            reason = f"status {record.status}"
+            message = safe_text(record.text("message"), 160)
+            unjoined.append(_left_out(record, f"{reason}: {message}" if message else reason))
+            continue
+        predictions, reason = _predictions_for(record, index, predict)
+        if not predictions:
+            unjoined.append(_left_out(record, reason))
+            pairs.append(Pair(key=record, observed=record))
+        pairs += [Pair(key=record, predicted=p, observed=record) for p in predictions]
+    pairs += [
+        Pair(key=row, predicted=row)
+        for row in index.unused()
+        if row.values.get("applicable") is not False
+    ]
+    errors = [e for pair in pairs for e in metric_errors(pair)]
+    joined = {id(e.pair) for e in errors}
+    unjoined += [
+        _left_out(p.key, "prediction and record share no known metric")
+        for p in pairs
+        if p.predicted is not None and p.observed is not None and id(p) not in joined
+    ]
+    return Comparison(
+        pairs=tuple(pairs),
+        errors=tuple(errors),
+        unjoined=tuple(unjoined),
+        notes=records.notes,
+    )
+
+
+def pairs_of_predictions(rows: Iterable[Row]) -> tuple[Pair, ...]:
+    """Predictions alone as pairs, for the figures; rows that do not apply are left out."""
+    return tuple(
+        Pair(key=row, predicted=row) for row in rows if row.values.get("applicable") is not False
+    )
+
+
+def metric_errors(pair: Pair) -> tuple[MetricError, ...]:
+    """Signed errors of a pair; a metric unknown on either side, or zero on both, has none."""
+    found = []
+    for metric in METRICS:
+        predicted, observed = pair.value(metric, "predicted"), pair.value(metric, "observed")
+        if predicted is None or observed is None or (predicted == 0 and observed == 0):
+            continue
+        # Predicting something where nothing was observed is an infinitely large error.
+        error = (predicted - observed) / observed if observed else math.inf
+        found.append(
+            MetricError(
+                pair=pair, metric=metric, predicted=predicted, observed=observed, error=error
+            )
+        )
+    return tuple(found)
+
+
+def parse_fields(by: str | Sequence[str]) -> tuple[str, ...]:
+    """Group fields from "method,context" or a sequence; raises ``UnknownNameError``."""
+    names = by.split(",") if isinstance(by, str) else list(by)
+    fields = []
+    for name in (n.strip() for n in names):
+        if not name:
+            continue
+        full = _ALIASES.get(name, name)
+        if full not in GROUP_FIELDS:
+            raise UnknownNameError("field to group by", name, [*GROUP_FIELDS, *_ALIASES])
+        fields.append(full)
+    return tuple(fields)
+
+
+def error_groups(
+    comparison: Comparison, by: str | Sequence[str] = ("method",)
+) -> tuple[ErrorGroup, ...]:
+    """Errors by group, metric and basis; groups in order of first appearance."""
+    fields = parse_fields(by)
+    buckets: dict[tuple[Any, ...], list[MetricError]] = defaultdict(list)
+    for error in comparison.errors:
+        values = tuple(_hashable(error.pair.key.values.get(f)) for f in fields)
+        buckets[(*values, error.pair.basis, error.metric)].append(error)
+    order = {values: n for n, values in enumerate(dict.fromkeys(key[:-1] for key in buckets))}
+    varying = varying_fields([e.pair.key for e in comparison.errors])
+    said = [
+        f for f in varying if f not in fields and not (f == "method" and "method_spec" in fields)
+    ]
+    keys = sorted(buckets, key=lambda k: (order[k[:-1]], METRICS.index(k[-1])))
+    return tuple(_group(dict(zip(fields, key, strict=False)), buckets[key], said) for key in keys)
+
+
+def _group(group: dict[str, Any], errors: list[MetricError], said: Sequence[str]) -> ErrorGroup:
+    signed = np.array([e.error for e in errors]) * 100.0
+    size = np.abs(signed)
+    worst = errors[int(np.argmax(size))]
+    return ErrorGroup(
+        group=group,
+        metric=errors[0].metric,
+        basis=errors[0].pair.basis,
+        n=len(errors),
+        n_noisy=sum(e.pair.is_noisy for e in errors),
+        mape_percent=float(np.mean(size)),
+        median_percent=_percentile(size, 50),
+        p90_percent=_percentile(size, 90),
+        bias_percent=_percentile(signed, 50),
+        worst_percent=worst.error * 100.0,
+        worst_point=point(worst.pair.key, said),
+        worst_origin=worst.pair.key.origin,
+    )
+
+
+def _percentile(values: NDArray[np.float64], q: float) -> float:
+    """Interpolated between neighbours, except where one is infinite: then the upper one."""
+    method: Literal["linear", "higher"] = "linear" if np.all(np.isfinite(values)) else "higher"
+    return float(np.percentile(values, q, method=method))
+
+
+def _left_out(record: Row, reason: str) -> Unjoined:
+    return Unjoined(origin=record.origin, label=point(record, _LEFT_OUT_FIELDS), reason=reason)
+
+
+def _predictions_for(
+    record: Row, index: "_Index", predict: Predict | None
+) -> tuple[list[Row], str]:
+    """Predictions of one record, one a basis, and the reason where there is none."""
+    by_basis: dict[str, Row] = {}
+    own = record.values.get("predicted")
+    if own:
+        row = Row(own, f"{record.origin} predicted")
+        by_basis[row.text("basis", "unknown")] = row
+    for row in index.matching(record):
+        by_basis[row.text("basis", "unknown")] = row
+    if not by_basis and predict is not None:
+        row = Row(predict(record.values), f"computed for {record.origin}")
+        by_basis[row.text("basis", "unknown")] = row
+    if by_basis:
+        refused = [r for r in by_basis.values() if r.values.get("applicable") is False]
+        usable = [r for r in by_basis.values() if r.values.get("applicable") is not False]
+        reason = f"predicted as not applicable: {refused[0].text('reason')}" if refused else ""
+        return usable, reason
+    return [], index.explain(record)
+
+
+class _Index:
+    """Predictions by point."""
+
+    def __init__(self, predictions: Iterable[Row]) -> None:
+        self._rows = list(predictions)
+        self._used: set[int] = set()
+        self._near: dict[tuple[str, str], list[Row]] = defaultdict(list)
+        self._exact: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
+        for row in self._rows:
+            self._near[_family(row)].append(row)
+            self._exact[_place(row)].append(row)
+
+    def matching(self, record: Row) -> list[Row]:
+        """Predictions whose key fields agree with the record's, in file order."""
+        found = [r for r in self._exact[_place(record)] if not _differences(record, r)]
+        self._used.update(id(r) for r in found)
+        return found
+
+    def explain(self, record: Row) -> str:
+        """Why nothing matched, by the nearest prediction."""
+        if not self._rows:
+            return "the record carries no prediction, and no predictions were given"
+        near = self._near[_family(record)][:_MAX_CANDIDATES]
+        if not near:
+            return "no prediction of this model and method among the files"
+        fewest = min((_differences(record, r) for r in near), key=len)
+        return f"no prediction of this point; the nearest differs in {', '.join(fewest)}"
+
+    def unused(self) -> list[Row]:
+        """Predictions that no record took."""
+        return [r for r in self._rows if id(r) not in self._used]
+
+
+def _family(row: Row) -> tuple[str, str]:
+    return row.text("model").lower(), row.text("method").lower()
+
+
+def _place(row: Row) -> tuple[Any, ...]:
+    return (*_family(row), row.number("batch"), row.number("context_tokens"))
+
+
+def _differences(record: Row, prediction: Row) -> list[str]:
+    """Key fields in which two rows disagree, in words; a field only one side has is no conflict."""
+    different = []
+    for name in _JOIN_FIELDS:
+        mine, theirs = record.values.get(name), prediction.values.get(name)
+        if mine is None or theirs is None or _hashable(mine) == _hashable(theirs):
+            continue
+        different.append(f"{name} ({_short(theirs)}, not {_short(mine)})")
+    mine, theirs = _method_key(record, prediction)
+    if mine != theirs:
+        different.append(f"method_parameters ({_short(theirs)}, not {_short(mine)})")
+    return different
+
+
+def _method_key(record: Row, prediction: Row) -> tuple[str, str]:
+    """Both methods in the most exact form that both rows have."""
+    for name in ("method_parameters", "method_spec"):
+        mine, theirs = record.values.get(name), prediction.values.get(name)
+        if mine is not None and theirs is not None:
+            return _hashable(mine), _hashable(theirs)
+    return "", ""
+
+
+def _hashable(value: Any) -> Any:
+    if isinstance(value, (dict, list)):
+        return json.dumps(value, sort_keys=True)
+    return value.lower() if isinstance(value, str) else value
+
+
+def _short(value: Any) -> str:
+    return safe_text(str(value), 60)

@@ -1,0 +1,136 @@
+"""What the figures draw, as plain numbers: series of points by method, ready for any renderer.
+
+The static figures and the interactive charts of the page draw the same series, so that a number
+cannot differ between them.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from costmodel.hardware import HardwareProfile
+from reports.comparison import Pair
+from reports.labels import safe_text
+
+PHASES = ("prefill", "decode")
+#: The time of one pass of a phase.
+TIME_OF_PHASE = {"prefill": "ttft_s", "decode": "tpot_s"}
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class RooflinePoint:
+    """One pass of one phase on the roofline, per GPU.
+
+    intensity          useful FLOPs over HBM bytes of the pass
+    predicted, low, high, observed    attained FLOP/s: useful FLOPs over time
+    link_ceiling       most FLOP/s that the host link allows; None without traffic
+    """
+
+    pair: Pair
+    phase: str
+    context_tokens: float
+    intensity: float
+    predicted: float | None
+    low: float | None
+    high: float | None
+    observed: float | None
+    link_ceiling: float | None
+    bound: str
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class RooflineSeries:
+    """One method at one level and phase, as context grows."""
+
+    name: str
+    level: str
+    phase: str
+    points: tuple[RooflinePoint, ...]
+
+
+def series_name(pair: Pair, *, several_models: bool = False, several_batches: bool = False) -> str:
+    """What a legend calls the series of a pair; only what varies is said."""
+    parts = [safe_text(pair.key.method_spec, 40)]
+    if several_models:
+        parts.append(safe_text(pair.key.text("model", "?"), 28))
+    if several_batches:
+        parts.append(f"batch {pair.key.number('batch') or 1:.0f}")
+    return ", ".join(parts)
+
+
+def roofline_series(pairs: Sequence[Pair], hardware: HardwareProfile) -> tuple[RooflineSeries, ...]:
+    """Series in order of first appearance; pairs without FLOPs, bytes or time are left out."""
+    namer = Namer(pairs)
+    grouped: dict[tuple[str, str, str], list[RooflinePoint]] = defaultdict(list)
+    for pair in pairs:
+        for phase in PHASES:
+            made = roofline_point(pair, phase, hardware)
+            if made is not None:
+                grouped[namer(pair), pair.key.text("level"), phase].append(made)
+    return tuple(
+        RooflineSeries(
+            name=name,
+            level=level,
+            phase=phase,
+            points=tuple(sorted(points, key=lambda p: p.context_tokens)),
+        )
+        for (name, level, phase), points in grouped.items()
+    )
+
+
+def roofline_point(pair: Pair, phase: str, hardware: HardwareProfile) -> RooflinePoint | None:
+    """Where one pass lies, or None when its FLOPs, bytes or times are unknown.
+
+    Useful FLOPs and bytes belong to the work, not to the clock: the observed dot takes them from
+    the prediction of the same point where the record does not carry its own, so it lies straight
+    below or above its ring.
+    """
+    flops = _first(pair, f"{phase}_flops")
+    hbm_bytes = _first(pair, f"{phase}_hbm_bytes")
+    context = pair.key.number("context_tokens")
+    if not flops or not hbm_bytes or context is None:
+        return None
+    # FLOPs are of the whole model, bytes of one GPU: bring both to one GPU.
+    flops /= pair.key.number("tp") or 1.0
+    time = TIME_OF_PHASE[phase]
+    stem = time.removesuffix("_s")
+    predicted, observed = pair.value(time, "predicted"), pair.value(time, "observed")
+    if not predicted and not observed:
+        return None
+    link_bytes, link = pair.value(f"{phase}_link_bytes"), hardware.host_link_bytes_per_s
+    return RooflinePoint(
+        pair=pair,
+        phase=phase,
+        context_tokens=context,
+        intensity=flops / hbm_bytes,
+        predicted=_rate(flops, predicted),
+        low=_rate(flops, pair.value(f"{stem}_high_s")),
+        high=_rate(flops, pair.value(f"{stem}_low_s")),
+        observed=_rate(flops, observed),
+        link_ceiling=flops / (link_bytes / link) if link_bytes and link else None,
+        bound=("" if pair.predicted is None else pair.predicted.text(f"{phase}_bound")),
+    )
+
+
+class Namer:
+    """Names series so that only what differs between them is said."""
+
+    def __init__(self, pairs: Iterable[Pair]) -> None:
+        pairs = list(pairs)
+        self._models = len({p.key.text("model").lower() for p in pairs}) > 1
+        self._batches = len({p.key.number("batch") for p in pairs}) > 1
+        self._bases = len({p.basis for p in pairs if p.basis}) > 1
+
+    def __call__(self, pair: Pair) -> str:
+        """Name of the series that a pair belongs to."""
+        name = series_name(pair, several_models=self._models, several_batches=self._batches)
+        return f"{name} [{pair.basis}]" if self._bases and pair.basis else name
+
+
+def _first(pair: Pair, metric: str) -> float | None:
+    predicted = pair.value(metric, "predicted")
+    return pair.value(metric, "observed") if predicted is None else predicted
+
+
+def _rate(flops: float, seconds: float | None) -> float | None:
+    return flops / seconds if seconds else None
