@@ -4,15 +4,13 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from costmodel.hardware import HardwareProfile
-from costmodel.units import format_si
+from costmodel.units import DTYPE_BYTES, format_si
 from reports.figures.placing import ABOVE, BELOW, Placer
 from reports.figures.style import GREY, LIGHT_GREY
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_DTYPES = frozenset({"fp32", "tf32", "bf16", "fp16", "fp8", "int8", "fp4"})
-_BANDWIDTH_CURVES = ("bandwidth", "stream", "copy", "read")
 _MEASURED_STYLE: dict[str, Any] = {
     "color": GREY,
     "linewidth": 1.2,
@@ -24,19 +22,24 @@ _MEASURED_STYLE: dict[str, Any] = {
 def calibrated_rates(hardware: HardwareProfile, dtype: str) -> tuple[float | None, float | None]:
     """Best measured (FLOP/s, bytes/s) among the profile's curves; None where none was measured.
 
-    A curve holds seconds per unit of work: its smallest value is the best rate. Curves of matmuls
-    count FLOPs, curves of bandwidth count bytes.
+    A curve holds seconds per unit of work (``costmodel.kernels.curves``), so its smallest value is
+    the best rate. Compute: any matmul of the dtype. Memory: streams, attention over the cache,
+    and matmuls with one row, which read every weight for two FLOPs.
     """
     compute, memory = [], []
     for name, curve in hardware.curves.items():
-        best = min((y for y in curve.y if y > 0), default=None)
-        if best is None:
+        kind, _, variant = name.partition("/")
+        if kind == "stream":
+            memory += [1.0 / y for y in curve.y]
+        elif variant.split("/")[0] != dtype:
             continue
-        named = {d for d in _DTYPES if d in name}
-        if name.startswith(_BANDWIDTH_CURVES):
-            memory.append(1.0 / best)
-        elif name.startswith("gemm") and (not named or dtype in named):
-            compute.append(1.0 / best)
+        elif kind == "gemm":
+            compute += [1.0 / y for y in curve.y]
+            one_row = [y for x, y in zip(curve.x, curve.y, strict=True) if x == 1]
+            if dtype in DTYPE_BYTES:
+                memory += [DTYPE_BYTES[dtype] / (2.0 * y) for y in one_row]
+        elif kind == "decode_attention":
+            memory += [1.0 / y for y in curve.y]
     return max(compute, default=None), max(memory, default=None)
 
 
