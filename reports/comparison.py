@@ -17,8 +17,10 @@ from numpy.typing import NDArray
 
 from costmodel.errors import UnknownNameError
 from reports.labels import METRIC_TITLES, point, safe_text, varying_fields
-from reports.records import KEY_FIELDS, Records, Row
+from reports.records import KEY_FIELDS, Records, Row, rows_of
 
+#: What the functions that draw and tabulate accept.
+Points = Iterable["Pair | Row | Mapping[str, Any]"]
 #: What is compared, in the order it is shown.
 METRICS = tuple(METRIC_TITLES)
 #: Statuses whose numbers count. "noisy" counts and is shown.
@@ -172,11 +174,25 @@ def compare(records: Records, predict: Predict | None = None) -> Comparison:
     )
 
 
-def pairs_of_predictions(rows: Iterable[Row]) -> tuple[Pair, ...]:
-    """Predictions alone as pairs, for the figures; rows that do not apply are left out."""
-    return tuple(
-        Pair(key=row, predicted=row) for row in rows if row.values.get("applicable") is not False
-    )
+def as_pairs(points: Iterable[Pair | Row | Mapping[str, Any]]) -> tuple[Pair, ...]:
+    """Pairs from whatever is at hand: pairs, rows, or the dicts that ``predict`` returns.
+
+    A row with a status is a measurement with its own prediction, every other one a prediction;
+    rows that do not apply are left out.
+    """
+    pairs = []
+    for n, item in enumerate(points, start=1):
+        if isinstance(item, Pair):
+            pairs.append(item)
+            continue
+        row = item if isinstance(item, Row) else rows_of([item], f"row {n}")[0]
+        if "status" in row.values:
+            own = row.values.get("predicted")
+            predicted = Row(own, row.origin) if own else None
+            pairs.append(Pair(key=row, predicted=predicted, observed=row))
+        elif row.values.get("applicable") is not False:
+            pairs.append(Pair(key=row, predicted=row))
+    return tuple(pairs)
 
 
 def metric_errors(pair: Pair) -> tuple[MetricError, ...]:

@@ -24,7 +24,7 @@ METRIC_TITLES = {
 #: Fields that name a point to a reader, in the order they are said.
 POINT_FIELDS = (
     *("method_spec", "level", "context_tokens", "batch", "output_tokens", "tp", "layers"),
-    *("model", "gpu", "engine", "dtype"),
+    *("model", "gpu", "engine", "dtype", "weight_dtype"),
 )
 _SPOKEN = {"batch": "batch", "output_tokens": "output", "tp": "TP", "layers": "layers"}
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from costmodel.hardware import HardwareProfile
 from reports.comparison import Pair
-from reports.labels import safe_text
+from reports.labels import point, safe_text, varying_fields
 
 PHASES = ("prefill", "decode")
 #: The time of one pass of a phase.
@@ -46,16 +46,6 @@ class RooflineSeries:
     level: str
     phase: str
     points: tuple[RooflinePoint, ...]
-
-
-def series_name(pair: Pair, *, several_models: bool = False, several_batches: bool = False) -> str:
-    """What a legend calls the series of a pair; only what varies is said."""
-    parts = [safe_text(pair.key.method_spec, 40)]
-    if several_models:
-        parts.append(safe_text(pair.key.text("model", "?"), 28))
-    if several_batches:
-        parts.append(f"batch {pair.key.number('batch') or 1:.0f}")
-    return ", ".join(parts)
 
 
 def roofline_series(pairs: Sequence[Pair], hardware: HardwareProfile) -> tuple[RooflineSeries, ...]:
@@ -115,15 +105,24 @@ def roofline_point(pair: Pair, phase: str, hardware: HardwareProfile) -> Rooflin
 class Namer:
     """Names series so that only what differs between them is said."""
 
+    _FIELDS = ("model", "gpu", "batch", "output_tokens", "tp", "dtype", "weight_dtype", "layers")
+
     def __init__(self, pairs: Iterable[Pair]) -> None:
         pairs = list(pairs)
-        self._models = len({p.key.text("model").lower() for p in pairs}) > 1
-        self._batches = len({p.key.number("batch") for p in pairs}) > 1
+        keys = [p.key for p in pairs]
+        varying = set(varying_fields(keys))
+        self._fields = [f for f in self._FIELDS if f in varying]
+        # Levels usually imply an engine; it is news only where one level ran on several.
+        engines = {(k.text("level"), k.text("engine")) for k in keys}
+        if len(engines) > len({level for level, _ in engines}):
+            self._fields.append("engine")
         self._bases = len({p.basis for p in pairs if p.basis}) > 1
 
     def __call__(self, pair: Pair) -> str:
         """Name of the series that a pair belongs to."""
-        name = series_name(pair, several_models=self._models, several_batches=self._batches)
+        name = safe_text(pair.key.method_spec, 40)
+        rest = point(pair.key, self._fields, 28)
+        name = f"{name}, {rest}" if rest else name
         return f"{name} [{pair.basis}]" if self._bases and pair.basis else name
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from costmodel.hardware import HardwareProfile
-from reports.comparison import Pair
+from reports.comparison import Points, as_pairs
 from reports.figures.placing import Placer
 from reports.figures.roofs import draw_roofs, label_bandwidth, label_roofs
 from reports.figures.style import (
@@ -29,7 +29,7 @@ _WIDE_FROM_INCHES = 7.0
 
 
 def roofline(
-    pairs: Sequence[Pair],
+    points: Points,
     hardware: HardwareProfile,
     *,
     size: tuple[float, float] = WIDE,
@@ -43,6 +43,7 @@ def roofline(
     the decode and the prefill points enlarged. Works without observations.
     """
     with house_style():
+        pairs = as_pairs(points)
         series = roofline_series(pairs, hardware)
         if not series:
             figure, axes = new_figure(size)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from costmodel.hardware import Curve, HardwareProfile
-from reports.comparison import compare, pairs_of_predictions
+from reports.comparison import compare
 from reports.figures import NARROW, WIDE, roofline, save_figure
-from reports.records import parse_records, read_records, rows_of
+from reports.records import parse_records, read_records
 
 DATA = "tests/data"
 
@@ -71,13 +71,13 @@ def test_rings_and_dots_are_flops_over_bytes_and_time():
 
 
 def test_flops_of_the_model_and_bytes_of_one_gpu_meet_per_gpu():
-    pairs = pairs_of_predictions(rows_of([{**POINT, "tp": 4}]))
+    pairs = [{**POINT, "tp": 4}]
     (ring,) = lines_of(roofline(pairs, device()), "predicted-decode")
     np.testing.assert_allclose(ring.get_xydata(), [[0.5, 1.5e12]])
 
 
 def test_roofs_ridge_and_shared_peaks():
-    figure = roofline(pairs_of_predictions(rows_of([POINT])), device())
+    figure = roofline([POINT], device())
     (roof,) = lines_of(figure, "roof-bf16-fp16")
     x, y = roof.get_data()
     assert x[1] == pytest.approx(250.0)
@@ -99,17 +99,17 @@ def test_measured_roof_is_the_best_of_the_curves():
         "decode_attention/bf16/group=4/head_dim=128": Curve(x=(1e6,), y=(1 / 1e12,)),
         "dispatch": Curve(x=(1.0,), y=(5e-6,)),
     }
-    figure = roofline(pairs_of_predictions(rows_of([POINT])), device(curves=curves))
+    figure = roofline([POINT], device(curves=curves))
     (roof,) = lines_of(figure, "measured-bf16")
     x, y = roof.get_data()
     assert y[1] == pytest.approx(6e14)
     assert x[1] == pytest.approx(200.0)
-    assert not lines_of(roofline(pairs_of_predictions(rows_of([POINT])), device()), "measured-bf16")
+    assert not lines_of(roofline([POINT], device()), "measured-bf16")
 
 
 def test_host_link_ceiling():
     # 3e10 FLOPs behind 5e9 bytes over 50e9 bytes/s: at most 3e11 FLOP/s.
-    pairs = pairs_of_predictions(rows_of([{**POINT, "decode_link_bytes": 5e9}]))
+    pairs = [{**POINT, "decode_link_bytes": 5e9}]
     (bar,) = lines_of(roofline(pairs, device()), "link-ceiling")
     assert bar.get_ydata()[0] == pytest.approx(3e11)
 
@@ -137,15 +137,11 @@ def test_labels_do_not_overlap_and_axes_have_units(size, name):
 
 def test_markers_and_levels_differ_without_colour():
     figure = roofline(
-        pairs_of_predictions(
-            rows_of(
-                [
-                    POINT,
-                    {**POINT, "level": "reference", "tpot_s": 0.01},
-                    {**POINT, "method": "kivi", "method_spec": "kivi", "tpot_s": 0.004},
-                ]
-            )
-        ),
+        [
+            POINT,
+            {**POINT, "level": "reference", "tpot_s": 0.01},
+            {**POINT, "method": "kivi", "method_spec": "kivi", "tpot_s": 0.004},
+        ],
         device(),
     )
     rings = lines_of(figure, "predicted-decode")
@@ -162,7 +158,7 @@ def test_empty_input_says_so():
 
 def test_hostile_and_long_names_are_drawn_as_text(tmp_path):
     rows = [{**POINT, "method_spec": "$\\frac{$" + "x" * 500, "model": "<script>"}]
-    figure = roofline(pairs_of_predictions(rows_of(rows)), device(title="$\\bad{"))
+    figure = roofline(rows, device(title="$\\bad{"))
     save_figure(figure, tmp_path / "a.png", dpi=50)
     assert len(figure.legends[0].get_texts()[0].get_text()) < 60
 
