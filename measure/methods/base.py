@@ -1,0 +1,126 @@
+"""What a runnable method is: the cache of one attention layer, and attention over it.
+
+A twin attends the prompt, stores what its method stores, and then attends one new token per step
+against what it kept, appending in place. ``n_tokens`` counts the tokens of the sequence seen so
+far, whether or not they are still held. Everything is batched; heads are grouped (GQA) by folding
+the group into the query length, so K and V are never repeated.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from costmodel.methods.base import AbstractMethod
+from costmodel.mixers import Attention
+from measure.methods.buffers import GrowingBuffer
+
+
+class AbstractLayerCache(ABC):
+    """The cache of one layer, for all sequences of the batch.
+
+    Parameters
+    ----------
+    method
+        Parameters, as the cost model has them.
+    mixer
+        The layer's attention.
+    reserve_tokens
+        Sequence length to make room for; 0: storage grows exactly with what is held.
+    """
+
+    NAME: ClassVar[str]
+
+    def __init__(
+        self,
+        method: AbstractMethod,
+        mixer: Attention,
+        *,
+        batch: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        reserve_tokens: int = 0,
+    ) -> None:
+        self.mixer = mixer
+        self.batch = batch
+        self.dtype = dtype
+        self.device = device
+        self.n_tokens = 0
+        self._build(method)
+        if reserve_tokens:
+            self.reserve(reserve_tokens)
+
+    @abstractmethod
+    def _build(self, method: AbstractMethod) -> None:
+        """Make the empty buffers."""
+
+    @abstractmethod
+    def _buffers(self) -> Iterator[GrowingBuffer]:
+        """All buffers, each once: what the layer holds between steps."""
+
+    @abstractmethod
+    def reserve(self, n_tokens: int) -> None:
+        """Make room for a sequence of ``n_tokens``; what is held stays."""
+
+    @abstractmethod
+    def store(self, k: Tensor, v: Tensor) -> None:
+        """Keep a prompt's K and V [B, K, S, H] the method's way; the cache is empty before."""
+
+    @abstractmethod
+    def decode(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Append one token and attend it to all held ones and itself.
+
+        q [B, N, 1, H], k and v [B, K, 1, H] -> [B, N, 1, H].
+        """
+
+    @abstractmethod
+    def snapshot(self) -> Any:
+        """Remember what ``restore`` needs to undo the next step."""
+
+    @abstractmethod
+    def restore(self, snapshot: Any) -> None:
+        """Go back to the moment of the snapshot, at most one step ago."""
+
+    def prefill(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attend the prompt exactly and store it; [B, N, S, H] and [B, K, S, H] -> [B, N, S, H]."""
+        out = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        self.store(k, v)
+        return out
+
+    def clear(self) -> None:
+        """Empty the cache; the room stays."""
+        self.n_tokens = 0
+        for buffer in self._buffers():
+            buffer.clear()
+
+    def fill(self, n_tokens: int, seed: int = 0) -> None:
+        """Empty the cache, then store a random prompt of ``n_tokens`` without computing one."""
+        self.clear()
+        shape = (self.batch, self.mixer.n_kv_heads, n_tokens, self.mixer.head_dim)
+        generator = torch.Generator(device=self.device).manual_seed(seed)
+        k, v = (
+            torch.empty(shape, dtype=self.dtype, device=self.device).normal_(generator=generator)
+            for _ in range(2)
+        )
+        self.store(k, v)
+
+    @property
+    def storage_bytes(self) -> int:
+        """Bytes of all storages, room included."""
+        return sum(b.storage_bytes for b in self._buffers())
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of what is in use."""
+        return sum(b.held_bytes for b in self._buffers())
+
+    def fold(self, q: Tensor) -> Tensor:
+        """[B, N, 1, H] -> [B, K, G, H]: the G query heads of a KV head as G queries."""
+        return q.reshape(self.batch, self.mixer.n_kv_heads, -1, q.shape[-1])
+
+    def unfold(self, out: Tensor) -> Tensor:
+        """[B, K, G, H] -> [B, N, 1, H]."""
+        return out.reshape(self.batch, self.mixer.n_heads, 1, out.shape[-1])

@@ -1,0 +1,73 @@
+"""Tensors that grow along one axis, with an honest count of what they hold."""
+
+import torch
+from torch import Tensor
+
+#: The axis that grows: [batch, heads, entries, ...].
+_AXIS = 2
+
+
+class GrowingBuffer:
+    """Entries [B, K, n, ...] appended in place; room for ``capacity`` of them, ``length`` in use.
+
+    ``reserve`` makes room beforehand. Without room an append reallocates to exactly what is needed,
+    so an unreserved buffer's storage always equals its entries.
+    """
+
+    def __init__(
+        self,
+        batch: int,
+        heads: int,
+        entry: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self._data = torch.empty(batch, heads, 0, *entry, dtype=dtype, device=device)
+        self.length = 0
+
+    @property
+    def capacity(self) -> int:
+        """Entries there is room for."""
+        return self._data.shape[_AXIS]
+
+    @property
+    def storage_bytes(self) -> int:
+        """Bytes of the storage itself, whatever views of it exist."""
+        return self._data.untyped_storage().nbytes()
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the entries in use; ``storage_bytes`` less the room left."""
+        if self.capacity == 0:
+            return 0
+        return self.storage_bytes // self.capacity * self.length
+
+    def entries(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """View the entries in use, or a part of them."""
+        stop = self.length if stop is None else stop
+        return self._data.narrow(_AXIS, start, stop - start)
+
+    def reserve(self, capacity: int) -> None:
+        """Make room for exactly ``capacity`` entries, keeping those in use."""
+        b, k, _, *entry = self._data.shape
+        data = torch.empty(b, k, capacity, *entry, dtype=self._data.dtype, device=self._data.device)
+        data.narrow(_AXIS, 0, self.length).copy_(self.entries())
+        self._data = data
+
+    def append(self, entries: Tensor) -> None:
+        """Copy ``entries`` [B, K, n, ...] behind those in use."""
+        length = self.length + entries.shape[_AXIS]
+        if length > self.capacity:
+            self.reserve(length)
+        self._data.narrow(_AXIS, self.length, entries.shape[_AXIS]).copy_(entries)
+        self.length = length
+
+    def write(self, index: int, entry: Tensor) -> None:
+        """Overwrite one entry [B, K, 1, ...]."""
+        self._data.narrow(_AXIS, index, 1).copy_(entry)
+
+    def clear(self, *, release: bool = False) -> None:
+        """Forget all entries; ``release`` gives the storage back too."""
+        self.length = 0
+        if release:
+            self.reserve(0)

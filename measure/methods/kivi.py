@@ -1,0 +1,226 @@
+"""KIVI run for real: int32-packed keys (per channel) and values (per token), 16-bit residuals.
+
+Keys are quantised in whole blocks of R tokens, along the tokens, one scale per ``group`` of them
+and channel; values token by token along the channels. The residuals hold the last T mod R keys and
+the last min(T, R) values in the compute type. A step attends everything in the compute type: packed
+pieces are unpacked into a small copy that stays in cache, then multiplied. Only after it was used
+is a full block of keys, or the oldest value, quantised, as in jy-yuan/KIVI
+``models/llama_kivi.py``.
+"""
+
+from collections.abc import Iterator
+from typing import ClassVar, NamedTuple, final
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from costmodel.errors import NotApplicableError
+from costmodel.methods.base import AbstractMethod
+from costmodel.methods.kivi import Kivi
+from measure.methods.base import AbstractLayerCache
+from measure.methods.buffers import GrowingBuffer
+from measure.methods.packing import dequantise, quantise
+
+#: Elements unpacked at once: half a megabyte in bf16, so the copy stays in a core's L2 cache.
+PIECE_ELEMENTS = 2**18
+
+
+class _Packed(NamedTuple):
+    """Quantised entries: codes with their scales and zeros."""
+
+    words: GrowingBuffer
+    scales: GrowingBuffer
+    zeros: GrowingBuffer
+
+    def append(self, parts: tuple[Tensor, Tensor, Tensor]) -> None:
+        for buffer, part in zip(self, parts, strict=True):
+            buffer.append(part)
+
+    def reserve(self, capacity: int) -> None:
+        for buffer in self:
+            buffer.reserve(capacity)
+
+    def truncate(self, length: int) -> None:
+        for buffer in self:
+            buffer.length = length
+
+    @property
+    def length(self) -> int:
+        return self.words.length
+
+
+class _Snapshot(NamedTuple):
+    n_tokens: int
+    key_blocks: int
+    values: int
+    recent_keys: Tensor
+    recent_values: Tensor
+    oldest: int
+
+
+@final
+class KiviCache(AbstractLayerCache):
+    """Packed state and residuals of one layer.
+
+    The value residual is a ring: ``_oldest`` is the entry that leaves next once it holds R values.
+    """
+
+    NAME: ClassVar[str] = "kivi"
+
+    def _build(self, method: AbstractMethod) -> None:
+        assert isinstance(method, Kivi)
+        self.bits, self.group, self.residual = method.bits, method.group, method.residual_tokens
+        size = self.mixer.head_dim
+        per_word = 32 // self.bits
+        for name, length in (("head_dim", size), ("residual_tokens", self.residual)):
+            if length % self.group or length % per_word:
+                raise NotApplicableError(
+                    f"kivi packs {name} in groups of {self.group} and words of {per_word}; "
+                    f"{length} is not a multiple of both"
+                )
+        self.keys = self._packed(self.residual, (size,))
+        self.values = self._packed(size, ())
+        self.recent_keys = self._buffer((size,), self.dtype)
+        self.recent_values = self._buffer((size,), self.dtype)
+        self._oldest = 0
+        self._exact = True
+
+    def _packed(self, length: int, rows: tuple[int, ...]) -> _Packed:
+        """Entries of ``length`` elements packed along the last axis (for each of ``rows``)."""
+        return _Packed(
+            self._buffer((*rows, length * self.bits // 32), torch.int32),
+            self._buffer((*rows, length // self.group), self.dtype),
+            self._buffer((*rows, length // self.group), self.dtype),
+        )
+
+    def _buffer(self, entry: tuple[int, ...], dtype: torch.dtype) -> GrowingBuffer:
+        return GrowingBuffer(self.batch, self.mixer.n_kv_heads, entry, dtype, self.device)
+
+    def _buffers(self) -> Iterator[GrowingBuffer]:
+        yield from (*self.keys, *self.values, self.recent_keys, self.recent_values)
+
+    def reserve(self, n_tokens: int) -> None:
+        """Room for the packed blocks and tokens, and for both residuals at their fullest."""
+        self._exact = False
+        self.keys.reserve(n_tokens // self.residual)
+        self.values.reserve(max(0, n_tokens - self.residual))
+        self.recent_keys.reserve(min(n_tokens, self.residual))
+        self.recent_values.reserve(min(n_tokens, self.residual))
+
+    def clear(self) -> None:
+        """Empty; the ring starts over."""
+        for buffer in self._buffers():
+            buffer.clear(release=self._exact)
+        self.n_tokens = self._oldest = 0
+
+    def store(self, k: Tensor, v: Tensor) -> None:
+        """Quantise whole blocks of keys and all but the last R values, a piece at a time."""
+        n_tokens, r = k.shape[2], self.residual
+        n_blocks, n_values = n_tokens // r, max(0, n_tokens - r)
+        blocks = k[:, :, : n_blocks * r].unflatten(2, (n_blocks, r)).transpose(-1, -2)
+        if self._exact:  # else every piece would reallocate all before it
+            self.keys.reserve(n_blocks)
+            self.values.reserve(n_values)
+        for start, stop in self._pieces(n_blocks, r):
+            self.keys.append(quantise(blocks[:, :, start:stop], self.bits, self.group))
+        for start, stop in self._pieces(n_values, 1):
+            self.values.append(quantise(v[:, :, start:stop], self.bits, self.group))
+        self.recent_keys.append(k[:, :, n_blocks * r :])
+        self.recent_values.append(v[:, :, n_values:])
+        self.n_tokens = n_tokens
+
+    def decode(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attend packed and recent tokens and the new one, then quantise what is due."""
+        queries = self.fold(q)
+        self.recent_keys.append(k)
+        if self.n_tokens < self.residual:  # nothing is packed and the ring still has room
+            self.recent_values.append(v)
+            recent = self.recent_keys.entries(), self.recent_values.entries()
+            out = scaled_dot_product_attention(queries, *recent)
+        else:
+            out = self._weighted_sum(self._scores(queries).softmax(dim=-1), v)
+            self._replace_oldest_value(v)
+        self._pack_full_block()
+        self.n_tokens += 1
+        return self.unfold(out)
+
+    def _scores(self, queries: Tensor) -> Tensor:
+        """Scaled scores [B, K, G, T + 1] of packed and recent keys, the new one included."""
+        r, n_packed = self.residual, self.keys.length * self.residual
+        queries = queries * self.mixer.head_dim**-0.5
+        scores = queries.new_empty(*queries.shape[:3], self.n_tokens + 1)
+        for start, stop in self._pieces(self.keys.length, r):
+            piece = torch.matmul(queries.unsqueeze(2), self.dequantised_keys(start, stop))
+            part = scores[..., start * r : stop * r].unflatten(-1, (stop - start, r))
+            part.copy_(piece.transpose(2, 3))
+        recent = self.recent_keys.entries().transpose(-1, -2)
+        scores[..., n_packed:] = torch.matmul(queries, recent)
+        return scores
+
+    def _weighted_sum(self, weights: Tensor, v: Tensor) -> Tensor:
+        """Sum [B, K, G, H] of packed values, the ring from its oldest entry on, and the new one."""
+        n_packed, oldest = self.values.length, self._oldest
+        out = torch.matmul(weights[..., -1:], v)
+        for start, stop in self._pieces(n_packed, 1):
+            out += torch.matmul(weights[..., start:stop], self.dequantised_values(start, stop))
+        turn = n_packed + self.residual - oldest
+        out += torch.matmul(weights[..., n_packed:turn], self.recent_values.entries(oldest))
+        if oldest:
+            out += torch.matmul(weights[..., turn:-1], self.recent_values.entries(0, oldest))
+        return out
+
+    def dequantised_keys(self, start: int, stop: int) -> Tensor:
+        """Blocks of keys as [B, K, blocks, H, R]."""
+        return self._dequantised(self.keys, start, stop)
+
+    def dequantised_values(self, start: int, stop: int) -> Tensor:
+        """Values of a range of tokens as [B, K, tokens, H]."""
+        return self._dequantised(self.values, start, stop)
+
+    def _dequantised(self, packed: _Packed, start: int, stop: int) -> Tensor:
+        words, scales, zeros = (buffer.entries(start, stop) for buffer in packed)
+        return dequantise(words, scales, zeros, self.bits, self.group)
+
+    def _replace_oldest_value(self, v: Tensor) -> None:
+        leaving = self.recent_values.entries(self._oldest, self._oldest + 1)
+        self.values.append(quantise(leaving, self.bits, self.group))
+        self.recent_values.write(self._oldest, v)
+        self._oldest = (self._oldest + 1) % self.residual
+
+    def _pack_full_block(self) -> None:
+        if self.recent_keys.length < self.residual:
+            return
+        block = self.recent_keys.entries().unsqueeze(2).transpose(-1, -2)
+        self.keys.append(quantise(block, self.bits, self.group))
+        self.recent_keys.clear(release=self._exact)
+
+    def _pieces(self, n_entries: int, tokens_per_entry: int) -> Iterator[tuple[int, int]]:
+        """Ranges of entries of about ``PIECE_ELEMENTS`` elements over the whole batch."""
+        per_token = self.batch * self.mixer.n_kv_heads * self.mixer.head_dim
+        step = max(1, PIECE_ELEMENTS // (per_token * tokens_per_entry))
+        for start in range(0, n_entries, step):
+            yield start, min(start + step, n_entries)
+
+    def snapshot(self) -> _Snapshot:
+        """Lengths, and copies of the residuals (a step may empty or overwrite them)."""
+        return _Snapshot(
+            self.n_tokens,
+            self.keys.length,
+            self.values.length,
+            self.recent_keys.entries().clone(),
+            self.recent_values.entries().clone(),
+            self._oldest,
+        )
+
+    def restore(self, snapshot: _Snapshot) -> None:
+        """Drop what the step packed and put the residuals back."""
+        self.n_tokens, self._oldest = snapshot.n_tokens, snapshot.oldest
+        self.keys.truncate(snapshot.key_blocks)
+        self.values.truncate(snapshot.values)
+        for buffer, entries in (
+            (self.recent_keys, snapshot.recent_keys),
+            (self.recent_values, snapshot.recent_values),
+        ):
+            buffer.clear()
+            buffer.append(entries)
