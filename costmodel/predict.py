@@ -160,7 +160,10 @@ class Model:
         dtype = options.dtype or default_dtype(architecture)
         if dtype not in ("bf16", "fp16", "fp32"):
             raise ConfigError(f"dtype: expected bf16, fp16 or fp32, got {dtype!r}")
-        hardware.peak(dtype)
+        try:
+            hardware.peak(dtype)
+        except ConfigError as error:
+            raise NotApplicableError(str(error)) from None
         refusal = stack.refusal(architecture)
         if refusal:
             raise NotApplicableError(refusal)

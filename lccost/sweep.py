@@ -242,8 +242,10 @@ def explain(run: Sweep) -> list[dict[str, Any]]:
 
 def plot(rows: Sequence[dict[str, Any]], run: Sweep, path: Path) -> None:
     """The roofline of the predictions on the first GPU."""
+    from reports.comparison import pairs_of_predictions
     from reports.figures import roofline, save_figure
+    from reports.records import rows_of
 
     hardware = run.hardware[0]
-    shown = [r for r in rows if r["applicable"] and r["gpu"] == hardware.name]
-    save_figure(roofline(shown, hardware), path)
+    shown = rows_of(r for r in rows if r["gpu"] == hardware.name)
+    save_figure(roofline(pairs_of_predictions(shown), hardware), path)

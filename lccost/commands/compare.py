@@ -1,0 +1,125 @@
+"""``lccost compare``."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lccost.commands.common import (
+    EXIT_TOLERANCE,
+    CommandError,
+    emit,
+    handle_errors,
+    to_json,
+)
+
+EXAMPLES = """
+\b
+Examples:
+  lccost compare runs.jsonl
+  lccost compare runs.jsonl --by method,context --format md
+  lccost compare runs.jsonl --gpu my-machine.toml --max-error 15%
+"""
+
+
+class Percent(click.ParamType):
+    """A tolerance: 15% or 0.15."""
+
+    name = "percent"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """As a fraction."""
+        if isinstance(value, float):
+            return value
+        text = str(value).strip()
+        try:
+            number = float(text.removesuffix("%")) / (100.0 if text.endswith("%") else 1.0)
+        except ValueError:
+            self.fail(f"expected a tolerance such as 15% or 0.15, got {value!r}", param, ctx)
+        if not 0.0 < number < 1e6:
+            self.fail(f"expected a positive tolerance, got {value!r}", param, ctx)
+        return number
+
+
+@click.command(epilog=EXAMPLES)
+@click.argument("records", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--by", default="method", show_default=True, help="Fields to group by.")
+@click.option("--gpu", default=None, help="Profile for records without a prediction of their own.")
+@click.option("--max-error", type=Percent(), default=None,
+              help="Exit with 5 when a group's MAPE is larger (15% or 0.15).")
+@click.option("--format", "form", type=click.Choice(("table", "json", "csv", "md")),
+              default="table", show_default=True)
+@click.option("--output", type=click.Path(path_type=Path), default=None, help="File to write.")
+@click.option("--plot", type=click.Path(path_type=Path), default=None,
+              help="Roofline picture with predicted rings and observed dots.")
+@handle_errors
+def compare(
+    records: tuple[Path, ...],
+    by: str,
+    gpu: str | None,
+    max_error: float | None,
+    form: str,
+    output: Path | None,
+    plot: Path | None,
+) -> None:
+    """Join measurements with predictions of the same point and print the error.
+
+    A record's own prediction is used, or one in the files given, or one computed for its key.
+    """
+    from costmodel.hardware import load_hardware
+    from lccost import __version__
+    from lccost.joins import predict_record
+    from reports.comparison import compare as join
+    from reports.comparison import error_groups, parse_fields
+    from reports.records import read_records
+    from reports.tables import error_table, render, unjoined_table
+
+    hardware = load_hardware(gpu) if gpu else None
+
+    def predicted(fields: Mapping[str, Any]) -> Mapping[str, Any]:
+        return predict_record(fields, hardware)
+
+    comparison = join(read_records(records), predicted)
+    table = error_table(comparison, by)
+    if form == "json":
+        text = to_json(
+            {
+                "schema_version": "1",
+                "lccost_version": __version__,
+                "command": "compare",
+                "inputs": {"records": [str(r) for r in records], "by": by, "gpu": gpu},
+                "assumptions": list(table.notes),
+                "results": table.dicts(),
+                "unjoined": unjoined_table(comparison).dicts(),
+            }
+        )
+    else:
+        text = render(table, form)
+        if form in ("table", "md") and comparison.unjoined:
+            text += "\n" + render(unjoined_table(comparison), form)
+    if plot is not None:
+        from reports.figures import roofline, save_figure
+
+        names = {str(p.key.values.get("gpu")) for p in comparison.pairs}
+        profile = hardware or load_hardware(sorted(names)[0])
+        save_figure(roofline(comparison.pairs, profile), plot)
+    emit(text, output)
+    if max_error is not None:
+        late = [
+            g
+            for g in error_groups(comparison, parse_fields(by))
+            if g.mape_percent > 100 * max_error
+        ]
+        if late:
+            worst = max(late, key=lambda g: g.mape_percent)
+            raise CommandError(
+                f"{len(late)} groups are outside {max_error:.0%}; the largest: {worst.metric} of "
+                f"{dict(worst.group)} with {worst.mape_percent:.1f} %",
+                EXIT_TOLERANCE,
+            )
+        if not comparison.errors:
+            raise CommandError("nothing was joined, so no error is inside the tolerance",
+                               EXIT_TOLERANCE)

@@ -1,0 +1,55 @@
+"""The prediction of a measured point: the same key, the same layers, the profile of its device."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from costmodel.architecture import Architecture
+from costmodel.errors import ConfigError
+from costmodel.hardware import HardwareProfile, load_hardware
+from costmodel.methods.parse import parse_method
+from costmodel.predict import predict
+from costmodel.registry import load_architecture
+from costmodel.workload import Workload
+
+
+def first_layers(architecture: Architecture, n_layers: int | None) -> Architecture:
+    """The model cut to its first ``n_layers`` blocks; embedding, final norm and head stay whole."""
+    if n_layers is None or n_layers == architecture.n_layers:
+        return architecture
+    if not 1 <= n_layers <= architecture.n_layers:
+        raise ConfigError(
+            f"layers: {architecture.name} has {architecture.n_layers}, got {n_layers}"
+        )
+    return replace(architecture, layers=architecture.layers[:n_layers])
+
+
+def predict_record(
+    fields: Mapping[str, Any],
+    hardware: HardwareProfile | None = None,
+    architecture: Architecture | None = None,
+) -> dict[str, Any]:
+    """The result row of the point that a record's key fields name.
+
+    ``hardware`` overrides the record's ``gpu``; ``architecture`` its ``model`` (a file that is not bundled).
+    Raises ``LccostError`` where the key names something unknown.
+    """
+    missing = [k for k in ("model", "method_spec", "batch", "context_tokens") if not fields.get(k)]
+    if missing:
+        raise ConfigError(f"the record lacks {', '.join(missing)}")
+    model = architecture or load_architecture(str(fields["model"]))
+    prediction = predict(
+        first_layers(model, fields.get("layers")),
+        parse_method(str(fields["method_spec"])),
+        Workload.of(
+            fields["batch"], fields["context_tokens"], fields.get("output_tokens") or 1
+        ),
+        hardware or load_hardware(str(fields.get("gpu"))),
+        dtype=fields.get("dtype"),
+        weight_dtype=fields.get("weight_dtype") or "checkpoint",
+        level=fields.get("level") or "ideal",
+        tp=int(fields.get("tp") or 1),
+        engine=fields.get("engine"),
+        solve=False,
+    )
+    return prediction.rows()[0]

@@ -1,0 +1,42 @@
+"""Shared test rules: what may be skipped, and where skipping is a failure."""
+
+import os
+import shutil
+
+import pytest
+
+ON_CI = os.environ.get("LCCOST_CI") == "1"
+
+
+def _has_cuda() -> bool:
+    try:
+        import torch
+    except ModuleNotFoundError:
+        return False
+    return bool(torch.cuda.is_available())
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    gpu = None
+    for item in items:
+        if "browser" in item.keywords and not chromium:
+            item.add_marker(pytest.mark.skip(reason="needs headless Chromium (package chromium)"))
+        if "compiler" in item.keywords and not compiler:
+            item.add_marker(pytest.mark.skip(reason="needs a C compiler"))
+        if "gpu" in item.keywords:
+            gpu = _has_cuda() if gpu is None else gpu
+            if not gpu:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):  # type: ignore[no-untyped-def]
+    """On CI, a test whose tool CI installs must run: its skip is a failure."""
+    outcome = yield
+    report = outcome.get_result()
+    installs = {"browser", "ray", "compiler"}
+    if ON_CI and report.skipped and installs & set(item.keywords) and not hasattr(report, "wasxfail"):
+        report.outcome = "failed"
+        report.longrepr = f"{item.nodeid} skipped on CI, which installs what it needs: {report.longrepr}"

@@ -1,0 +1,139 @@
+"""Properties every prediction must have, over models, methods, devices and workloads."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from costmodel.errors import NotApplicableError
+from costmodel.hardware import load_hardware
+from costmodel.methods import method_names
+from costmodel.predict import predict
+from costmodel.registry import load_architecture
+from costmodel.workload import Workload
+
+MODELS = [
+    "llama-3.1-8b",
+    "gemma-2-9b",
+    "deepseek-v3",
+    "qwen3-next-80b-a3b",
+    "mamba2-2.7b",
+    "recurrentgemma-9b",
+    "jamba-v0.1",
+    "mixtral-8x7b-v0.1",
+    "deepseek-v3.2",
+]
+GPUS = ["h100-sxm", "a100-sxm-80gb", "l4", "mi300x"]
+METHODS = list(method_names())
+contexts = st.lists(st.integers(1, 2**20), min_size=1, max_size=6)
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    model=st.sampled_from(MODELS),
+    method=st.sampled_from(METHODS),
+    gpu=st.sampled_from(GPUS),
+    batch=st.integers(1, 64),
+    tokens=contexts,
+    level=st.sampled_from(["ideal", "reference"]),
+    tp=st.sampled_from([1, 2, 8]),
+)
+def test_nothing_is_below_its_floor(
+    model: str, method: str, gpu: str, batch: int, tokens: list[int], level: str, tp: int
+) -> None:
+    try:
+        p = predict(
+            load_architecture(model),
+            method,
+            Workload.of(batch, tokens),
+            load_hardware(gpu),
+            level=level,  # type: ignore[arg-type]
+            tp=tp,
+            dtype="bf16",
+            solve=False,
+        )
+    except NotApplicableError:
+        return
+    exact = 1 + 1e-9
+    assert np.all(p["roofline_ttft_s"] <= p["ttft_low_s"] * exact)
+    assert np.all(p["roofline_tpot_s"] <= p["tpot_low_s"] * exact)
+    for name in ("ttft", "tpot"):
+        assert np.all(p[f"{name}_low_s"] <= p[f"{name}_s"])
+        assert np.all(p[f"{name}_s"] <= p[f"{name}_high_s"])
+    assert np.all(p["peak_prefill_bytes"] >= p["weights_bytes"] + p["state_bytes"] * (1 - 1e-12))
+    assert np.all(p["peak_decode_bytes"] >= p["weights_bytes"])
+    assert np.all(p["state_allocated_bytes"] >= p["state_bytes"] * (1 - 1e-12))
+    for name in ("state_bytes", "prefill_flops", "decode_flops", "decode_hbm_bytes", "tokens_per_s"):
+        assert np.all(np.isfinite(p[name])) and np.all(p[name] >= 0), name
+    assert np.all(p["state_bytes"] == np.round(p["state_bytes"])), "bytes are whole"
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("method", ["full", "fp8_kv"])
+def test_time_grows_with_context_and_batch(model: str, method: str) -> None:
+    tokens = np.unique(np.geomspace(16, 2**20, 200).astype(int))
+    try:
+        p = predict(
+            load_architecture(model),
+            method,
+            Workload.of(np.array([1, 2, 8, 64])[:, None], tokens),
+            load_hardware("h200-sxm"),
+            solve=False,
+        )
+    except NotApplicableError:
+        pytest.skip(f"{method} does not apply to {model}")
+    for name in ("ttft_s", "tpot_s", "state_bytes", "peak_prefill_bytes", "prefill_flops"):
+        assert np.all(np.diff(p[name], axis=1) >= -1e-9 * p[name][:, 1:]), name
+        assert np.all(np.diff(p[name], axis=0) >= -1e-9 * p[name][1:]), name
+
+
+@settings(max_examples=25, deadline=None)
+@given(model=st.sampled_from(MODELS), method=st.sampled_from(METHODS), tokens=contexts,
+       batch=st.integers(1, 300))
+def test_scalar_call_equals_array_call(
+    model: str, method: str, tokens: list[int], batch: int
+) -> None:
+    architecture, hardware = load_architecture(model), load_hardware("h100-sxm")
+    try:
+        many = predict(architecture, method, Workload.of(batch, tokens), hardware, solve=False)
+    except NotApplicableError:
+        return
+    one = predict(architecture, method, Workload.of(batch, tokens[0]), hardware, solve=False)
+    for name, values in one.metrics.items():
+        np.testing.assert_allclose(values, many[name][0], rtol=1e-12, err_msg=name)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    model=st.sampled_from(MODELS),
+    method=st.sampled_from(METHODS),
+    gpu=st.sampled_from(GPUS),
+    batch=st.integers(1, 40),
+    context=st.integers(64, 2**18),
+    fraction=st.floats(0.3, 1.0),
+)
+def test_solved_capacity_is_the_edge(
+    model: str, method: str, gpu: str, batch: int, context: int, fraction: float
+) -> None:
+    """What is solved fits, and one more does not."""
+    architecture, hardware = load_architecture(model), load_hardware(gpu)
+
+    def run(b: float, c: float, solve: bool = False):  # type: ignore[no-untyped-def]
+        return predict(
+            architecture, method, Workload.of(b, c), hardware, dtype="bf16",
+            memory_fraction=fraction, solve=solve,
+        )
+
+    try:
+        p = run(batch, context, solve=True)
+    except NotApplicableError:
+        return
+    most = float(p["max_batch"])
+    if most >= 1:
+        assert run(most, context)["fits"]
+    assert not run(most + 1, context)["fits"] or most >= 2**24
+    longest = float(p["max_context_tokens"])
+    if longest >= 1 and np.isfinite(longest):
+        assert run(batch, longest)["fits"]
+        assert not run(batch, longest + 1)["fits"]
+    assert bool(p["fits"]) == bool(float(p["min_gpus"]) == 1)
