@@ -29,8 +29,12 @@ class UnknownNameError(LccostError):
 
     def __init__(self, kind: str, name: str, known: Iterable[str], hint: str = "") -> None:
         names = sorted(set(known))
-        near = difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.45)
-        near += [n for n in names if name.lower() in n and n not in near][: 3 - len(near)]
+        low = name.lower()
+        # A name that is part of others ("h100") is a family: its members come first.
+        near = [n for n in names if len(low) > 2 and low in n][:6]
+        if len(near) < 3:
+            close = difflib.get_close_matches(low, names, n=3, cutoff=0.45)
+            near += [n for n in close if n not in near]
         text = f"unknown {kind} {name!r}."
         if near:
             text += f" Did you mean: {', '.join(near)}?"
