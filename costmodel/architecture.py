@@ -6,7 +6,7 @@
 
 import functools
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from costmodel.errors import NotApplicableError
 from costmodel.mixers.base import AbstractMixer, Linear
@@ -19,15 +19,16 @@ class Layer:
 
     other_parameters  norms and whatever else the block stores outside its mixers and MLPs
     linears           matrices the block itself applies to every token (adapters, gates)
-    shared_with       name of a weight set that several layers share; such weights are stored once
-                      but read by every layer that uses them
+    shared_with       index in ``Architecture.shared_layers`` of the weight set the layer uses; those
+                      mixers and MLPs are stored once but read by every layer that uses them. What else
+                      the layer has (norms, linears, further mixers) is its own
     """
 
     mixers: tuple[AbstractMixer, ...]
     mlps: tuple[MLP, ...] = ()
     other_parameters: int = 0
     linears: tuple[Linear, ...] = ()
-    shared_with: str | None = None
+    shared_with: int | None = None
 
     def sharded(self, tp: int) -> "Layer":
         """The part one of ``tp`` GPUs holds; norms and adapters replicate."""
@@ -82,12 +83,16 @@ class Architecture:
     head_bias: int = 0
     active_adjustment: int = 0
     dtype: str = "bf16"
-    quantization: tuple[tuple[str, object], ...] | None = field(default=None, compare=False)
+    quantization: tuple[tuple[str, object], ...] | None = None
     max_context_tokens: int | None = None
     source: str = ""
     confidence: str = ""
     notes: tuple[str, ...] = ()
     assumed: bool = False
+
+    def __hash__(self) -> int:
+        """Cheap: layers are compared only when the rest is equal."""
+        return hash((self.name, self.hub_id, self.d_model, self.vocab_size, len(self.layers)))
 
     @property
     def n_layers(self) -> int:
@@ -97,25 +102,28 @@ class Architecture:
     @property
     def mixer_groups(self) -> tuple[MixerGroup, ...]:
         """Identical mixers together, in order of first appearance."""
-        return _mixer_groups(self.layers)
+        return _mixer_groups(self)
 
     @property
     def mlp_groups(self) -> tuple[tuple[MLP, int], ...]:
         """Identical MLPs with their number."""
-        return tuple(Counter(m for layer in self.layers for m in layer.mlps).items())
+        return _mlp_groups(self)
 
     @property
     def linear_groups(self) -> tuple[tuple[Linear, int], ...]:
         """All per-token matrices outside routed experts and head, with how often a pass uses them."""
-        d = self.d_model
-        counts: Counter[Linear] = Counter()
-        for layer in self.layers:
-            counts.update(layer.linears)
-            for mixer in layer.mixers:
-                counts.update(mixer.linears(d))
-            for mlp in layer.mlps:
-                counts.update(mlp.linears(d))
-        return tuple(counts.items())
+        return _linear_groups(self)
+
+    @property
+    def stored_layers(self) -> tuple[Layer, ...]:
+        """Layers whose sum is what the checkpoint stores: shared weight sets once, then every layer
+        with only what is its own.
+        """
+        own = (
+            x if x.shared_with is None else _without(x, self.shared_layers[x.shared_with])
+            for x in self.layers
+        )
+        return (*self.shared_layers, *own)
 
     def _layer_parameters(self, layer: Layer, *, active: bool) -> int:
         d = self.d_model
@@ -130,12 +138,9 @@ class Architecture:
         return total
 
     def _count(self, *, active: bool) -> int:
-        stored = [x for x in self.layers if x.shared_with is None] + list(self.shared_layers)
-        total = sum(self._layer_parameters(x, active=active) for x in stored)
-        total += sum(  # layers on shared weights still own what is theirs alone
-            x.other_parameters + sum(y.n_parameters for y in x.linears)
-            for x in self.layers
-            if x.shared_with is not None
+        total = sum(
+            n * self._layer_parameters(x, active=active)
+            for x, n in Counter(self.stored_layers).items()
         )
         embedding = self.embedding_parameters or self.vocab_size * self.d_model
         head = 0 if self.tied_embeddings else self.vocab_size * self.d_model
@@ -144,20 +149,30 @@ class Architecture:
     @property
     def n_parameters(self) -> int:
         """Parameters of the checkpoint (text tower), ties counted once, MTP heads not counted."""
-        return self._count(active=False)
+        return _parameters(self, False)
 
     @property
     def n_active_parameters(self) -> int:
         """Parameters a token uses: all but the routed experts it does not visit. Includes the
         embedding and the head (published figures often leave them out).
         """
-        return self._count(active=True) + self.active_adjustment
+        return _parameters(self, True) + self.active_adjustment
 
     def sharded(self, tp: int) -> "Architecture":
         """What one of ``tp`` tensor-parallel GPUs holds; raises ``NotApplicableError``."""
         if tp == 1:
             return self
         return _sharded(self, tp)
+
+
+def _without(layer: Layer, shared: Layer) -> Layer:
+    """The layer less the mixers and MLPs of a shared weight set."""
+    return replace(
+        layer,
+        mixers=tuple(m for m in layer.mixers if m not in shared.mixers),
+        mlps=tuple(m for m in layer.mlps if m not in shared.mlps),
+        shared_with=None,
+    )
 
 
 @functools.lru_cache(maxsize=64)
@@ -173,10 +188,10 @@ def _sharded(architecture: Architecture, tp: int) -> Architecture:
 
 
 @functools.lru_cache(maxsize=256)
-def _mixer_groups(layers: tuple[Layer, ...]) -> tuple[MixerGroup, ...]:
+def _mixer_groups(architecture: Architecture) -> tuple[MixerGroup, ...]:
     members: dict[AbstractMixer, list[int]] = {}
     n_kv = 0
-    for mixer in (m for layer in layers for m in layer.mixers):
+    for mixer in (m for layer in architecture.layers for m in layer.mixers):
         ordinals = members.setdefault(mixer, [])
         ordinals.append(n_kv if mixer.HAS_KV else -1)
         n_kv += mixer.HAS_KV
@@ -184,3 +199,26 @@ def _mixer_groups(layers: tuple[Layer, ...]) -> tuple[MixerGroup, ...]:
         MixerGroup(mixer, len(x), tuple(i for i in x if i >= 0), n_kv)
         for mixer, x in members.items()
     )
+
+
+@functools.lru_cache(maxsize=256)
+def _mlp_groups(architecture: Architecture) -> tuple[tuple[MLP, int], ...]:
+    return tuple(Counter(m for layer in architecture.layers for m in layer.mlps).items())
+
+
+@functools.lru_cache(maxsize=256)
+def _linear_groups(architecture: Architecture) -> tuple[tuple[Linear, int], ...]:
+    d = architecture.d_model
+    counts: Counter[Linear] = Counter()
+    for layer, n in Counter(architecture.layers).items():
+        for linear in layer.linears:
+            counts[linear] += n
+        for part in (*layer.mixers, *layer.mlps):
+            for linear in part.linears(d):
+                counts[linear] += n
+    return tuple(counts.items())
+
+
+@functools.lru_cache(maxsize=512)
+def _parameters(architecture: Architecture, active: bool) -> int:
+    return architecture._count(active=active)

@@ -11,11 +11,57 @@ from costmodel.families.common import Model as Model
 #: model_type -> module in this package.
 MODULES: dict[str, str] = {
     # attention and a dense MLP
+    "glm4": "dense",
     "llama": "dense",
     "mistral": "dense",
+    "phi3": "dense",
     "qwen2": "dense",
     "qwen3": "dense",
-    "phi3": "dense",
+    # attention and experts
+    "glm4_moe": "moe",
+    "gpt_oss": "moe",
+    "llama4": "moe",
+    "llama4_text": "moe",
+    "mimo_v2_flash": "moe",
+    "minimax_m2": "moe",
+    "mixtral": "moe",
+    "qwen2_moe": "moe",
+    "qwen3_moe": "moe",
+    # Gemma
+    "gemma": "gemma",
+    "gemma2": "gemma",
+    "gemma3": "gemma",
+    "gemma3_text": "gemma",
+    "gemma4": "gemma",
+    "gemma4_text": "gemma",
+    # latent attention
+    "deepseek_v2": "deepseek",
+    "deepseek_v3": "deepseek",
+    "deepseek_v32": "deepseek",
+    "glm_moe_dsa": "deepseek",
+    "kimi_k2": "deepseek",
+    "kimi_k25": "deepseek",
+    "kimi_linear": "deepseek",
+    "deepseek_v4": "deepseek_v4",
+    # linear attention and state spaces, alone or beside attention
+    "qwen3_next": "qwen_hybrid",
+    "qwen3_5": "qwen_hybrid",
+    "qwen3_5_text": "qwen_hybrid",
+    "qwen3_5_moe": "qwen_hybrid",
+    "qwen3_5_moe_text": "qwen_hybrid",
+    "minimax": "minimax",
+    "minimax_text_01": "minimax",
+    "mamba": "mamba",
+    "falcon_mamba": "mamba",
+    "mamba2": "mamba",
+    "recurrent_gemma": "recurrent",
+    "rwkv5": "recurrent",
+    "jamba": "hybrid",
+    "bamba": "hybrid",
+    "granitemoehybrid": "hybrid",
+    "falcon_h1": "hybrid",
+    "nemotron_h": "nemotron_h",
+    "zamba2": "zamba2",
 }
 
 #: Keys under which wrappers (vision, audio) keep the language model's own config.

@@ -97,6 +97,7 @@ def read_layer_types(
     types = c.optional_texts(key)
     if types is None:
         return None
+    types = modern_types(types)
     if len(types) != n_layers:
         raise ConfigError(
             f"{c.where}: {c.path}{key}: expected {n_layers} entries, one for each layer, got {len(types)}"
@@ -105,3 +106,35 @@ def read_layer_types(
         if kind not in allowed:
             raise c.error(f"{key}[{i}]", " or ".join(allowed), kind)
     return types
+
+
+#: Older spellings of layer types that published files still use.
+LEGACY_TYPES = {"attention": FULL, "mamba": LINEAR, "mamba2": LINEAR, "linear": LINEAR}
+
+
+def modern_types(types: tuple[str, ...]) -> tuple[str, ...]:
+    """Layer types in today's spelling."""
+    return tuple(LEGACY_TYPES.get(t, t) for t in types)
+
+
+def read_sparse_layers(c: ConfigReader, n_layers: int) -> tuple[bool, ...]:
+    """Which layers are mixtures of experts: ``mlp_layer_types``, ``first_k_dense_replace`` with
+    ``moe_layer_freq``, or all.
+    """
+    types = read_layer_types(c, n_layers, ("dense", "sparse"), "mlp_layer_types")
+    if types is not None:
+        c.ignore("first_k_dense_replace", "moe_layer_freq")
+        return tuple(t == "sparse" for t in types)
+    first = c.integer("first_k_dense_replace", default=0, minimum=0)
+    if isinstance(c.raw("moe_layer_freq"), list):
+        flags = c.optional_integers("moe_layer_freq", maximum=1) or ()
+        if len(flags) != n_layers:
+            raise c.error("moe_layer_freq", f"{n_layers} entries, one for each layer", len(flags))
+        return tuple(i >= first and bool(f) for i, f in enumerate(flags))
+    every = c.integer("moe_layer_freq", default=1)
+    return tuple(i >= first and i % every == 0 for i in range(n_layers))
+
+
+def read_top_k(c: ConfigReader, *keys: str, n_experts: int) -> int:
+    """Experts per token, at most as many as there are."""
+    return c.integer(*keys, maximum=n_experts)

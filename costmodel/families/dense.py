@@ -53,6 +53,7 @@ TRAITS: dict[str, Traits] = {
         qkv_bias="attention_bias", o_bias="attention_bias", qk_norm="head", windows="qwen2"
     ),
     "phi3": Traits(windows="all"),
+    "glm4": Traits(qkv_bias="attention_bias", norms=4),
 }
 
 
