@@ -63,11 +63,10 @@ class Fields:
 
     def _take(self, key: str, required: bool, expected: str) -> Any:
         self._read.add(key)
-        if key not in self.table:
-            if required:
-                self.problem(key, f"missing; expected {expected}")
-            return None
-        return self.table[key]
+        value = self.table.get(key)
+        if value is None and required:
+            self.problem(key, f"missing; expected {expected}")
+        return value
 
     def number(
         self, key: str, *, unit: str, low: float, high: float, required: bool = False
