@@ -20,7 +20,7 @@ def method_names() -> tuple[str, ...]:
     return tuple(sorted(modules - _NOT_METHODS))
 
 
-_NOT_METHODS = {"base", "parse", "stack"}
+_NOT_METHODS = {"base", "chains", "parse", "stack"}
 
 
 @functools.cache

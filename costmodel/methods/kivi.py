@@ -1,31 +1,44 @@
 """KIVI: 2- or 4-bit KV cache, keys per channel and values per token, a 16-bit residual.
 
-Liu et al., arXiv 2402.02750; code jy-yuan/KIVI (``quant/new_pack.py``, ``quant/matmul.py``,
-``models/llama_kivi.py``). Prefill attends exactly, then quantises: keys in whole blocks of R tokens
-(T - T mod R of them), values all but the last R. Decode appends in 16 bits; a full block of R keys
-is quantised at once (a sawtooth of 0..R-1), of the values always the oldest one.
+Liu et al., arXiv 2402.02750; code jy-yuan/KIVI. Prefill attends exactly, then quantises: keys in
+whole blocks of R tokens (T - T mod R of them), values all but the last R. Decode appends in 16
+bits; a full block of R keys is quantised at once (a sawtooth of 0..R-1), of the values always the
+oldest. The new token is attended in 16 bits.
 
-State per layer, e = bits/8 + 2 * scale_bytes / group bytes per quantised element:
+State per layer, e = bits/8 + 2 scale_bytes / group bytes per quantised element:
     B K [ Nk Hk e + Rk Hk b  +  Nv Hv e + Rv Hv b ],   Rk = T mod R, Rv = min(T, R), N = T - R
 A window W keeps whole key blocks: the fewest that still cover min(T, W) tokens.
 
-``ideal`` reads the packed state once in one fused kernel. ``reference`` is the upstream chain:
-scales, zeros and codes repeated to all query heads (GQA) and made contiguous before each kernel,
-packed values and their scales re-concatenated every step, scores materialised.
+``ideal`` reads the packed state once in one fused kernel, which also packs the oldest tokens.
+``reference`` is the upstream chain: codes, scales and zeros repeated to all query heads (GQA), made
+contiguous before each kernel, packed values re-concatenated every step, scores materialised.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, final
 
 import numpy as np
 
-from costmodel.architecture import MixerGroup
+from costmodel.architecture import Architecture, MixerGroup
 from costmodel.errors import ConfigError
-from costmodel.methods.base import AbstractMethod, Stage, State, attention_of, not_stored
+from costmodel.methods.base import (
+    AbstractMethod,
+    Stage,
+    State,
+    attention_of,
+    check_at_least,
+    layer_bytes,
+    not_stored,
+)
+from costmodel.methods.chains import elementwise, softmax_chain_bytes
 from costmodel.mixers import Attention
 from costmodel.mixers.attention import decode_attention
-from costmodel.operation import Array, Operation, Operations
+from costmodel.operation import Array, Operations
 from costmodel.workload import Point
+
+_ATTENTION = "jy-yuan/KIVI models/mistral_kivi.py"
+_MATMUL = "jy-yuan/KIVI quant/matmul.py cuda_bmm_fA_qB_outer"
+_PACK = "jy-yuan/KIVI quant/new_pack.py triton_quantize_and_pack_along_last_dim"
 
 
 @final
@@ -35,7 +48,7 @@ class Kivi(AbstractMethod):
 
     NAME: ClassVar[str] = "kivi"
     TITLE: ClassVar[str] = "KIVI: 2/4-bit KV cache with a 16-bit residual"
-    REFERENCE: ClassVar[str] = "arXiv 2402.02750; github.com/jy-yuan/KIVI"
+    REFERENCE: ClassVar[str] = "Liu et al., arXiv 2402.02750; github.com/jy-yuan/KIVI"
     STAGES: ClassVar[frozenset[Stage]] = frozenset({"store"})
     ACTS: ClassVar[str] = "after prefill, layer by layer, and on every decoded token"
     DOES_NOT_SAVE: ClassVar[str] = (
@@ -58,12 +71,32 @@ class Kivi(AbstractMethod):
 
     def __post_init__(self) -> None:
         if self.bits not in (2, 4):
-            raise ConfigError(f"kivi: bits must be 2 or 4, got {self.bits}")
-        if self.group < 1 or self.residual_tokens < 1 or self.residual_tokens % self.group:
-            raise ConfigError(
-                f"kivi: residual_tokens ({self.residual_tokens}) must be a multiple of group "
-                f"({self.group})"
-            )
+            raise ConfigError(f"kivi: expected bits of 2 or 4, got {self.bits}")
+        check_at_least("kivi", 1, group=self.group, residual_tokens=self.residual_tokens)
+        per_word = 32 // self.bits
+        for unit, what in ((self.group, f"group ({self.group})"), (per_word, f"{per_word}")):
+            if self.residual_tokens % unit:
+                raise ConfigError(
+                    f"kivi: expected residual_tokens to be a multiple of {what}, "
+                    f"got {self.residual_tokens}"
+                )
+
+    def refusal(self, architecture: Architecture) -> str | None:
+        """Also refuses head sizes that do not divide into groups and 32-bit words."""
+        for mixer in (g.mixer for g in architecture.mixer_groups):
+            if isinstance(mixer, Attention) and self.covers(mixer):
+                for unit in (self.group, 32 // self.bits):
+                    if mixer.v_head_dim % unit:
+                        return (
+                            f"kivi packs values in groups of {unit} along the head, and "
+                            f"{architecture.name} has heads of {mixer.v_head_dim}"
+                        )
+        # super() does not see through the class that slots=True makes
+        return AbstractMethod.refusal(self, architecture)
+
+    def element_bytes(self, point: Point) -> float:
+        """Bytes of a quantised element with its share of scale and zero point."""
+        return self.bits / 8 + 2 * point.element_bytes / self.group
 
     def counts(self, mixer: Attention, tokens: Array) -> tuple[Array, Array, Array, Array]:
         """(quantised keys, residual keys, quantised values, residual values) in tokens."""
@@ -75,20 +108,18 @@ class Kivi(AbstractMethod):
         rv = np.minimum(held, r)
         return nk, rk, held - rv, rv
 
-    def packed_bytes(self, mixer: Attention, point: Point) -> tuple[Array, Array]:
-        """(packed codes with scales and zeros, 16-bit residual) of one layer, whole batch."""
+    def packed_bytes(self, mixer: Attention, point: Point) -> tuple[Array, Array, Array]:
+        """(packed keys, packed values, 16-bit residual) of one layer, whole batch."""
         nk, rk, nv, rv = self.counts(mixer, point.cached_tokens)
-        b = point.kv_element_bytes
-        e = self.bits / 8 + 2 * b / self.group
+        b, e = point.kv_element_bytes, self.element_bytes(point)
         hk, hv = mixer.head_dim, mixer.v_head_dim
         heads = point.batch * mixer.n_kv_heads
-        return heads * (nk * hk + nv * hv) * e, heads * (rk * hk + rv * hv) * b
+        return heads * nk * hk * e, heads * nv * hv * e, heads * (rk * hk + rv * hv) * b
 
     def state(self, group: MixerGroup, point: Point) -> State:
         """Exact packed bytes."""
-        mixer = attention_of(group)
-        packed, residual = self.packed_bytes(mixer, point)
-        return State(group.n_layers * (packed + residual))
+        keys, values, residual = self.packed_bytes(attention_of(group), point)
+        return State(group.n_layers * (keys + values + residual))
 
     def prefill_attention(
         self, group: MixerGroup, point: Point, attention: Operations
@@ -97,134 +128,133 @@ class Kivi(AbstractMethod):
         return not_stored(attention, point)
 
     def after_prefill(self, group: MixerGroup, point: Point) -> Operations:
-        """Quantise and pack one of K and V at a time."""
+        """Quantise and pack K, then V.
+
+        Upstream, b-byte passes over an element: contiguous copy (read and write), min and max (one
+        read), subtract, divide, clamp, round (read and write each), cast to int32 (read b, write
+        4), pack (read 4).
+        """
         mixer = attention_of(group)
         at_end = point.at(point.prompt_tokens)
-        packed, residual = self.packed_bytes(mixer, at_end)
-        elements = point.batch * point.prompt_tokens * mixer.kv_elements_per_token()
-        b = point.kv_element_bytes
-        quantise = Operation(
-            name="quantise",
-            kind="elementwise",
-            vector_flops=6 * elements,
-            state_bytes=packed + residual,
-            # upstream: transposed copy, (x - min) copy, int32 codes
-            workspace_bytes=elements * (b if point.level == "ideal" else 26.0),
-            transient_bytes=elements * (b if point.level == "ideal" else 12.0),
-            launches=1 if point.level == "ideal" else 24,
-            dtype=point.dtype,
-            shape={"elements": elements, "bits": float(self.bits)},
-            source="" if point.level == "ideal" else "jy-yuan/KIVI quant/new_pack.py",
-            formula="read K and V once, write e bytes per element",
+        keys, values, residual = self.packed_bytes(mixer, at_end)
+        nk, _, nv, _ = self.counts(mixer, point.prompt_tokens)
+        heads = point.batch * mixer.n_kv_heads
+        elements = heads * (nk * mixer.head_dim + nv * mixer.v_head_dim)
+        largest = heads * np.maximum(nk * mixer.head_dim, nv * mixer.v_head_dim)
+        b = point.element_bytes
+        reference = point.level == "reference"
+        return (
+            elementwise(
+                "quantise",
+                vector_flops=6 * elements,
+                state_bytes=keys + values + residual,
+                workspace_bytes=elements * (12 * b + 8) if reference else 0.0,
+                activation_bytes=0.0 if reference else elements * b,
+                transient_bytes=layer_bytes(mixer, point, point.prompt_tokens)
+                + (largest * (2 * b + 4) if reference else 0.0),
+                launches=20 if reference else 1,
+                source=_PACK if reference else "",
+                formula="(12 b + 8) bytes per element" if reference else "K and V packed once",
+            ),
         )
-        return (quantise,)
 
     def decode(self, group: MixerGroup, point: Point) -> Operations:
         """Attention over packed and residual tokens; the flush every R steps at 1/R of its cost."""
         mixer = attention_of(group)
-        packed, residual = self.packed_bytes(mixer, point)
+        keys, values, residual = self.packed_bytes(mixer, point)
         nk, rk, nv, rv = self.counts(mixer, point.cached_tokens)
-        b = point.kv_element_bytes
         heads = point.batch * mixer.n_kv_heads
-        new_token = heads * (mixer.head_dim + mixer.v_head_dim) * b
-        dequantised = heads * (nk * mixer.head_dim + nv * mixer.v_head_dim)
         ratio = mixer.n_heads / mixer.n_kv_heads
-        held = np.minimum(point.cached_tokens, mixer.limit_tokens)
+        dequantised = heads * (nk * mixer.head_dim + nv * mixer.v_head_dim)
         reference = point.level == "reference"
-        if not (reference or point.engine.fused_dequantise):
-            return self._unfused_decode(mixer, point)
+        packed = keys + values
         attention = decode_attention(
             mixer,
             point,
-            read_tokens=held,
-            executed_tokens=(nk + rk + nv + rv) / 2 + 1,
-            read_bytes=packed + residual,
-            written_bytes=new_token,
-            vector_flops=2 * dequantised * (ratio if reference else 1.0),
-            launches=4 if reference else 1,
-            source="jy-yuan/KIVI quant/matmul.py cuda_bmm_fA_qB_outer" if reference else "",
-            formula="packed and residual state read once",
-        )
-        flush = self._quantise_append(mixer, point, launches=2 if reference else 1)
-        if not reference:
-            return attention, flush
-        # MHA: transpose().contiguous() of codes, scales and zeros (read and write);
-        # GQA: first repeat them to all query heads (read 1, write G), then copy (2 G), then read G.
-        extra = 2.0 * packed if ratio == 1 else (4.0 * ratio) * packed
-        repeat = Operation(
-            name="repeat_and_copy_packed",
-            kind="elementwise",
-            workspace_bytes=extra,
-            transient_bytes=2 * ratio * packed,
-            launches=12,
-            source="jy-yuan/KIVI quant/matmul.py repeat_kv_quant, .transpose().contiguous()",
-            formula="packed * 4 G (GQA) or packed * 2 (MHA)",
-        )
-        v_packed = heads * nv * mixer.v_head_dim * (self.bits / 8 + 2 * b / self.group)
-        cat = Operation(
-            name="cache_cat",
-            kind="elementwise",
-            workspace_bytes=2 * v_packed,
-            transient_bytes=v_packed,
-            launches=3,
-            source="jy-yuan/KIVI models/llama_kivi.py torch.cat of value codes, scales, zeros",
-            formula="read and write the packed values every step",
-        )
-        scores = Operation(
-            name="scores",
-            kind="elementwise",
-            workspace_bytes=point.batch * mixer.n_heads * held * (2 + 4) * 2,
-            transient_bytes=point.batch * mixer.n_heads * held * 6,
-            launches=4,
-            source="jy-yuan/KIVI models/llama_kivi.py softmax in float32",
-            formula="B N T (2 + 4) bytes written and read",
-        )
-        return attention, repeat, cat, scores, flush
-
-    def _quantise_append(self, mixer: Attention, point: Point, *, launches: float) -> Operation:
-        """Quantise what leaves the residual: on average one token per step."""
-        elements = point.batch * (mixer.n_kv_heads * (mixer.head_dim + mixer.v_head_dim))
-        return Operation(
-            name="quantise_append",
-            kind="elementwise",
-            vector_flops=6 * elements,
-            state_bytes=elements * (point.kv_element_bytes + self.bits / 8),
-            launches=launches,
-            dtype=point.dtype,
-            shape={"elements": elements, "bits": float(self.bits)},
-            formula="one value token per step, a block of R key tokens every R steps",
-        )
-
-    def _unfused_decode(self, mixer: Attention, point: Point) -> Operations:
-        """Without a fused kernel: unpack to the compute type, then attend copy and residual.
-
-        The copy is written and read once; it is made piece by piece, so it is never alive whole.
-        """
-        packed, residual = self.packed_bytes(mixer, point)
-        nk, rk, nv, rv = self.counts(mixer, point.cached_tokens)
-        heads = point.batch * mixer.n_kv_heads
-        elements = heads * (nk * mixer.head_dim + nv * mixer.v_head_dim)
-        new_token = heads * (mixer.head_dim + mixer.v_head_dim) * point.kv_element_bytes
-        dequantise = Operation(
-            name="dequantise",
-            kind="elementwise",
-            vector_flops=2 * elements,
-            state_bytes=packed,
-            workspace_bytes=2 * elements * point.element_bytes,
-            launches=10,
-            dtype=point.dtype,
-            shape={"elements": elements, "bits": float(self.bits)},
-            formula="codes, scales and zeros read; a copy of b bytes per element written and read",
-        )
-        attention = decode_attention(
-            mixer,
-            point,
-            name="dequantised_attention",
             read_tokens=np.minimum(point.cached_tokens, mixer.limit_tokens),
             executed_tokens=(nk + rk + nv + rv) / 2 + 1,
-            read_bytes=residual,
-            written_bytes=new_token,
-            launches=8,
-            formula="scores and weighted sum over the copy, and over the residual",
+            read_bytes=packed + residual,
+            written_bytes=layer_bytes(mixer, point, 1.0),
+            vector_flops=2 * dequantised * (ratio if reference else 1.0),
+            launches=4 if reference else 1,
+            source=_MATMUL if reference else "",
+            formula="packed and residual state read once",
         )
-        return dequantise, attention, self._quantise_append(mixer, point, launches=16)
+        new = heads * (mixer.head_dim + mixer.v_head_dim)
+        b, e = point.kv_element_bytes, self.element_bytes(point)
+        flush = elementwise(
+            "quantise_append",
+            vector_flops=6 * new,
+            state_bytes=new * (b + e),
+            workspace_bytes=new * (12 * b + 8) if reference else 0.0,
+            launches=20 * (1 + 1 / self.residual_tokens) if reference else 0,
+            source=_PACK if reference else "",
+            formula="one value token a step and R key tokens every R steps: b read, e written",
+        )
+        if not reference:
+            return attention, flush
+        return (
+            *self._reference_copies(mixer, point, packed, ratio),
+            replace(attention, workspace_bytes=packed * ratio),
+            *self._reference_rest(mixer, point, keys, values, residual),
+            flush,
+        )
+
+    def _reference_copies(
+        self, mixer: Attention, point: Point, packed: Array, ratio: float
+    ) -> Operations:
+        """What happens to the packed state before a kernel reads it."""
+        copy = elementwise(
+            "make_packed_contiguous",
+            workspace_bytes=packed * (1.0 if ratio == 1 else 2 * ratio),
+            transient_bytes=packed * ratio,
+            launches=6,
+            source=f"{_MATMUL} .transpose(1, 2).contiguous() of codes, scales, zeros",
+            formula="G times the packed state, read and written",
+        )
+        if ratio == 1:
+            return (copy,)
+        repeat = elementwise(
+            "repeat_packed",
+            workspace_bytes=packed * ratio,
+            transient_bytes=2 * packed * ratio,
+            launches=6,
+            source=f"{_ATTENTION} repeat_kv_quant of codes, scales and zeros",
+            formula="G times the packed state written",
+        )
+        return repeat, copy
+
+    def _reference_rest(
+        self, mixer: Attention, point: Point, keys: Array, values: Array, residual: Array
+    ) -> Operations:
+        """Concatenations and materialised scores."""
+        held = np.minimum(point.cached_tokens, mixer.limit_tokens)
+        scores = point.batch * mixer.n_heads * (held + 1)
+        b = point.element_bytes
+        return (
+            elementwise(
+                "cache_cat",
+                workspace_bytes=2 * values + 2 * keys / self.residual_tokens,
+                transient_bytes=values,
+                launches=3 * (1 + 1 / self.residual_tokens),
+                source=f"{_ATTENTION} torch.cat of codes, scales and zeros",
+                formula="packed values read and written every step, packed keys every R steps",
+            ),
+            elementwise(
+                "residual_cat",
+                workspace_bytes=2 * residual,
+                transient_bytes=residual,
+                launches=3,
+                source=f"{_ATTENTION} torch.cat of key_states_full, value_states_full",
+                formula="the 16-bit residual read and written",
+            ),
+            elementwise(
+                "scores_softmax",
+                vector_flops=6 * scores,
+                workspace_bytes=scores * (softmax_chain_bytes(b) + 4 * b),
+                transient_bytes=scores * (2 * b + 4),
+                launches=6,
+                source=f"{_ATTENTION} torch.cat of scores, softmax in float32",
+                formula="B N T (10 b + 8): cat, scale, mask, softmax, cast, and the kernels' ends",
+            ),
+        )

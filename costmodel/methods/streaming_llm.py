@@ -1,0 +1,246 @@
+"""StreamingLLM: the first I tokens (attention sinks) and the last W; the middle is dropped for
+good.
+
+Xiao et al., arXiv 2309.17453. Already the prompt is attended through that band, so prefill is
+linear. State per layer: B K min(T, I + W) (Hk + Hv) b.
+
+positions=cache (mit-han-lab/streaming-llm): keys are cached before rotation and rotated anew on
+every step with their place in the cache. positions=fixed (thunlp/InfLLM ``stream_llm.py``, the
+benchmark's harness): local keys keep true distances, sinks one fixed distance.
+
+``ideal``: a banded attention kernel and a ring buffer. ``reference``: positions=cache runs the
+prompt through eager attention and concatenates the cache anew on every step; positions=fixed works
+in chunks of 8192 and re-rotates its window in fp32.
+"""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, final
+
+import numpy as np
+
+from costmodel.architecture import MixerGroup
+from costmodel.methods.base import (
+    PRESETS,
+    AbstractMethod,
+    Mask,
+    Preset,
+    Stage,
+    State,
+    attention_of,
+    check_at_least,
+    covers_unbounded,
+    kept,
+    layer_bytes,
+)
+from costmodel.methods.chains import cache_cat, eager_prompt, eager_step, elementwise, rotate_keys
+from costmodel.mixers import AbstractMixer, Attention
+from costmodel.mixers.attention import decode_attention, prefill_attention
+from costmodel.operation import Array, Operations, causal_pairs
+from costmodel.workload import Point
+
+_MIT_CACHE = "mit-han-lab/streaming-llm streaming_llm/kv_cache.py"
+_MIT_LLAMA = "mit-han-lab/streaming-llm streaming_llm/pos_shift/modify_llama.py"
+_INF = "thunlp/InfLLM inf_llm/attention/stream_llm.py"
+_CHUNK = 8192.0  # tokens the InfLLM harness feeds at once
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamingLLM(AbstractMethod):
+    """Attention sinks and a rolling window."""
+
+    NAME: ClassVar[str] = "streaming_llm"
+    TITLE: ClassVar[str] = "StreamingLLM: attention sinks and a rolling window"
+    REFERENCE: ClassVar[str] = "Xiao et al., arXiv 2309.17453; github.com/mit-han-lab/streaming-llm"
+    STAGES: ClassVar[frozenset[Stage]] = frozenset({"prefill", "evict", "store"})
+    ACTS: ClassVar[str] = "during prefill and on every decoded token"
+    DOES_NOT_SAVE: ClassVar[str] = (
+        "weights or MLP work; what leaves the window cannot be recovered, so retrieval is lost."
+    )
+    REALISED_BY: ClassVar[tuple[str, ...]] = (
+        "streaming-llm repository",
+        "InfLLM (stream-llm)",
+        "kvpress (after prefill)",
+        "TensorRT-LLM",
+    )
+    PARAMETERS: ClassVar[dict[str, str]] = {
+        "sink_tokens": "first tokens kept; fewer is smaller",
+        "window_tokens": "latest tokens kept; fewer is smaller",
+        "positions": "cache (keys rotated every step) or fixed (keys rotated once)",
+        "preset": "the benchmark's 2x, 4x, 6x or 8x budgets, from the prompt's length",
+    }
+    STATE_FORMULA: ClassVar[str] = "B K min(T, I + W) (Hk + Hv) b"
+    PRESET_SETS: ClassVar[tuple[str, ...]] = ("sink_tokens", "window_tokens")
+
+    sink_tokens: int = 4
+    window_tokens: int = 1020
+    positions: Literal["cache", "fixed"] = "cache"
+    preset: Preset | None = None
+
+    def __post_init__(self) -> None:
+        check_at_least("streaming_llm", 0, sink_tokens=self.sink_tokens)
+        check_at_least("streaming_llm", 1, window_tokens=self.window_tokens)
+
+    def budget(self, prompt_tokens: Array) -> tuple[Array, Array]:
+        """(sinks, window). A preset keeps a share of the prompt, 2.1 % of it as sinks."""
+        if self.preset is None:
+            return float(self.sink_tokens), float(self.window_tokens)
+        total = np.floor(np.asarray(prompt_tokens, dtype=np.float64) * PRESETS[self.preset])
+        total = np.maximum(total, 1.0)
+        sinks = np.floor(0.021 * total)
+        return sinks, total - sinks
+
+    def resolved(self, context_tokens: int) -> "StreamingLLM":
+        """The preset's budgets for this context."""
+        if self.preset is None:
+            return self
+        sinks, window = self.budget(float(context_tokens))
+        return replace(self, sink_tokens=int(sinks), window_tokens=int(window), preset=None)
+
+    def covers(self, mixer: AbstractMixer) -> bool:
+        """Attention whose cache grows without bound."""
+        return covers_unbounded(mixer)
+
+    def equals_full(
+        self, prompt_tokens: Array, cached_tokens: Array, n_kv_layers: int | None = None
+    ) -> Mask:
+        """Nothing has left the window yet."""
+        sinks, window = self.budget(prompt_tokens)
+        return np.asarray(cached_tokens) <= sinks + window
+
+    def tokens(self, point: Point) -> Array:
+        """Tokens in the cache."""
+        sinks, window = self.budget(point.prompt_tokens)
+        return kept(sinks + window, point.cached_tokens)
+
+    def state(self, group: MixerGroup, point: Point) -> State:
+        """Sinks and window."""
+        mixer = attention_of(group)
+        return State(group.n_layers * layer_bytes(mixer, point, self.tokens(point)))
+
+    def prefill_attention(
+        self, group: MixerGroup, point: Point, attention: Operations
+    ) -> Operations:
+        """Every query sees the sinks and the window: at most I + W keys."""
+        mixer = attention_of(group)
+        sinks, window = self.budget(point.prompt_tokens)
+        pairs = causal_pairs(point.prompt_tokens, sinks + window)
+        c = self.tokens(point.at(point.prompt_tokens))
+        if point.level == "reference" and self.positions == "cache":
+            return self._eager_prefill(mixer, point, pairs, c)
+        banded = prefill_attention(
+            mixer,
+            point,
+            pairs=pairs,
+            executed_pairs=pairs,
+            state_bytes=layer_bytes(mixer, point, c),
+            source=f"{_INF}, Triton multi-stage kernel" if point.level == "reference" else "",
+            formula="2 (Hk + Hv) N for each of S queries and at most I + W keys",
+            shape={"window_tokens": sinks + window},
+        )
+        banded = replace(
+            banded,
+            activation_bytes=banded.activation_bytes
+            + layer_bytes(mixer, point, point.prompt_tokens - c),
+        )
+        if point.level == "ideal":
+            return (banded,)
+        s = point.prompt_tokens
+        chunk = np.minimum(s, _CHUNK)
+        rotated = (window + chunk) * point.batch * (mixer.n_kv_heads * mixer.head_dim)
+        return (
+            banded,
+            elementwise(
+                "chunk_cat",
+                count=np.ceil(s / _CHUNK),
+                workspace_bytes=2 * layer_bytes(mixer, point, window + chunk),
+                transient_bytes=layer_bytes(mixer, point, window + chunk),
+                launches=2,
+                source=f"{_INF} torch.cat of the window and the chunk",
+                formula="window and chunk of K and V read and written, per chunk of 8192",
+            ),
+            elementwise(
+                "rotate_window",
+                count=np.ceil(s / _CHUNK),
+                vector_flops=3 * rotated,
+                workspace_bytes=rotated * (2 * point.element_bytes + 28),
+                transient_bytes=rotated * 8,
+                launches=6,
+                source="thunlp/InfLLM inf_llm/attention/rope.py apply_rotary_pos_emb in fp32",
+                formula="to fp32 (b, 4), two products (4, 4), sum (8, 4), cast (4, b), per chunk",
+            ),
+        )
+
+    def _eager_prefill(
+        self, mixer: Attention, point: Point, pairs: Array, c: Array
+    ) -> Operations:
+        s = point.prompt_tokens
+        return (
+            rotate_keys(mixer, point, s, source=f"{_MIT_LLAMA} apply_rotary_pos_emb_single"),
+            *eager_prompt(mixer, point, pairs=pairs, source=_MIT_LLAMA),
+            elementwise(
+                "evict",
+                state_bytes=layer_bytes(mixer, point, c),
+                workspace_bytes=layer_bytes(mixer, point, s) + layer_bytes(mixer, point, c),
+                transient_bytes=layer_bytes(mixer, point, s),
+                launches=2,
+                source=f"{_MIT_CACHE} StartRecentKVCache",
+                formula="K and V of the prompt written, I + W tokens read and concatenated",
+            ),
+        )
+
+    def decode(self, group: MixerGroup, point: Point) -> Operations:
+        """Attention over sinks and window; ``cache`` rotates every key again."""
+        mixer = attention_of(group)
+        c = self.tokens(point)
+        keys = point.batch * c * (mixer.n_kv_heads * mixer.head_dim)
+        if point.level == "ideal":
+            return (
+                decode_attention(
+                    mixer,
+                    point,
+                    read_tokens=c,
+                    executed_tokens=c + 1,
+                    read_bytes=layer_bytes(mixer, point, c),
+                    written_bytes=layer_bytes(mixer, point, 1.0),
+                    vector_flops=3 * keys if self.positions == "cache" else 0.0,
+                    formula="I + W tokens read once, the oldest of the window overwritten",
+                ),
+            )
+        if self.positions == "fixed":
+            return (
+                cache_cat(mixer, point, c, source=f"{_INF} torch.cat"),
+                elementwise(
+                    "rotate_window",
+                    vector_flops=3 * keys,
+                    workspace_bytes=keys * (2 * point.element_bytes + 28),
+                    transient_bytes=keys * 8,
+                    launches=6,
+                    source="thunlp/InfLLM inf_llm/attention/rope.py apply_rotary_pos_emb in fp32",
+                    formula="to fp32 (b, 4), two products (4, 4), sum (8, 4), cast (4, b)",
+                ),
+                decode_attention(
+                    mixer,
+                    point,
+                    read_tokens=c,
+                    executed_tokens=c + 1,
+                    read_bytes=layer_bytes(mixer, point, c),
+                    written_bytes=layer_bytes(mixer, point, 1.0),
+                    launches=2,
+                    source=f"{_INF}, Triton multi-stage kernel",
+                    formula="window, then sinks",
+                ),
+            )
+        return (
+            elementwise(
+                "evict",
+                workspace_bytes=2 * layer_bytes(mixer, point, c),
+                transient_bytes=layer_bytes(mixer, point, c),
+                launches=2,
+                source=f"{_MIT_CACHE} StartRecentKVCache",
+                formula="slices of K and V concatenated anew",
+            ),
+            cache_cat(mixer, point, c, source=f"{_MIT_LLAMA} torch.cat"),
+            rotate_keys(mixer, point, c, source=f"{_MIT_LLAMA} apply_rotary_pos_emb_single"),
+            *eager_step(mixer, point, c, source=_MIT_LLAMA),
+        )
