@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from costmodel.errors import UnknownNameError
+from costmodel.errors import LccostError, UnknownNameError
 from reports.labels import METRIC_TITLES, point, safe_text, varying_fields
 from reports.records import KEY_FIELDS, Records, Row, rows_of
 
@@ -132,7 +132,7 @@ def compare(records: Records, predict: Predict | None = None) -> Comparison:
         What :func:`reports.records.read_records` returned.
     predict
         Called with a measurement that has no prediction of its own and none in the files; returns
-        result keys of ``predict``. Raising ``LccostError`` is the caller's way to refuse.
+        result keys of ``predict``; an ``LccostError`` becomes the reason why it was not joined.
 
     Returns
     -------
@@ -286,7 +286,11 @@ def _predictions_for(
     for row in index.matching(record):
         by_basis[row.text("basis", "unknown")] = row
     if not by_basis and predict is not None:
-        row = Row(predict(record.values), f"computed for {record.origin}")
+        try:
+            row = Row(predict(record.values), f"computed for {record.origin}")
+        except LccostError as error:
+            # One record that cannot be predicted must not hide the errors of the others.
+            return [], f"no prediction could be computed: {safe_text(str(error), 160)}"
         by_basis[row.text("basis", "unknown")] = row
     if by_basis:
         refused = [r for r in by_basis.values() if r.values.get("applicable") is False]

@@ -55,6 +55,9 @@ class Placer:
                     xytext=(dx, dy),
                     textcoords="offset points",
                     ha=align,
+                    # Legible across the lines it may cross.
+                    bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.4},
+                    zorder=6,
                     **style,
                 )
                 # Room found here must not change the layout it was found in.

@@ -6,6 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 from costmodel.hardware import HardwareProfile
 from reports.comparison import Points, as_pairs
+from reports.figures.legend import (
+    WIDE_FROM_INCHES,
+    bar,
+    dot,
+    handles_of,
+    legend_below,
+    ring,
+)
 from reports.figures.placing import Placer
 from reports.figures.roofs import draw_roofs, label_bandwidth, label_roofs
 from reports.figures.style import (
@@ -17,6 +25,7 @@ from reports.figures.style import (
     new_figure,
     say_empty,
     si_axis,
+    title_of,
 )
 from reports.labels import safe_text, tokens
 from reports.points import RooflinePoint, RooflineSeries, roofline_series
@@ -24,8 +33,6 @@ from reports.points import RooflinePoint, RooflineSeries, roofline_series
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-_WIDE_FROM_INCHES = 7.0
 
 
 def roofline(
@@ -49,7 +56,6 @@ def roofline(
             figure, axes = new_figure(size)
             say_empty(axes, "no point has FLOPs, bytes and a time: nothing to draw")
             return figure
-        is_wide = size[0] >= _WIDE_FROM_INCHES
         figure, panels = _panels(size, [s.phase for s in series])
         used = {p.key.text("dtype") for p in pairs}
         styles = SeriesStyle()
@@ -57,17 +63,13 @@ def roofline(
         _limits(whole, series, hardware)
         draw_roofs(whole, hardware, used)
         _draw_series(whole, series, styles, scale=0.75)
-        whole.set_title(title or f"Roofline of {safe_text(hardware.title, 60)}")
+        title_of(whole, title or f"Roofline of {safe_text(hardware.title, 60)}", share=0.62)
         whole.set_xlabel("arithmetic intensity (useful FLOP per HBM byte)")
         whole.set_ylabel("attained, per device (FLOP/s)")
         for phase in ("decode", "prefill"):
             if phase in panels:
                 _draw_zoom(panels[phase], phase, series, hardware, used, styles)
-        figure.legend(
-            handles=_legend_handles(whole, series),
-            loc="outside lower left",
-            ncols=4 if is_wide else 2,
-        )
+        legend_below(figure, _legend_handles(whole, series))
         figure.canvas.draw()
         _label_whole(whole, series, hardware, used)
         for phase in ("decode", "prefill"):
@@ -81,7 +83,7 @@ def _panels(size: tuple[float, float], phases: Sequence[str]) -> "tuple[Figure, 
     figure.clear()
     zooms = [p for p in ("decode", "prefill") if p in phases]
     panels: dict[str, Axes]
-    if size[0] >= _WIDE_FROM_INCHES:
+    if size[0] >= WIDE_FROM_INCHES:
         mosaic = [["whole", zoom] for zoom in zooms]
         panels = figure.subplot_mosaic(mosaic, width_ratios=[1.7, 1])
     else:
@@ -187,23 +189,15 @@ def _series_label(s: RooflineSeries) -> str:
 
 
 def _legend_handles(axes: "Axes", series: Sequence[RooflineSeries]) -> list[Any]:
-    from matplotlib.lines import Line2D
-
-    handles: dict[str, Any] = {}
-    for line in axes.get_lines():
-        label = str(line.get_label())
-        if not label.startswith("_"):
-            handles.setdefault(label, line)
-    plain: dict[str, Any] = {"linestyle": "none", "color": GREY, "marker": "o"}
     points = [p for s in series for p in s.points]
     keys: list[Any] = []
     if any(p.predicted for p in points):
-        keys.append(Line2D([], [], markerfacecolor="none", label="ring: predicted", **plain))
+        keys.append(ring())
     if any(p.observed for p in points):
-        keys.append(Line2D([], [], markersize=3.5, label="dot: observed", **plain))
+        keys.append(dot())
     if any(p.link_ceiling for p in points):
-        keys.append(Line2D([], [], color=GREY, linewidth=2.0, label="bar: host link allows"))
-    return [*handles.values(), *keys]
+        keys.append(bar("bar: host link allows"))
+    return [*handles_of([axes]).values(), *keys]
 
 
 def _label_whole(

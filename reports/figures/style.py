@@ -6,6 +6,7 @@ line styles carry the same distinction, so that a grey print loses nothing.
 
 import math
 import os
+import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -125,6 +126,17 @@ class SeriesStyle:
         key = (name, level)
         marker = self._markers.setdefault(key, MARKERS[len(self._markers) % len(MARKERS)])
         return {"color": colour, "marker": marker, "linestyle": LINE_OF_LEVEL.get(level, "-")}
+
+
+def title_of(axes: "Axes", text: str, share: float = 1.0) -> None:
+    """Set a title that wraps within ``share`` of the figure's width."""
+    figure: Any = axes.get_figure()
+    axes.set_title(wrapped(text, figure.get_figwidth() * share))
+
+
+def wrapped(text: str, inches: float) -> str:
+    """Text in lines of bold title size that fit a width; a word longer than a line is cut."""
+    return "\n".join(textwrap.wrap(text, max(12, int(inches * 10.5) - 10))) or text
 
 
 def si_axis(axis: Any, unit: str = "") -> None:

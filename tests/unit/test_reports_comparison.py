@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from costmodel.errors import UnknownNameError
+from costmodel.errors import ConfigError, UnknownNameError
 from reports.comparison import compare, error_groups, metric_errors, parse_fields
 from reports.records import Records, parse_records
 from reports.tables import error_table, point_table, render, rich_table, unjoined_table
@@ -207,3 +207,11 @@ def test_five_thousand_records_are_quick():
     comparison = compare(read(*rows))
     assert len(comparison.errors) == 5000
     assert metric_errors(comparison.pairs[0])[0].error == 0.0
+
+
+def test_a_record_that_cannot_be_predicted_says_why():
+    def predict(record):
+        raise ConfigError("unknown model")
+
+    comparison = compare(read(measurement(ttft_s=1.0)), predict)
+    assert comparison.unjoined[0].reason == "no prediction could be computed: unknown model"

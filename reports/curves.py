@@ -1,0 +1,119 @@
+"""Metrics against context as plain numbers, and where their curves cross (break-even)."""
+
+import itertools
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from reports.axes import AXES
+from reports.comparison import Pair
+from reports.points import Namer
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class CurvePoint:
+    """One context: mid, interval and observations of a metric; None where unknown."""
+
+    pair: Pair
+    context_tokens: float
+    predicted: float | None
+    low: float | None
+    high: float | None
+    observed: float | None
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class CurveSeries:
+    """One method at one level: a metric as context grows."""
+
+    name: str
+    level: str
+    points: tuple[CurvePoint, ...]
+
+    @property
+    def label(self) -> str:
+        """Name with its level, as legends say it."""
+        return f"{self.name} ({self.level})" if self.level else self.name
+
+    @property
+    def path(self) -> list[tuple[float, float]]:
+        """(context, mid), one value a context, the first where there are several."""
+        path: dict[float, float] = {}
+        for p in self.points:
+            if p.predicted is not None:
+                path.setdefault(p.context_tokens, p.predicted)
+        return sorted(path.items())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Crossing:
+    """From ``context_tokens`` on, ``better`` beats ``worse``; ``value`` is what both cost there."""
+
+    better: str
+    worse: str
+    context_tokens: float
+    value: float
+
+
+def curve_series(pairs: Sequence[Pair], metric: str) -> tuple[CurveSeries, ...]:
+    """Series in order of first appearance; points without the metric are left out."""
+    namer = Namer(pairs)
+    stem = metric.removesuffix("_s")
+    grouped: dict[tuple[str, str], list[CurvePoint]] = defaultdict(list)
+    for pair in pairs:
+        context = pair.key.number("context_tokens")
+        predicted, observed = pair.value(metric, "predicted"), pair.value(metric, "observed")
+        if context is None or (predicted is None and observed is None):
+            continue
+        grouped[namer(pair), pair.key.text("level")].append(
+            CurvePoint(
+                pair=pair,
+                context_tokens=context,
+                predicted=predicted,
+                low=pair.value(f"{stem}_low_s"),
+                high=pair.value(f"{stem}_high_s"),
+                observed=observed,
+            )
+        )
+    return tuple(
+        CurveSeries(
+            name=name, level=level, points=tuple(sorted(points, key=lambda p: p.context_tokens))
+        )
+        for (name, level), points in grouped.items()
+    )
+
+
+def crossings(series: Sequence[CurveSeries], metric: str) -> tuple[Crossing, ...]:
+    """Where one curve starts to beat another, by context, for every pair of predicted curves.
+
+    Between two contexts both curves are taken as straight in log-log, as the figures draw them. A
+    curve that only touches another does not cross it.
+    """
+    lower_is_better = AXES[metric].lower_is_better
+    found = []
+    for a, b in itertools.combinations(series, 2):
+        first, second = dict(a.path), dict(b.path)
+        shared = sorted(c for c in first.keys() & second.keys() if first[c] > 0 and second[c] > 0)
+        gaps = [(c, math.log(first[c] / second[c])) for c in shared]
+        # Equal values (a budget above the context) are no side: cross from the last side taken.
+        sided = [(c, gap) for c, gap in gaps if abs(gap) > 1e-9]
+        for (c0, gap0), (c1, gap1) in itertools.pairwise(sided):
+            if gap0 * gap1 > 0:
+                continue
+            share = gap0 / (gap0 - gap1)
+            second_wins = (gap1 > 0) == lower_is_better
+            better, worse = (b.label, a.label) if second_wins else (a.label, b.label)
+            found.append(
+                Crossing(
+                    better=better,
+                    worse=worse,
+                    context_tokens=_between(c0, c1, share),
+                    value=_between(first[c0], first[c1], share),
+                )
+            )
+    return tuple(sorted(found, key=lambda c: c.context_tokens))
+
+
+def _between(low: float, high: float, share: float) -> float:
+    return math.exp((1 - share) * math.log(low) + share * math.log(high))
