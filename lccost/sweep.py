@@ -15,6 +15,7 @@ from costmodel.errors import LccostError, NotApplicableError
 from costmodel.hardware import HardwareProfile, load_hardware
 from costmodel.methods.parse import parse_methods
 from costmodel.methods.stack import MethodStack
+from costmodel.mlps import MoE
 from costmodel.predict import Model, Options, Prediction, default_dtype, predict
 from costmodel.registry import load_architecture
 from costmodel.results import SCHEMA_VERSION as SCHEMA_VERSION
@@ -180,7 +181,7 @@ def assumptions(rows: Sequence[dict[str, Any]], run: Sweep) -> list[str]:
     for a in run.architectures:
         if a.assumed:
             out.append(f"{a.name}: read as family {a.family} because --assume says so")
-        if any(type(m).__name__ == "MoE" for layer in a.layers for m in layer.mlps):
+        if any(isinstance(m, MoE) for layer in a.layers for m in layer.mlps):
             out.append(f"{a.name}: experts are assumed to be chosen uniformly")
     for h in run.hardware:
         if h.price_usd_per_hour:
