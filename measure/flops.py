@@ -1,0 +1,34 @@
+"""What a pass really multiplies, counted by torch's flop counter while it runs.
+
+The counter knows matmuls; it counts PyTorch's CPU flash-attention call as nothing, so that call is
+mapped here: 2 (Hk + Hv) per query, key and head, of a causal call only the pairs that exist.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def count_flops(call: Callable[[], object]) -> int:
+    """Run ``call`` once and return the FLOPs of its matmuls and attention calls."""
+    mapping = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _flash_flops}
+    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+        call()
+    return int(counter.get_total_flops())
+
+
+def _flash_flops(
+    q: tuple[int, ...],
+    k: tuple[int, ...],
+    v: tuple[int, ...],
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *_: Any,
+    **__: Any,
+) -> int:
+    """Shapes [B, N, S, Hk], [B, K, T, Hk], [B, K, T, Hv]."""
+    b, n, s, hk = q
+    pairs = s * (s + 1) // 2 if is_causal else s * k[2]
+    return 2 * b * n * pairs * (hk + v[3])

@@ -1,0 +1,118 @@
+"""What is measured: one point, its key fields, and the hash that says two records are of one."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from costmodel.architecture import Architecture
+from costmodel.errors import ConfigError, NotApplicableError
+from costmodel.methods.stack import MethodStack
+from costmodel.results import key_fields
+
+Realisation = Literal["reference", "best"]
+#: The level a realisation is compared with.
+LEVEL_OF_REALISATION: Mapping[str, str] = {"reference": "reference", "best": "ideal"}
+
+#: Fields that make a record's key: what was run, and how; not which profile predicts it.
+_IDENTITY = (
+    *("model", "method_spec", "method_parameters", "level", "engine", "tp", "dtype"),
+    *("weight_dtype", "kv_dtype", "batch", "context_tokens", "output_tokens", "layers"),
+    *("device", "realisation", "threads", "seed", "n_parameters"),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeasurePoint:
+    """One point.
+
+    context_tokens   S = T: the prefilled prompt, and the cached tokens that the timed step reads
+    output_tokens    room made for generated tokens; at least one step is run in it
+    layers           run only the first so many; None: all
+    gpu              name or path of the hardware profile that predicts this point
+    """
+
+    architecture: Architecture
+    stack: MethodStack
+    context_tokens: int
+    batch: int = 1
+    output_tokens: int = 32
+    dtype: str = "bf16"
+    layers: int | None = None
+    device: str = "cpu"
+    engine: str = "torch"
+    realisation: Realisation = "best"
+    threads: int = 1
+    seed: int = 0
+    gpu: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if min(self.context_tokens, self.batch, self.output_tokens, self.threads) < 1:
+            raise ConfigError(
+                "context, batch, output tokens and threads: expected at least 1, got "
+                f"{self.context_tokens}, {self.batch}, {self.output_tokens}, {self.threads}"
+            )
+        if self.dtype not in ("fp32", "bf16", "fp16"):
+            raise ConfigError(f"dtype: expected fp32, bf16 or fp16, got {self.dtype!r}")
+        total = self.architecture.n_layers
+        if self.layers is not None and not 1 <= self.layers <= total:
+            raise ConfigError(
+                f"layers: expected 1 to {total} for {self.architecture.name}, got {self.layers}"
+            )
+        if self.device != "cpu":
+            raise NotApplicableError(f"device: points run on cpu, got {self.device!r}")
+        if self.engine != "torch":
+            raise NotApplicableError(f"engine: points run on torch, got {self.engine!r}")
+        if self.realisation != "best":
+            raise NotApplicableError(
+                f"realisation: the torch engine runs each method's best form, got "
+                f"{self.realisation!r}"
+            )
+        if self.architecture.quantization is not None:
+            raise NotApplicableError(
+                f"{self.architecture.name} has a quantised checkpoint; the torch engine holds "
+                f"weights in {self.dtype}"
+            )
+
+    @property
+    def executed(self) -> Architecture:
+        """The layers that are run; embedding, final norm and head stay whole."""
+        if self.layers is None:
+            return self.architecture
+        return replace(self.architecture, layers=self.architecture.layers[: self.layers])
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The key fields of a record; predictions have the same names."""
+        return {
+            **key_fields(
+                architecture=self.architecture,
+                method=self.stack,
+                gpu=self.gpu,
+                level=LEVEL_OF_REALISATION[self.realisation],
+                engine=self.engine,
+                tp=1,
+                dtype=self.dtype,
+                weight_dtype="checkpoint",
+                batch=self.batch,
+                context_tokens=self.context_tokens,
+                output_tokens=self.output_tokens,
+            ),
+            "layers": self.executed.n_layers,
+            "device": self.device,
+            "realisation": self.realisation,
+            "threads": self.threads,
+            "seed": self.seed,
+        }
+
+    @property
+    def record_key(self) -> str:
+        """16 hex digits that stand for the point, the same on every machine."""
+        return record_key(self.fields)
+
+
+def record_key(fields: Mapping[str, Any]) -> str:
+    """Hash of the fields that say what was run and how."""
+    text = json.dumps({k: fields.get(k) for k in _IDENTITY}, sort_keys=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,62 @@
+"""The child of ``isolation``: reads one call from stdin, makes it, writes how it ended to a file.
+
+Started as ``python -m measure.worker FD``; of no use on its own.
+"""
+
+import importlib
+import os
+import pickle
+import resource
+import sys
+from pathlib import Path
+
+from costmodel.errors import LccostError
+from measure.environment import available_memory_bytes
+
+#: What PyTorch's allocators say when memory runs out (as RuntimeError on a CPU).
+_OOM_WORDS = ("can't allocate memory", "not enough memory", "out of memory")
+
+
+def main() -> None:
+    """Serve the one call."""
+    # Libraries print where they like; only the file carries the result.
+    with os.fdopen(int(sys.argv[1]), "wb") as result:
+        function, arguments, limit_memory = pickle.load(sys.stdin.buffer)
+        pickle.dump(call(function, arguments, limit_memory=limit_memory), result)
+
+
+def call(
+    function: str, arguments: tuple[object, ...], *, limit_memory: bool = False
+) -> tuple[str, object, str]:
+    """Return (status, value, message); every way a point can fail by itself has a status."""
+    module, _, name = function.partition(":")
+    target = getattr(importlib.import_module(module), name)
+    if limit_memory:  # after the imports, whose reservations are large and never touched
+        _limit_memory()
+    try:
+        return "ok", target(*arguments), ""
+    except MemoryError as error:
+        return "oom", None, str(error) or "out of memory"
+    except LccostError as error:
+        return "error", None, str(error)
+    except RuntimeError as error:
+        text = str(error)
+        oom = any(word in text.lower() for word in _OOM_WORDS)
+        return ("oom" if oom else "error"), None, f"{type(error).__name__}: {text[:1000]}"
+    except (ValueError, TypeError, ArithmeticError, LookupError, AttributeError, OSError) as error:
+        return "error", None, f"{type(error).__name__}: {error}"
+
+
+def _limit_memory() -> None:
+    """Let the address space grow by what is available now and no further."""
+    available = available_memory_bytes()
+    statm = Path("/proc/self/statm")
+    if available is None or not statm.exists():
+        return
+    own = int(statm.read_text("ascii").split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    limit = own + available
+    resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
+
+
+if __name__ == "__main__":
+    main()
