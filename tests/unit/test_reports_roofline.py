@@ -1,6 +1,7 @@
 """The roofline draws the numbers it was given, with units, and labels that can be read."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from reports.comparison import compare
 from reports.figures import NARROW, WIDE, roofline, save_figure
 from reports.records import parse_records, read_records
 
-DATA = "tests/data"
+DATA = Path(__file__).parents[1] / "data"
 
 
 def device(**changes):
@@ -117,7 +118,7 @@ def test_host_link_ceiling():
 @pytest.mark.parametrize("size", [WIDE, NARROW])
 @pytest.mark.parametrize("name", ["gpu", "cpu"])
 def test_labels_do_not_overlap_and_axes_have_units(size, name):
-    comparison = compare(read_records([f"{DATA}/records_synthetic_{name}.jsonl"]))
+    comparison = compare(read_records([DATA / f"records_synthetic_{name}.jsonl"]))
     figure = roofline(comparison.pairs, device(), size=size)
     figure.canvas.draw()
     renderer = figure.canvas.get_renderer()
@@ -168,7 +169,7 @@ def test_same_records_same_bytes(tmp_path, monkeypatch, ending):
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
     written = []
     for n in (1, 2):
-        pairs = compare(read_records([f"{DATA}/records_synthetic_cpu.jsonl"])).pairs
+        pairs = compare(read_records([DATA / "records_synthetic_cpu.jsonl"])).pairs
         path = save_figure(roofline(pairs, device()), tmp_path / f"{n}.{ending}", dpi=60)
         written.append(path.read_bytes())
     assert written[0] == written[1]
