@@ -20,7 +20,7 @@ def method_names() -> tuple[str, ...]:
     return tuple(sorted(modules - _NOT_METHODS))
 
 
-_NOT_METHODS = {"base", "chains", "parse", "stack"}
+_NOT_METHODS = {"base", "chains", "hf_quantized", "parse", "stack", "window_scores"}
 
 
 @functools.cache

@@ -150,7 +150,7 @@ class AbstractMethod(ABC):
         """What a layer does once its prompt is attended: score, select, quantise, transfer."""
         return ()
 
-    def kept_tokens(self, group: MixerGroup, point: Point) -> Array:
+    def tokens_left(self, group: MixerGroup, point: Point) -> Array:
         """Cached tokens per KV head after eviction ("evict" alone): what a store method sees."""
         return point.cached_tokens
 

@@ -137,7 +137,7 @@ class MethodStack:
             )
             after += _choose(full, (), method.after_prefill(group, inner))
             if _only_evicts(method):
-                left = method.kept_tokens(group, inner)
+                left = method.tokens_left(group, inner)
                 inner = replace(inner, prompt_tokens=left, cached_tokens=left)
         return operations + after
 
@@ -166,9 +166,9 @@ class MethodStack:
         """The point a store method sees behind an evicting one."""
         if evict is None:
             return point
-        start = evict.kept_tokens(group, point.at(point.prompt_tokens))
+        start = evict.tokens_left(group, point.at(point.prompt_tokens))
         return replace(
-            point, prompt_tokens=start, cached_tokens=evict.kept_tokens(group, point)
+            point, prompt_tokens=start, cached_tokens=evict.tokens_left(group, point)
         )
 
 

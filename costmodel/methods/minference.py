@@ -1,0 +1,141 @@
+"""MInference: sparse attention over the prompt, vertical and slash patterns; a full cache.
+
+Jiang et al., arXiv 2407.02490; code microsoft/MInference. Per head, the last 64 queries are scored
+against all keys; the best columns (vertical) and diagonals (slash) are attended by every query. The
+published head file of Llama-3.1-8B averages v + s = 3004 of them, which is ``kept_tokens``.
+
+Pairs per head: sum over queries of min(position, kept). Index: 2 N 64 S Hk FLOPs. Decode is dense.
+``reference``: scores of the 64 queries materialised, and diagonals computed in blocks of 64, so a
+query computes one more block.
+"""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar, final
+
+import numpy as np
+
+from costmodel.architecture import MixerGroup
+from costmodel.methods.base import (
+    AbstractMethod,
+    Mask,
+    Stage,
+    State,
+    attention_of,
+    check_at_least,
+    covers_unbounded,
+)
+from costmodel.methods.chains import elementwise, select, softmax_chain_bytes
+from costmodel.mixers import AbstractMixer
+from costmodel.mixers.attention import prefill_attention
+from costmodel.operation import Array, Operation, Operations, causal_pairs
+from costmodel.workload import Point
+
+_CODE = "microsoft/MInference minference/modules/minference_forward.py vertical_and_slash_kernel"
+_LAST_QUERIES = 64.0
+_BLOCK = 64.0
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MInference(AbstractMethod):
+    """Vertical-slash sparse prefill."""
+
+    NAME: ClassVar[str] = "minference"
+    TITLE: ClassVar[str] = "MInference: sparse prefill by vertical and slash patterns"
+    REFERENCE: ClassVar[str] = "Jiang et al., arXiv 2407.02490; github.com/microsoft/MInference"
+    STAGES: ClassVar[frozenset[Stage]] = frozenset({"prefill"})
+    ACTS: ClassVar[str] = "during prefill only"
+    DOES_NOT_SAVE: ClassVar[str] = "memory or decode time: cache and decode are those of full."
+    REALISED_BY: ClassVar[tuple[str, ...]] = (
+        "MInference repository (Triton, CUDA)",
+        "vLLM (patch)",
+        "SGLang",
+    )
+    PARAMETERS: ClassVar[dict[str, str]] = {
+        "kept_tokens": "keys a query attends to (vertical + slash, mean of heads); fewer is faster",
+    }
+    STATE_FORMULA: ClassVar[str] = "as full attention: B T K (Hk + Hv) b"
+
+    kept_tokens: int = 3004
+
+    def __post_init__(self) -> None:
+        check_at_least("minference", 1, kept_tokens=self.kept_tokens)
+
+    def covers(self, mixer: AbstractMixer) -> bool:
+        """Attention over the whole prompt."""
+        return covers_unbounded(mixer)
+
+    def equals_full(
+        self, prompt_tokens: Array, cached_tokens: Array, n_kv_layers: int | None = None
+    ) -> Mask:
+        """Every query attends to everything before it."""
+        return np.asarray(prompt_tokens) <= self.kept_tokens
+
+    def state(self, group: MixerGroup, point: Point) -> State:
+        """The model's own."""
+        return State(group.n_layers * group.mixer.state_bytes(point))
+
+    def prefill_attention(
+        self, group: MixerGroup, point: Point, attention: Operations
+    ) -> Operations:
+        """Find the columns and diagonals, then attend to them."""
+        mixer = attention_of(group)
+        s = point.prompt_tokens
+        b = point.element_bytes
+        pairs = causal_pairs(s, float(self.kept_tokens))
+        reference = point.level == "reference"
+        executed = causal_pairs(s, self.kept_tokens + _BLOCK) if reference else pairs
+        heads = point.batch * mixer.n_heads
+        queries = np.minimum(_LAST_QUERIES, s)
+        scores = heads * queries * s
+        sparse = prefill_attention(
+            mixer,
+            point,
+            pairs=pairs,
+            executed_pairs=executed,
+            state_bytes=sum((op.state_bytes for op in attention), np.float64(0.0)),
+            name="sparse_attention",
+            source=_CODE if reference else "",
+            formula="2 (Hk + Hv) N for each of S queries and min(position, kept) keys",
+            shape={"window_tokens": float(self.kept_tokens)},
+        )
+        index = Operation(
+            name="index_scores",
+            kind="prefill_attention",
+            executed_flops=scores * (2.0 * mixer.head_dim),
+            vector_flops=0.0 if reference else 6 * scores,
+            activation_bytes=heads * queries * (mixer.head_dim * b),
+            workspace_bytes=scores * b if reference else heads * s * 8.0,
+            transient_bytes=scores * b if reference else heads * s * 8.0,
+            dtype=point.dtype,
+            shape={**sparse.shape, "q_len": queries, "pairs": queries * s, "v_head_dim": 0.0},
+            source=_CODE if reference else "",
+            formula="2 Hk N 64 S FLOPs: the last 64 queries against all keys",
+        )
+        choose = select(
+            "select_pattern",
+            rows=2 * heads,
+            length=s,
+            keep=self.kept_tokens / 2,
+            workspace_bytes=heads * (s * 8.0 + self.kept_tokens * 4.0),
+            launches=4 * mixer.n_heads if reference else 2,
+            source=f"{_CODE}, one head after another" if reference else "",
+            formula="column and diagonal sums of every head, top-k of both",
+        )
+        if not reference:
+            return index, choose, sparse
+        softmax = elementwise(
+            "index_softmax",
+            vector_flops=6 * scores,
+            workspace_bytes=scores * (softmax_chain_bytes(b) + 2 * b) + heads * s * 8.0,
+            transient_bytes=scores * (2 * b + 4),
+            launches=6 * mixer.n_heads,
+            source=_CODE,
+            formula="B N 64 S (8 b + 8): mask, softmax in fp32, sums over columns and diagonals",
+        )
+        sparse = replace(sparse, launches=2 * mixer.n_heads)
+        return index, softmax, choose, sparse
+
+    def decode(self, group: MixerGroup, point: Point) -> Operations:
+        """The model's own."""
+        return group.mixer.decode(point)
