@@ -20,7 +20,17 @@ def method_names() -> tuple[str, ...]:
     return tuple(sorted(modules - _NOT_METHODS))
 
 
-_NOT_METHODS = {"base", "chains", "hf_quantized", "parse", "stack", "window_scores"}
+#: Modules that methods share.
+_NOT_METHODS = {
+    "base",
+    "block_retrieval",
+    "chains",
+    "eager",
+    "hf_quantized",
+    "parse",
+    "stack",
+    "window_scores",
+}
 
 
 @functools.cache

@@ -27,7 +27,7 @@ from costmodel.methods.base import (
     layer_bytes,
     not_stored,
 )
-from costmodel.methods.chains import elementwise
+from costmodel.methods.chains import attend_packed, elementwise
 from costmodel.mixers import Attention
 from costmodel.mixers.attention import decode_attention
 from costmodel.operation import Array, Operations
@@ -148,7 +148,9 @@ class FlexGen(AbstractMethod):
             formula="two bmm over the permuted copy" if reference else "packed state read once",
         )
         if not reference:
-            return (attention,)
+            return attend_packed(
+                point, attention, packed=packed, elements=elements, bits=self.bits
+            )
         scores = point.batch * mixer.n_heads * executed
         new_elements = point.batch * (mixer.n_kv_heads * self.padded(mixer))
         return (

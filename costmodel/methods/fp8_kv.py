@@ -15,7 +15,7 @@ import numpy as np
 
 from costmodel.architecture import MixerGroup
 from costmodel.methods.base import AbstractMethod, Stage, State, covers_owned, not_stored
-from costmodel.methods.chains import elementwise
+from costmodel.methods.chains import attend_packed, elementwise
 from costmodel.mixers import AbstractMixer, Attention
 from costmodel.mixers.attention import decode_attention
 from costmodel.operation import Operations
@@ -96,7 +96,16 @@ class Fp8Kv(AbstractMethod):
         mixer = group.mixer
         if point.level == "reference" and isinstance(mixer, Attention):
             return self._reference_decode(mixer, point)
-        return mixer.decode(_fp8(point))
+        operations = mixer.decode(_fp8(point))
+        if not isinstance(mixer, Attention):
+            return operations
+        elements = point.batch * np.minimum(point.cached_tokens, mixer.limit_tokens)
+        elements = elements * mixer.kv_elements_per_token()
+        attention, *rest = operations
+        return (
+            *attend_packed(point, attention, packed=elements, elements=elements, bits=8),
+            *rest,
+        )
 
     def _reference_decode(self, mixer: Attention, point: Point) -> Operations:
         b = point.element_bytes

@@ -30,7 +30,7 @@ from costmodel.methods.base import (
     layer_bytes,
     not_stored,
 )
-from costmodel.methods.chains import elementwise, select
+from costmodel.methods.chains import attend_packed, elementwise, select
 from costmodel.mixers import AbstractMixer, Attention
 from costmodel.mixers.attention import decode_attention
 from costmodel.operation import Array, Operation, Operations
@@ -186,7 +186,9 @@ class Gear(AbstractMethod):
             formula="compressed state and buffer read once",
         )
         if not reference:
-            return (attention,)
+            return attend_packed(
+                point, attention, packed=compressed, elements=quantised, bits=self.bits
+            )
         return (
             elementwise(
                 "decompress",

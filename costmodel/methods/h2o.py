@@ -36,14 +36,8 @@ from costmodel.methods.base import (
     layer_bytes,
     not_stored,
 )
-from costmodel.methods.chains import (
-    cache_cat,
-    eager_prompt,
-    eager_step,
-    elementwise,
-    gather_tokens,
-    select,
-)
+from costmodel.methods.chains import cache_cat, elementwise, gather_tokens, score_pass, select
+from costmodel.methods.eager import eager_prompt, eager_step
 from costmodel.mixers import AbstractMixer, Attention
 from costmodel.mixers.attention import decode_attention
 from costmodel.operation import Array, Operation, Operations
@@ -144,7 +138,7 @@ class H2O(AbstractMethod):
         mixer = attention_of(group)
         pairs = mixer.prompt_pairs(point.prompt_tokens)
         if point.level == "ideal":
-            return (*not_stored(attention, point), _score_pass(mixer, point, pairs))
+            return (*not_stored(attention, point), _second_pass(mixer, point, pairs))
         s = point.prompt_tokens
         scores = point.batch * mixer.n_heads * s * s
         b = point.element_bytes
@@ -284,32 +278,17 @@ class H2O(AbstractMethod):
         return (*chain, scores, topk, gather)
 
 
-def _score_pass(mixer: Attention, point: Point, pairs: Array) -> Operation:
-    """Q K^T again, block by block: exp with the known row sums, summed over queries."""
-    s = point.prompt_tokens
-    heads = point.batch * mixer.n_heads
-    return Operation(
+def _second_pass(mixer: Attention, point: Point, pairs: Array) -> Operation:
+    """Column sums per KV head; needs the row sums of every query head. O(S) memory."""
+    sums = point.batch * point.prompt_tokens * (4.0 * (mixer.n_heads + mixer.n_kv_heads))
+    full_layer = layer_bytes(mixer, point, point.prompt_tokens)
+    return score_pass(
+        mixer,
+        point,
+        pairs,
         name="score_pass",
-        kind="prefill_attention",
-        executed_flops=heads * pairs * (2.0 * mixer.head_dim),
-        vector_flops=2 * heads * pairs,
-        activation_bytes=heads * s * (mixer.head_dim * point.element_bytes),
-        workspace_bytes=point.batch * s * (4.0 * (mixer.n_heads + mixer.n_kv_heads)),
-        transient_bytes=point.batch * s * (4.0 * (mixer.n_heads + mixer.n_kv_heads))
-        + layer_bytes(mixer, point, s),
-        dtype=point.dtype,
-        shape={
-            "batch": point.batch,
-            "q_len": s,
-            "kv_len": s,
-            "pairs": pairs,
-            "n_heads": mixer.n_heads,
-            "n_kv_heads": mixer.n_kv_heads,
-            "head_dim": mixer.head_dim,
-            "v_head_dim": 0.0,
-            "window_tokens": mixer.limit_tokens,
-        },
-        formula="2 Hk N per causal pair: half of the attention's multiplications again",
+        result_bytes=sums,
+        transient_bytes=sums + full_layer,
     )
 
 

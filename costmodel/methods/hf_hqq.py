@@ -118,6 +118,7 @@ class HfHqq(AbstractMethod):
             attention_of(group),
             point,
             element=self.element_bytes(point),
+            bits=self.bits,
             residual_tokens=self.residual_tokens,
             # unpack (to b), subtract zero (b, b), multiply by scale (b, b)
             dequantise_bytes=5 * b,

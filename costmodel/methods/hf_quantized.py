@@ -9,7 +9,7 @@ import numpy as np
 
 from costmodel.architecture import Architecture, MixerGroup
 from costmodel.methods.base import State, attention_of, layer_bytes
-from costmodel.methods.chains import elementwise
+from costmodel.methods.chains import attend_packed, elementwise
 from costmodel.mixers import Attention
 from costmodel.mixers.attention import decode_attention
 from costmodel.operation import Array, Operations
@@ -82,6 +82,7 @@ def decode(
     point: Point,
     *,
     element: float,
+    bits: float,
     residual_tokens: int,
     dequantise_bytes: float,
     chain_bytes: float,
@@ -123,7 +124,10 @@ def decode(
             launches=1,
             formula="R tokens every R steps",
         )
-        return attention, flush
+        attend = attend_packed(
+            point, attention, packed=packed, elements=quantised * per_token, bits=bits
+        )
+        return (*attend, flush)
     copy = t * per_token * b
     return (
         elementwise(

@@ -106,6 +106,7 @@ class HfQuanto(AbstractMethod):
             attention_of(group),
             point,
             element=self.element_bytes(point),
+            bits=self.bits,
             residual_tokens=self.residual_tokens,
             # unpack (to bytes, 1), cast (1, b), multiply (b, b), subtract (b, b), regroup (b, b)
             dequantise_bytes=2 + 7 * b,

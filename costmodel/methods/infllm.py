@@ -37,24 +37,14 @@ from costmodel.methods.base import (
     covers_unbounded,
     layer_bytes,
 )
-from costmodel.methods.chains import elementwise, host_link, select
+from costmodel.methods.block_retrieval import MANAGER, Budget, copies, links, lookup, prompt_copies
+from costmodel.methods.chains import host_link, score_pass
 from costmodel.mixers import AbstractMixer, Attention
 from costmodel.mixers.attention import decode_attention, prefill_attention
-from costmodel.operation import Array, Operation, Operations, causal_pairs
+from costmodel.operation import Array, Operations, causal_pairs
 from costmodel.workload import Point
 
-_MANAGER = "thunlp/InfLLM inf_llm/attention/context_manager.py"
-_ROPE = "thunlp/InfLLM inf_llm/attention/rope.py in fp32"
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Budget:
-    """Budgets in tokens and blocks; scalars, or arrays for a preset."""
-
-    init: Array
-    local: Array
-    topk: Array
-    cached: Array
+_KERNEL = f"{MANAGER} _append, Triton multi-stage kernel"
 
 
 @final
@@ -116,22 +106,33 @@ class InfLLM(AbstractMethod):
         check_at_least("infllm", self.topk, cached_blocks=self.cached_blocks)
 
     def budget(self, prompt_tokens: Array) -> Budget:
-        """Budgets; a preset splits a share of the prompt: 2.1 % first tokens, 32.4 % blocks."""
+        """Budgets; a preset splits a share of the prompt: 2.1 % first tokens, 32.4 % blocks
+        (at least one), the rest window (at least a chunk).
+        """
+        p, chunk = float(self.block_tokens), float(self.chunk_tokens)
         if self.preset is None:
             return Budget(
-                float(self.init_tokens),
-                float(self.local_tokens),
-                float(self.topk),
-                float(self.cached_blocks),
+                init=float(self.init_tokens),
+                local=float(self.local_tokens),
+                topk=float(self.topk),
+                cached=float(self.cached_blocks),
+                block_tokens=p,
+                chunk_tokens=chunk,
             )
         total = np.floor(np.asarray(prompt_tokens, dtype=np.float64) * PRESETS[self.preset])
         init = np.floor(0.021 * total)
-        blocks = np.floor(np.floor(0.324 * total) / self.block_tokens)
-        local = np.maximum(float(self.chunk_tokens), total - init - blocks * self.block_tokens)
-        return Budget(init, local, blocks, blocks)
+        blocks = np.maximum(np.floor(np.floor(0.324 * total) / p), 1.0)
+        return Budget(
+            init=init,
+            local=np.maximum(chunk, total - init - blocks * p),
+            topk=blocks,
+            cached=blocks,
+            block_tokens=p,
+            chunk_tokens=chunk,
+        )
 
     def resolved(self, context_tokens: int) -> "InfLLM":
-        """The preset's budgets for this context (at least one block, which the fields require)."""
+        """The preset's budgets for this context."""
         if self.preset is None:
             return self
         budget = self.budget(float(context_tokens))
@@ -139,8 +140,8 @@ class InfLLM(AbstractMethod):
             self,
             init_tokens=int(budget.init),
             local_tokens=int(budget.local),
-            topk=max(1, int(budget.topk)),
-            cached_blocks=max(1, int(budget.cached)),
+            topk=int(budget.topk),
+            cached_blocks=int(budget.cached),
             preset=None,
         )
 
@@ -187,12 +188,6 @@ class InfLLM(AbstractMethod):
             host=group.n_layers * layer_bytes(mixer, point, n * self.block_tokens),
         )
 
-    def _misses(self, point: Point, n: Array) -> Array:
-        """Blocks a lookup fetches: uniform choice among n, ``cached`` of them on the GPU."""
-        budget = self.budget(point.prompt_tokens)
-        wanted = np.minimum(budget.topk, n)
-        return wanted * np.maximum(1.0 - budget.cached / np.maximum(n, 1.0), 0.0)
-
     def prefill_attention(
         self, group: MixerGroup, point: Point, attention: Operations
     ) -> Operations:
@@ -205,7 +200,8 @@ class InfLLM(AbstractMethod):
         budget = self.budget(point.prompt_tokens)
         s = point.prompt_tokens
         p = float(self.block_tokens)
-        _, n, _ = self.counts(point.at(s))
+        _, n, rem = self.counts(point.at(s))
+        scores = point.batch * mixer.n_heads * s * point.kv_element_bytes
         local_pairs = causal_pairs(s, budget.local)
         seen = budget.local + budget.init + budget.topk * p + (p + self.chunk_tokens) / 2
         pairs = causal_pairs(s, seen)
@@ -216,7 +212,7 @@ class InfLLM(AbstractMethod):
             pairs=pairs,
             executed_pairs=pairs,
             state_bytes=0.0,
-            source=f"{_MANAGER} _append, Triton multi-stage kernel" if reference else "",
+            source=_KERNEL if reference else "",
             formula="window + first + topk p + (p + chunk) / 2 keys per query",
             shape={"window_tokens": seen},
         )
@@ -231,21 +227,30 @@ class InfLLM(AbstractMethod):
         )
         operations = (
             main,
-            _local_scores(mixer, point, local_pairs, _MANAGER if reference else ""),
-            self._lookup(mixer, point, n / 2, count=chunks),
-            *self._links(mixer, point, n / 2, count=chunks),
+            score_pass(
+                mixer,
+                point,
+                local_pairs,
+                name="local_scores",
+                result_bytes=scores,
+                transient_bytes=scores,
+                source=f"{MANAGER} get_score=True, _score_kernel" if reference else "",
+            ),
+            # over the prompt there are n / 2 blocks on average
+            lookup(mixer, point, budget, n / 2, count=chunks),
+            *links(mixer, point, budget, n / 2, count=chunks),
             host_link(
                 "offload_blocks",
                 layer_bytes(mixer, point, n * p),
                 pinned=True,
                 messages=np.maximum(2 * n, 1.0),
-                source=f"{_MANAGER} MemoryUnit" if reference else "",
+                source=f"{MANAGER} MemoryUnit" if reference else "",
                 formula="every block's K and V to the host once",
             ),
         )
         if not reference:
             return operations
-        return operations + self._reference_chunk(mixer, point, budget, chunks)
+        return operations + prompt_copies(mixer, point, budget, n_blocks=n, remainder=rem)
 
     def decode(self, group: MixerGroup, point: Point) -> Operations:
         """Lookup, transfers, attention over what is held and what was fetched."""
@@ -267,137 +272,23 @@ class InfLLM(AbstractMethod):
             written_bytes=layer_bytes(mixer, point, 2.0),
             workspace_bytes=heads * (window + rem) * point.kv_element_bytes,
             launches=3 if reference else 1,
-            source=f"{_MANAGER} _append, Triton multi-stage kernel" if reference else "",
+            source=_KERNEL if reference else "",
             formula="first + remainder + topk p tokens read once; scores of the window again",
         )
         operations = (
-            self._lookup(mixer, point, n, count=1.0),
-            *self._links(mixer, point, n, count=1.0),
+            lookup(mixer, point, budget, n, count=1.0),
+            *links(mixer, point, budget, n, count=1.0),
             attention,
         )
         if not reference:
             return operations
-        return operations + self._reference_chunk(mixer, point, budget, 1.0, step=True)
-
-    def _lookup(self, mixer: Attention, point: Point, n: Array, *, count: Array) -> Operation:
-        """Mean query of all heads against n representatives, top-k; shared by all heads."""
-        size = point.batch * n * (mixer.n_heads * mixer.head_dim)
-        reference = point.level == "reference"
-        return select(
-            "block_lookup",
-            rows=point.batch,
-            length=n,
-            keep=self.budget(point.prompt_tokens).topk,
-            state_bytes=size * point.kv_element_bytes,
-            executed_flops=2.0 * size,
-            dtype=point.dtype,
-            launches=4 if reference else 1,
-            count=count,
-            source=f"{_MANAGER} calc_block_topk" if reference else "",
-            formula="N Hk b per representative read, 2 N Hk FLOPs each",
+        return operations + copies(
+            mixer,
+            point,
+            budget,
+            n_blocks=n,
+            remainder=rem,
+            new_tokens=1.0,
+            count=1.0,
+            cats=1.0,
         )
-
-    def _links(
-        self, mixer: Attention, point: Point, n: Array, *, count: Array
-    ) -> Operations:
-        """Blocks that are not on the GPU, fetched; upstream the host waits for the indices."""
-        reference = point.level == "reference"
-        missed = self._misses(point, n)
-        fetch = host_link(
-            "fetch_blocks",
-            layer_bytes(mixer, point, missed * self.block_tokens),
-            pinned=True,
-            messages=np.maximum(2 * missed, 1.0),
-            count=count,
-            source=f"{_MANAGER} MemoryUnit.load" if reference else "",
-            formula="topk max(0, 1 - cached / n) blocks of K and V",
-        )
-        if not reference:
-            return (fetch,)
-        sync = host_link(
-            "indices_to_host",
-            point.batch * self.budget(point.prompt_tokens).topk * 8.0,
-            pinned=False,
-            count=count,
-            source=f"{_MANAGER} calc_block_topk .cpu().tolist()",
-            formula="8 bytes per index; the host waits for them",
-        )
-        return sync, fetch
-
-    def _reference_chunk(
-        self,
-        mixer: Attention,
-        point: Point,
-        budget: Budget,
-        count: Array,
-        *,
-        step: bool = False,
-    ) -> Operations:
-        """Copies around the kernel: per chunk of the prompt, or per decode step."""
-        new = 1.0 if step else float(self.chunk_tokens)
-        p = float(self.block_tokens)
-        window = np.minimum(point.cached_tokens, budget.local)
-        _, n, rem = self.counts(point)
-        cat_tokens = window + rem + (1.0 if step else 0.0)
-        rotated = point.batch * (window + new) * (mixer.n_kv_heads * mixer.head_dim)
-        held = np.minimum(budget.topk, n) * p + np.maximum(rem - window, 0.0)
-        size = layer_bytes(mixer, point, cat_tokens)
-        return (
-            elementwise(
-                "window_and_remainder_cat",
-                workspace_bytes=2 * size,
-                transient_bytes=size,
-                launches=6,
-                # upstream concatenates once per forward of up to 8192 tokens
-                count=1.0 if step else np.ceil(point.prompt_tokens / 8192.0),
-                source=f"{_MANAGER} append torch.cat",
-                formula="window, remainder and local scores read and written",
-            ),
-            elementwise(
-                "rotate_window",
-                count=count,
-                vector_flops=3 * rotated,
-                workspace_bytes=rotated * (2 * point.element_bytes + 28),
-                transient_bytes=rotated * 8,
-                launches=6,
-                source=_ROPE,
-                formula="to fp32 (b, 4), two products (4, 4), sum (8, 4), cast (4, b)",
-            ),
-            elementwise(
-                "fill_buffer",
-                count=count,
-                workspace_bytes=2 * layer_bytes(mixer, point, held),
-                launches=4,
-                source=f"{_MANAGER} get_global_hidden_and_mask",
-                formula="retrieved blocks and the remainder copied into the attention buffer",
-            ),
-        )
-
-
-def _local_scores(mixer: Attention, point: Point, pairs: Array, source: str) -> Operation:
-    """Q K^T of the window again, summed over queries: what representatives are chosen by."""
-    s = point.prompt_tokens
-    heads = point.batch * mixer.n_heads
-    return Operation(
-        name="local_scores",
-        kind="prefill_attention",
-        executed_flops=heads * pairs * (2.0 * mixer.head_dim),
-        vector_flops=2 * heads * pairs,
-        activation_bytes=heads * s * (mixer.head_dim * point.element_bytes),
-        workspace_bytes=heads * s * point.kv_element_bytes,
-        transient_bytes=heads * s * point.kv_element_bytes,
-        dtype=point.dtype,
-        shape={
-            "batch": point.batch,
-            "q_len": s,
-            "kv_len": s,
-            "pairs": pairs,
-            "n_heads": mixer.n_heads,
-            "n_kv_heads": mixer.n_kv_heads,
-            "head_dim": mixer.head_dim,
-            "v_head_dim": 0.0,
-            "window_tokens": mixer.limit_tokens,
-        },
-        source=f"{source} get_score=True, _score_kernel" if source else "",
-        formula="2 Hk N per pair of the window: half of its multiplications again",
-    )

@@ -30,10 +30,11 @@ from costmodel.methods.base import (
     layer_bytes,
     not_stored,
 )
-from costmodel.methods.chains import elementwise, softmax_chain_bytes
+from costmodel.methods.chains import attend_packed, elementwise, of_elements
+from costmodel.methods.eager import softmax_chain_bytes
 from costmodel.mixers import Attention
 from costmodel.mixers.attention import decode_attention
-from costmodel.operation import Array, Operation, Operations
+from costmodel.operation import Array, Operations
 from costmodel.workload import Point
 
 _ATTENTION = "jy-yuan/KIVI models/mistral_kivi.py"
@@ -155,7 +156,7 @@ class Kivi(AbstractMethod):
             source=_PACK if reference else "",
             formula="(12 b + 8) bytes per element" if reference else "K and V packed once",
         )
-        return (self._of_elements(quantise, point, elements),)
+        return (of_elements(quantise, point, elements, self.bits),)
 
     def decode(self, group: MixerGroup, point: Point) -> Operations:
         """Attention over packed and residual tokens; the flush every R steps at 1/R of its cost."""
@@ -190,44 +191,18 @@ class Kivi(AbstractMethod):
             source=_PACK if reference else "",
             formula="one value token a step and R key tokens every R steps: b read, e written",
         )
-        flush = self._of_elements(flush, point, new)
+        flush = of_elements(flush, point, new, self.bits)
         if not reference:
-            if not point.engine.fused_dequantise:
-                attention = replace(
-                    attention,
-                    name="dequantised_attention",
-                    state_bytes=residual + layer_bytes(mixer, point, 1.0),
-                    vector_flops=0.0,
-                    formula="scores and weighted sum over the copy, and over the residual",
-                )
-                return self._unpack(point, packed, dequantised), attention, flush
-            return attention, flush
+            attend = attend_packed(
+                point, attention, packed=packed, elements=dequantised, bits=self.bits
+            )
+            return (*attend, flush)
         return (
             *self._reference_copies(mixer, point, packed, ratio),
             replace(attention, workspace_bytes=packed * ratio),
             *self._reference_rest(mixer, point, keys, values, residual),
             flush,
         )
-
-    def _of_elements(self, operation: Operation, point: Point, elements: Array) -> Operation:
-        """Name what measured times of quantising depend on."""
-        shape = {"elements": elements, "bits": float(self.bits)}
-        return replace(operation, dtype=point.dtype, shape=shape)
-
-    def _unpack(self, point: Point, packed: Array, elements: Array) -> Operation:
-        """Without a fused kernel a 16-bit copy is written and read once.
-
-        It is made piece by piece, so it is never alive whole.
-        """
-        dequantise = elementwise(
-            "dequantise",
-            vector_flops=2 * elements,
-            state_bytes=packed,
-            workspace_bytes=2 * elements * point.element_bytes,
-            launches=8,
-            formula="codes, scales and zeros read; a copy of b bytes an element written and read",
-        )
-        return self._of_elements(dequantise, point, elements)
 
     def _reference_copies(
         self, mixer: Attention, point: Point, packed: Array, ratio: float

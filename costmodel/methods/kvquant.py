@@ -32,7 +32,7 @@ from costmodel.methods.base import (
     layer_bytes,
     not_stored,
 )
-from costmodel.methods.chains import elementwise, host_link, select
+from costmodel.methods.chains import attend_packed, elementwise, host_link, select
 from costmodel.mixers import Attention
 from costmodel.mixers.attention import decode_attention
 from costmodel.operation import Array, Operations
@@ -168,7 +168,9 @@ class KvQuant(AbstractMethod):
             formula="packed state and tables read once",
         )
         if not reference:
-            return (attention,)
+            return attend_packed(
+                point, attention, packed=packed, elements=elements, bits=self.bits
+            )
         return (
             *self._reference_append(mixer, point, new),
             attention,

@@ -24,7 +24,8 @@ from costmodel.methods.base import (
     check_at_least,
     covers_unbounded,
 )
-from costmodel.methods.chains import elementwise, select, softmax_chain_bytes
+from costmodel.methods.chains import elementwise, select
+from costmodel.methods.eager import softmax_chain_bytes
 from costmodel.mixers import AbstractMixer
 from costmodel.mixers.attention import prefill_attention
 from costmodel.operation import Array, Operation, Operations, causal_pairs

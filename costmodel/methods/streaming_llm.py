@@ -32,7 +32,8 @@ from costmodel.methods.base import (
     kept,
     layer_bytes,
 )
-from costmodel.methods.chains import cache_cat, eager_prompt, eager_step, elementwise, rotate_keys
+from costmodel.methods.chains import cache_cat, elementwise, rotate_in_fp32
+from costmodel.methods.eager import eager_prompt, eager_step, rotate_keys
 from costmodel.mixers import AbstractMixer, Attention
 from costmodel.mixers.attention import decode_attention, prefill_attention
 from costmodel.operation import Array, Operations, causal_pairs
@@ -147,7 +148,6 @@ class StreamingLLM(AbstractMethod):
             return (banded,)
         s = point.prompt_tokens
         chunk = np.minimum(s, _CHUNK)
-        rotated = (window + chunk) * point.batch * (mixer.n_kv_heads * mixer.head_dim)
         return (
             banded,
             elementwise(
@@ -159,16 +159,7 @@ class StreamingLLM(AbstractMethod):
                 source=f"{_INF} torch.cat of the window and the chunk",
                 formula="window and chunk of K and V read and written, per chunk of 8192",
             ),
-            elementwise(
-                "rotate_window",
-                count=np.ceil(s / _CHUNK),
-                vector_flops=3 * rotated,
-                workspace_bytes=rotated * (2 * point.element_bytes + 28),
-                transient_bytes=rotated * 8,
-                launches=6,
-                source="thunlp/InfLLM inf_llm/attention/rope.py apply_rotary_pos_emb in fp32",
-                formula="to fp32 (b, 4), two products (4, 4), sum (8, 4), cast (4, b), per chunk",
-            ),
+            rotate_in_fp32(mixer, point, window + chunk, count=np.ceil(s / _CHUNK)),
         )
 
     def _eager_prefill(
@@ -210,15 +201,7 @@ class StreamingLLM(AbstractMethod):
         if self.positions == "fixed":
             return (
                 cache_cat(mixer, point, c, source=f"{_INF} torch.cat"),
-                elementwise(
-                    "rotate_window",
-                    vector_flops=3 * keys,
-                    workspace_bytes=keys * (2 * point.element_bytes + 28),
-                    transient_bytes=keys * 8,
-                    launches=6,
-                    source="thunlp/InfLLM inf_llm/attention/rope.py apply_rotary_pos_emb in fp32",
-                    formula="to fp32 (b, 4), two products (4, 4), sum (8, 4), cast (4, b)",
-                ),
+                rotate_in_fp32(mixer, point, c),
                 decode_attention(
                     mixer,
                     point,

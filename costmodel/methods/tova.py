@@ -27,15 +27,8 @@ from costmodel.methods.base import (
     layer_bytes,
     not_stored,
 )
-from costmodel.methods.chains import (
-    cache_cat,
-    eager_prompt,
-    eager_step,
-    elementwise,
-    gather_tokens,
-    rotate_keys,
-    select,
-)
+from costmodel.methods.chains import cache_cat, elementwise, gather_tokens, select
+from costmodel.methods.eager import eager_prompt, eager_step, rotate_keys
 from costmodel.mixers import AbstractMixer
 from costmodel.mixers.attention import decode_attention
 from costmodel.operation import Array, Operations

@@ -5,14 +5,8 @@ from dataclasses import replace
 import numpy as np
 
 from costmodel.methods.base import layer_bytes, not_stored
-from costmodel.methods.chains import (
-    cache_cat,
-    elementwise,
-    gather_tokens,
-    repeat_kv,
-    select,
-    softmax_chain_bytes,
-)
+from costmodel.methods.chains import cache_cat, elementwise, gather_tokens, select
+from costmodel.methods.eager import repeat_kv, softmax_chain_bytes
 from costmodel.mixers import Attention
 from costmodel.mixers.attention import decode_attention
 from costmodel.operation import Array, Operation, Operations

@@ -1,0 +1,138 @@
+"""Operations of InfLLM around its attention kernel: lookup, transfers, copies.
+
+A chunk of queries (one token when decoding) looks up its blocks once for all heads of a layer.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from costmodel.methods.base import layer_bytes
+from costmodel.methods.chains import elementwise, host_link, rotate_in_fp32, select
+from costmodel.mixers import Attention
+from costmodel.operation import Array, Operation, Operations
+from costmodel.workload import Point
+
+MANAGER = "thunlp/InfLLM inf_llm/attention/context_manager.py"
+#: Prompt tokens that upstream feeds to the model at once (``chunk_size`` of its configurations).
+_MODEL_CHUNK = 8192.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Budget:
+    """Tokens (init, local), blocks (topk, cached); scalars, or arrays for a preset."""
+
+    init: Array
+    local: Array
+    topk: Array
+    cached: Array
+    block_tokens: float
+    chunk_tokens: float
+
+
+def lookup(
+    mixer: Attention, point: Point, budget: Budget, n_blocks: Array, *, count: Array
+) -> Operation:
+    """Mean query of all heads against every representative, top-k; one choice for all heads."""
+    size = point.batch * n_blocks * (mixer.n_heads * mixer.head_dim)
+    reference = point.level == "reference"
+    return select(
+        "block_lookup",
+        rows=point.batch,
+        length=n_blocks,
+        keep=budget.topk,
+        state_bytes=size * point.kv_element_bytes,
+        executed_flops=2.0 * size,
+        dtype=point.dtype,
+        launches=4 if reference else 1,
+        count=count,
+        source=f"{MANAGER} calc_block_topk" if reference else "",
+        formula="N Hk b per representative read, 2 N Hk FLOPs each",
+    )
+
+
+def links(
+    mixer: Attention, point: Point, budget: Budget, n_blocks: Array, *, count: Array
+) -> Operations:
+    """Blocks that are not on the GPU, fetched; upstream the host waits for the indices.
+
+    Blocks asked for are taken as uniform among all: a share cached / n of them is on the GPU.
+    """
+    reference = point.level == "reference"
+    wanted = np.minimum(budget.topk, n_blocks)
+    missed = wanted * np.maximum(1.0 - budget.cached / np.maximum(n_blocks, 1.0), 0.0)
+    fetch = host_link(
+        "fetch_blocks",
+        layer_bytes(mixer, point, missed * budget.block_tokens),
+        pinned=True,
+        messages=np.maximum(2 * missed, 1.0),
+        count=count,
+        source=f"{MANAGER} MemoryUnit.load" if reference else "",
+        formula="topk max(0, 1 - cached / n) blocks of K and V",
+    )
+    if not reference:
+        return (fetch,)
+    wait = host_link(
+        "indices_to_host",
+        point.batch * budget.topk * 8.0,
+        pinned=False,
+        count=count,
+        source=f"{MANAGER} calc_block_topk .cpu().tolist()",
+        formula="8 bytes per index; the host waits for them",
+    )
+    return wait, fetch
+
+
+def copies(
+    mixer: Attention,
+    point: Point,
+    budget: Budget,
+    *,
+    n_blocks: Array,
+    remainder: Array,
+    new_tokens: float,
+    count: Array,
+    cats: Array,
+) -> Operations:
+    """What upstream copies around the kernel: ``cats`` joins of the caches, ``count`` lookups."""
+    window = np.minimum(point.cached_tokens, budget.local)
+    joined = layer_bytes(mixer, point, window + remainder + new_tokens)
+    held = np.minimum(budget.topk, n_blocks) * budget.block_tokens
+    held = held + np.maximum(remainder - window, 0.0)
+    return (
+        elementwise(
+            "window_and_remainder_cat",
+            workspace_bytes=2 * joined,
+            transient_bytes=joined,
+            launches=6,
+            count=cats,
+            source=f"{MANAGER} append torch.cat",
+            formula="window, remainder and new tokens of K and V read and written",
+        ),
+        rotate_in_fp32(mixer, point, window + new_tokens, count=count),
+        elementwise(
+            "fill_buffer",
+            count=count,
+            workspace_bytes=2 * layer_bytes(mixer, point, held),
+            launches=4,
+            source=f"{MANAGER} get_global_hidden_and_mask",
+            formula="retrieved blocks and the remainder copied into the attention buffer",
+        ),
+    )
+
+
+def prompt_copies(
+    mixer: Attention, point: Point, budget: Budget, *, n_blocks: Array, remainder: Array
+) -> Operations:
+    """``copies`` over a prompt: one join per model pass of 8192 tokens, one lookup per chunk."""
+    s = point.prompt_tokens
+    return copies(
+        mixer,
+        point.at(s),
+        budget,
+        n_blocks=n_blocks,
+        remainder=remainder,
+        new_tokens=budget.chunk_tokens,
+        count=np.ceil(s / budget.chunk_tokens),
+        cats=np.ceil(s / _MODEL_CHUNK),
+    )
