@@ -27,7 +27,7 @@ _STRUCTURAL = re.compile(
     r"attn|attention|window|chunk|kv|head|lora|mamba|ssm|conv|recur|rwkv|rnn|lru|linear|expert|moe"
     r"|router|index|compress|latent|sparse|layer_type|layers_type|block_type|layers_block|pattern"
     r"|hybrid|share|sliding|global|local|mla|state|delta|memory|hyper_conn|^hc_|ngram|mixer|retention"
-    r"|_layers$|parallel|^n_groups$|expand"
+    r"|_layers$|layer_config|per_layer|parallel|^n_groups$|expand"
 )
 # Words and names that never change what is computed or cached: training, numerics, positions, output.
 _HARMLESS = re.compile(

@@ -20,7 +20,7 @@ from costmodel.errors import (
     UnknownNameError,
     UnsupportedArchitectureError,
 )
-from costmodel.families import MODULES, TEXT_SECTIONS, Model, known_families
+from costmodel.families import MODULES, TEXT_SECTIONS, WRAPPED, Model, known_families
 from costmodel.hf_config import ConfigReader, parse_config, read_config, short
 
 #: Spellings of 16- and 32-bit types in ``torch_dtype`` and ``dtype``.
@@ -181,7 +181,10 @@ def _build(
 
 def _model_type(reader: ConfigReader, outer: ConfigReader, assume: str | None) -> str:
     """The family the config names; a wrapper whose text config names none stands for itself."""
-    declared = reader.text("model_type", default=outer.text("model_type", default=""))
+    declared = reader.text("model_type", default="")
+    if not declared:
+        declared = outer.text("model_type", default="")
+        declared = WRAPPED.get(declared, declared)
     if assume is not None or declared in MODULES:
         return declared or "none"
     families = ", ".join(known_families())

@@ -11,12 +11,40 @@ from costmodel.families.common import Model as Model
 #: model_type -> module in this package.
 MODULES: dict[str, str] = {
     # attention and a dense MLP
+    "apertus": "dense",
+    "arcee": "dense",
+    "cohere": "dense",
+    "cohere2": "dense",
+    "cwm": "dense",
+    "ernie4_5": "dense",
+    "exaone4": "dense",
+    "glm": "dense",
     "glm4": "dense",
+    "granite": "dense",
+    "helium": "dense",
+    "hunyuan_v1_dense": "dense",
+    "internlm3": "dense",
     "llama": "dense",
+    "ministral": "dense",
+    "ministral3": "dense",
     "mistral": "dense",
+    "nemotron": "dense",
+    "olmo": "dense",
+    "olmo2": "dense",
+    "olmo3": "dense",
+    "phi": "dense",
     "phi3": "dense",
     "qwen2": "dense",
+    "qwen2_5_vl": "dense",
+    "qwen2_5_vl_text": "dense",
+    "qwen2_vl": "dense",
+    "qwen2_vl_text": "dense",
     "qwen3": "dense",
+    "qwen3_vl_text": "dense",
+    "seed_oss": "dense",
+    "smollm3": "dense",
+    "stablelm": "dense",
+    "starcoder2": "dense",
     # attention and experts
     "glm4_moe": "moe",
     "gpt_oss": "moe",
@@ -27,6 +55,21 @@ MODULES: dict[str, str] = {
     "mixtral": "moe",
     "qwen2_moe": "moe",
     "qwen3_moe": "moe",
+    "dots1": "moe_kin",
+    "ernie4_5_moe": "moe_kin",
+    "glm4v_moe_text": "moe",
+    "granitemoe": "moe_kin",
+    "granitemoeshared": "moe_kin",
+    "hunyuan_v1_moe": "moe_kin",
+    "olmoe": "moe_kin",
+    "phimoe": "moe_kin",
+    "qwen3_vl_moe_text": "moe",
+    "solar_open": "moe_kin",
+    # older decoders
+    "gpt2": "classic",
+    "gpt_neox": "classic",
+    "gptj": "classic",
+    "opt": "classic",
     # Gemma
     "gemma": "gemma",
     "gemma2": "gemma",
@@ -39,6 +82,7 @@ MODULES: dict[str, str] = {
     "deepseek_v3": "deepseek",
     "deepseek_v32": "deepseek",
     "glm_moe_dsa": "deepseek",
+    "glm4_moe_lite": "deepseek",
     "kimi_k2": "deepseek",
     "kimi_k25": "deepseek",
     "kimi_linear": "deepseek",
@@ -62,6 +106,16 @@ MODULES: dict[str, str] = {
     "falcon_h1": "hybrid",
     "nemotron_h": "nemotron_h",
     "zamba2": "zamba2",
+}
+
+#: Wrapper model_type -> family of its text model, for files whose text config does not name it.
+WRAPPED: dict[str, str] = {
+    "llava": "llama",
+    "llava_next": "llama",
+    "mistral3": "mistral",
+    "qwen3_vl": "qwen3_vl_text",
+    "qwen3_vl_moe": "qwen3_vl_moe_text",
+    "glm4v_moe": "glm4v_moe_text",
 }
 
 #: Keys under which wrappers (vision, audio) keep the language model's own config.

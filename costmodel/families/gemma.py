@@ -82,7 +82,7 @@ def _gemma4(c: ConfigReader, wrapper: ConfigReader | None) -> Model:
         SLIDING if (i + 1) % 6 and i + 1 < n_layers else FULL for i in range(n_layers)
     )
     n_shared = c.integer("num_kv_shared_layers", default=0, minimum=0, maximum=n_layers - 1)
-    mixers = _gemma4_mixers(c)
+    mixers = _gemma4_mixers(c, [i for i, kind in enumerate(types) if kind == FULL])
     moe = _gemma4_experts(c)
     d_ff = c.integer("intermediate_size")
     wide = c.flag("use_double_wide_mlp")
@@ -122,15 +122,35 @@ def _gemma4(c: ConfigReader, wrapper: ConfigReader | None) -> Model:
     )
 
 
-def _gemma4_mixers(c: ConfigReader) -> dict[str, Attention]:
+def _gemma4_global_heads(c: ConfigReader, full_layers: list[int]) -> tuple[int, int | None]:
+    """Head size and KV heads of the full-attention layers: ``per_layer_config`` as transformers 5
+    writes it, or ``global_head_dim`` and ``num_global_key_value_heads``.
+    """
+    own = c.section("per_layer_config")
+    if own is None:
+        return c.integer("global_head_dim", default=512), c.optional_integer(
+            "num_global_key_value_heads"
+        )
+    found = set()
+    for i in full_layers:
+        layer = own.section(str(i))
+        if layer is None:
+            raise own.missing(str(i), "the head size of this full-attention layer")
+        found.add((layer.integer("head_dim"), layer.optional_integer("num_key_value_heads")))
+    if len(found) != 1:
+        raise c.error("per_layer_config", "the same heads on every full layer", sorted(found))
+    return found.pop()
+
+
+def _gemma4_mixers(c: ConfigReader, full_layers: list[int]) -> dict[str, Attention]:
     bias = c.flag("attention_bias")
     n_heads = c.integer("num_attention_heads")
     n_kv = c.integer("num_key_value_heads")
     head_dim = c.integer("head_dim", default=256)
     k_eq_v = c.flag("attention_k_eq_v")
-    wide = c.integer("global_head_dim", default=512)
-    n_global = c.integer("num_global_key_value_heads", default=n_kv) if k_eq_v else n_kv
-    c.ignore("num_global_key_value_heads", "per_layer_config")
+    wide, n_global = _gemma4_global_heads(c, full_layers)
+    if not k_eq_v or n_global is None:
+        n_global = n_kv
     sliding = Attention(
         n_heads=n_heads,
         n_kv_heads=n_kv,

@@ -107,7 +107,7 @@ def _jamba(c: ConfigReader, basics: Basics) -> tuple[Layer, ...]:
         c.integer("expert_layer_period"),
         c.integer("expert_layer_offset", minimum=0),
     )
-    c.ignore("layers_block_type", "layer_types", "layers_num_experts")
+    c.ignore("layers_block_type", "layer_types", "layers_num_experts", "num_experts_per_tok")
     out = []
     for i in range(basics.n_layers):
         mixer: AbstractMixer = attention if i % attention_every == attention_at else mamba

@@ -26,30 +26,44 @@ from costmodel.mixers.attention import Attention
 from costmodel.mlps import MLP, DenseMLP, MoE
 
 
+MoELayers = tuple[list[Attention], list[MLP]]
+
+
 def build(c: ConfigReader, model_type: str, wrapper: ConfigReader | None = None) -> Model:
     """Read one config of a family in ``_FAMILIES``."""
     basics = read_basics(c)
     mixers, mlps = _FAMILIES[model_type](c, basics)
-    layers: dict[tuple[Attention, MLP], Layer] = {}
-    for pair in zip(mixers, mlps, strict=True):
-        if pair not in layers:
-            layers[pair] = Layer(
-                mixers=pair[:1], mlps=pair[1:], other_parameters=2 * basics.d_model
-            )
+    return assemble(c, basics, mixers, mlps, wrapper)
+
+
+def assemble(
+    c: ConfigReader,
+    basics: Basics,
+    mixers: list[Attention],
+    mlps: list[MLP],
+    wrapper: ConfigReader | None,
+    *,
+    norm_vectors: int = 1,
+) -> Model:
+    """Layers of one mixer and one MLP with two norms, a final norm, embedding and head."""
+    d = basics.d_model
+    pairs = list(zip(mixers, mlps, strict=True))
+    layers = {
+        pair: Layer(mixers=pair[:1], mlps=pair[1:], other_parameters=2 * norm_vectors * d)
+        for pair in dict.fromkeys(pairs)
+    }
     return Model(
-        d_model=basics.d_model,
+        d_model=d,
         vocab_size=basics.vocab_size,
-        layers=tuple(layers[pair] for pair in zip(mixers, mlps, strict=True)),
-        other_parameters=basics.d_model,
+        layers=tuple(layers[pair] for pair in pairs),
+        other_parameters=norm_vectors * d,
         tied_embeddings=read_tied(c, wrapper, default=False),
         max_context_tokens=basics.max_context_tokens,
     )
 
 
-_Layers = tuple[list[Attention], list[MLP]]
-
-
-def _attention(c: ConfigReader, basics: Basics) -> Attention:
+def attention_of(c: ConfigReader, basics: Basics) -> Attention:
+    """Plain attention without biases."""
     heads = read_heads(c, basics.d_model)
     return Attention(
         n_heads=heads.n_heads,
@@ -59,12 +73,13 @@ def _attention(c: ConfigReader, basics: Basics) -> Attention:
     )
 
 
-def _windowed(attention: Attention, windows: list[int | None]) -> list[Attention]:
+def windowed(attention: Attention, windows: list[int | None]) -> list[Attention]:
+    """The attention of every layer, by its window."""
     cache = {w: replace(attention, window_tokens=w) for w in set(windows)}
     return [cache[w] for w in windows]
 
 
-def _mixtral(c: ConfigReader, basics: Basics) -> _Layers:
+def _mixtral(c: ConfigReader, basics: Basics) -> MoELayers:
     n = c.integer("num_local_experts")
     moe = MoE(
         n_experts=n,
@@ -72,11 +87,11 @@ def _mixtral(c: ConfigReader, basics: Basics) -> _Layers:
         d_ff=c.integer("intermediate_size"),
     )
     windows = read_windows(c, basics.n_layers, "all")
-    return _windowed(_attention(c, basics), windows), [moe] * basics.n_layers
+    return windowed(attention_of(c, basics), windows), [moe] * basics.n_layers
 
 
-def _qwen_moe(c: ConfigReader, basics: Basics, *, version: int) -> _Layers:
-    attention = _attention(c, basics)
+def _qwen_moe(c: ConfigReader, basics: Basics, *, version: int) -> MoELayers:
+    attention = attention_of(c, basics)
     shared = 0
     if version == 2:
         attention = replace(attention, qkv_bias=c.flag("qkv_bias", default=True))
@@ -87,12 +102,12 @@ def _qwen_moe(c: ConfigReader, basics: Basics, *, version: int) -> _Layers:
             attention, qkv_bias=bias, o_bias=bias, extra_parameters=2 * attention.head_dim
         )
     mlps = read_qwen_mlps(c, basics.n_layers, shared=shared)
-    return _windowed(attention, read_windows(c, basics.n_layers, "qwen2")), mlps
+    return windowed(attention, read_windows(c, basics.n_layers, "qwen2")), mlps
 
 
 def read_qwen_mlps(c: ConfigReader, n_layers: int, *, shared: int) -> list[MLP]:
     """Qwen's rule: experts on every ``decoder_sparse_step``-th layer not in ``mlp_only_layers``."""
-    n = c.integer("num_experts", minimum=0)
+    n = c.integer("num_experts", "num_local_experts", minimum=0)
     step = c.integer("decoder_sparse_step", default=1)
     dense_layers = set(c.optional_integers("mlp_only_layers") or ())
     d_ff = c.optional_integer("intermediate_size")
@@ -116,8 +131,8 @@ def read_qwen_mlps(c: ConfigReader, n_layers: int, *, shared: int) -> list[MLP]:
     return out
 
 
-def _gpt_oss(c: ConfigReader, basics: Basics) -> _Layers:
-    attention = _attention(c, basics)
+def _gpt_oss(c: ConfigReader, basics: Basics) -> MoELayers:
+    attention = attention_of(c, basics)
     bias = c.flag("attention_bias", default=True)
     attention = replace(
         attention, qkv_bias=bias, o_bias=bias, extra_parameters=attention.n_heads  # sinks
@@ -135,13 +150,13 @@ def _gpt_oss(c: ConfigReader, basics: Basics) -> _Layers:
         router_bias=n,
     )
     windows = [window if t == SLIDING else None for t in types]
-    return _windowed(attention, windows), [moe] * basics.n_layers
+    return windowed(attention, windows), [moe] * basics.n_layers
 
 
-def _llama4(c: ConfigReader, basics: Basics) -> _Layers:
+def _llama4(c: ConfigReader, basics: Basics) -> MoELayers:
     n_layers = basics.n_layers
     bias = c.flag("attention_bias")
-    attention = replace(_attention(c, basics), qkv_bias=bias, o_bias=bias)
+    attention = replace(attention_of(c, basics), qkv_bias=bias, o_bias=bias)
     chunk = c.optional_integer("attention_chunk_size")
     types = read_layer_types(c, n_layers, (FULL, CHUNKED))
     rope = c.optional_integers("no_rope_layers", maximum=1)
@@ -172,10 +187,11 @@ def _llama4(c: ConfigReader, basics: Basics) -> _Layers:
     return [local if t == CHUNKED else attention for t in types], mlps
 
 
-def _glm4_moe(c: ConfigReader, basics: Basics) -> _Layers:
-    attention = _attention(c, basics)
+def _glm4_moe(c: ConfigReader, basics: Basics, *, bias: bool = False) -> MoELayers:
+    attention = attention_of(c, basics)
     norm = 2 * attention.head_dim if c.flag("use_qk_norm") else 0
-    attention = replace(attention, qkv_bias=c.flag("attention_bias"), extra_parameters=norm)
+    bias = c.flag("attention_bias", default=bias)
+    attention = replace(attention, qkv_bias=bias, extra_parameters=norm)
     return [attention] * basics.n_layers, read_deepseek_mlps(c, basics.n_layers)
 
 
@@ -202,8 +218,8 @@ def read_deepseek_mlps(c: ConfigReader, n_layers: int, *, expert_bias: bool = Fa
     return [moe if s else dense for s in sparse]
 
 
-def _minimax_m2(c: ConfigReader, basics: Basics) -> _Layers:
-    attention = _attention(c, basics)
+def _minimax_m2(c: ConfigReader, basics: Basics) -> MoELayers:
+    attention = attention_of(c, basics)
     c.ignore("use_qk_norm", "qk_norm_type", "use_routing_bias")
     if c.optional_integers("attn_type_list", maximum=1) not in (None, (1,) * basics.n_layers):
         raise c.error("attn_type_list", "only 1 (full attention)", c.raw("attn_type_list"))
@@ -220,11 +236,11 @@ def _minimax_m2(c: ConfigReader, basics: Basics) -> _Layers:
     return [attention] * basics.n_layers, [moe] * basics.n_layers
 
 
-def _mimo(c: ConfigReader, basics: Basics) -> _Layers:
+def _mimo(c: ConfigReader, basics: Basics) -> MoELayers:
     """MiMo-V2-Flash. The file says window 128 (``sliding_window``): 128 tokens before the query, as its
     authors count; the cache holds 128.
     """
-    full = _attention(c, basics)
+    full = attention_of(c, basics)
     bias = c.flag("attention_bias")
     full = replace(full, v_head_dim=c.integer("v_head_dim"), qkv_bias=bias)
     pattern = c.optional_integers("hybrid_layer_pattern", maximum=1)
@@ -250,7 +266,7 @@ def _mimo(c: ConfigReader, basics: Basics) -> _Layers:
     return [sliding if t == SLIDING else full for t in types], mlps
 
 
-_FAMILIES: dict[str, Callable[[ConfigReader, Basics], _Layers]] = {
+_FAMILIES: dict[str, Callable[[ConfigReader, Basics], MoELayers]] = {
     "mixtral": _mixtral,
     "qwen2_moe": lambda c, basics: _qwen_moe(c, basics, version=2),
     "qwen3_moe": lambda c, basics: _qwen_moe(c, basics, version=3),
@@ -258,6 +274,8 @@ _FAMILIES: dict[str, Callable[[ConfigReader, Basics], _Layers]] = {
     "llama4": _llama4,
     "llama4_text": _llama4,
     "glm4_moe": _glm4_moe,
+    "glm4v_moe_text": lambda c, basics: _glm4_moe(c, basics, bias=True),
+    "qwen3_vl_moe_text": lambda c, basics: _qwen_moe(c, basics, version=3),
     "minimax_m2": _minimax_m2,
     "mimo_v2_flash": _mimo,
 }

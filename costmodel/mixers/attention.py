@@ -107,7 +107,8 @@ class Attention(AbstractMixer):
     def held_tokens(self, point: Point) -> Array:
         """Tokens the cache holds per sequence."""
         limit = self.limit_tokens
-        if self.window_tokens and point.engine.fixed_state_layout == "transformers":
+        bounded = self.max_kv_tokens() is not None
+        if bounded and point.engine.fixed_state_layout == "transformers":
             limit -= 1
         return np.minimum(point.cached_tokens, limit)
 

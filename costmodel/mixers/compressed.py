@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from costmodel.errors import NotApplicableError
 from costmodel.mixers.base import AbstractMixer, Linear
@@ -31,10 +32,10 @@ from costmodel.workload import Point
 
 def entry_pairs(n_queries: Array, ratio: int, top_k: int | None) -> Array:
     """Pairs of queries and compressed entries: the sum over t = 1..S of min(floor(t / m), k)."""
-    s = np.asarray(n_queries, dtype=np.float64)
+    s: NDArray[np.float64] = np.asarray(n_queries, dtype=np.float64)
     ramp = s if top_k is None else np.minimum(s, float(ratio) * top_k)
     n = np.floor(ramp / ratio)
-    base = ratio * n * (n - 1) / 2 + n * (ramp - n * ratio + 1)
+    base: Array = ratio * n * (n - 1) / 2 + n * (ramp - n * ratio + 1)
     return base if top_k is None else base + (s - ramp) * top_k
 
 
@@ -142,10 +143,15 @@ class CompressedAttention(AbstractMixer):
         return self.index_dim * point.kv_element_bytes
 
     def state_bytes(self, point: Point) -> Array:
-        """See the module docstring; projections waiting for their window are in the model dtype."""
+        """See the module docstring; projections waiting for their window are in the model dtype.
+
+        transformers keeps W - 1 tokens, and in window-only layers the same vector as key and value.
+        """
         t = np.asarray(point.cached_tokens, dtype=np.float64)
-        limit = self.window_tokens - (point.engine.fixed_state_layout == "transformers")
-        per_sequence = np.minimum(t, limit) * self.entry_bytes(point)
+        transformers = point.engine.fixed_state_layout == "transformers"
+        copies = 2.0 if transformers and not self.ratio else 1.0
+        held = np.minimum(t, self.window_tokens - transformers)
+        per_sequence = held * (copies * self.entry_bytes(point))
         if self.ratio:
             entries = np.floor(t / self.ratio)
             waiting = t - entries * self.ratio

@@ -60,8 +60,10 @@ class Lightning(AbstractMixer):
         return replace(self, n_heads=self.n_heads // tp)
 
     def state_bytes(self, point: Point) -> Array:
-        """``B 4 N h^2``."""
-        return point.batch * (STATE_ELEMENT_BYTES * self.state_elements)
+        """``B 4 N h^2``; transformers keeps the state in the model dtype."""
+        transformers = point.engine.fixed_state_layout == "transformers"
+        element = point.element_bytes if transformers else STATE_ELEMENT_BYTES
+        return point.batch * (element * self.state_elements)
 
     def prefill(self, point: Point) -> Operations:
         """Blocked linear attention and gated norm."""
