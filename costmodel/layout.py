@@ -109,18 +109,30 @@ def decode_operations(run: Execution, point: Point) -> Operations:
 
 
 def _pass(run: Execution, point: Point, *, tokens: Array, decode: bool) -> Operations:
-    operations: list[Operation] = []
-    for group in run.mixer_groups:
-        hook = run.stack.decode if decode else run.stack.prefill
-        operations += [
-            replace(op, count=op.count * group.n_layers) for op in hook(group, point)
-        ]
-    operations += [_gemm(point, matmul, tokens) for matmul in run.matmuls]
+    return (
+        *mixing_operations(run, point, decode=decode),
+        *token_operations(run, point, tokens),
+        _head(run, point),
+    )
+
+
+def mixing_operations(run: Execution, point: Point, *, decode: bool) -> Operations:
+    """What happens between the projections, all layers: the part that depends on the context."""
+    hook = run.stack.decode if decode else run.stack.prefill
+    return tuple(
+        replace(op, count=op.count * group.n_layers)
+        for group in run.mixer_groups
+        for op in hook(group, point)
+    )
+
+
+def token_operations(run: Execution, point: Point, tokens: Array) -> Operations:
+    """What every one of ``tokens`` goes through whatever its context, the LM head left out."""
+    operations = [_gemm(point, matmul, tokens) for matmul in run.matmuls]
     for moe, _, matmuls in run.experts:
         read = moe.experts_read(tokens)
         operations += [_expert(point, moe, matmul, tokens, read) for matmul in matmuls]
     operations.append(_elementwise(run, point, tokens))
-    operations.append(_head(run, point))
     operations += _collectives(run, point, tokens)
     return tuple(operations)
 

@@ -68,6 +68,10 @@ class Fields:
             self.problem(key, f"missing; expected {expected}")
         return value
 
+    def raw(self, key: str) -> Any:
+        """The value as it stands, None where absent; the caller checks it."""
+        return self._take(key, False, "")
+
     def number(
         self, key: str, *, unit: str, low: float, high: float, required: bool = False
     ) -> float | None:
