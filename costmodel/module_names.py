@@ -32,6 +32,8 @@ _CONTAINERS = {
 #: What checkpoints call the parts of a matrix that our architectures fuse.
 _LEAVES = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj", "qkv_proj"),
+    "qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa", "fused_qkv_a_proj_with_mqa"),
+    "kv_a_proj": ("kv_a_proj_with_mqa", "kv_a_proj"),
     "gate_up_proj": ("gate_proj", "up_proj", "gate_up_proj"),
     "experts_gate_up": ("gate_proj", "up_proj", "gate_up_proj", "w1", "w3"),
     "experts_up": ("up_proj", "w1"),

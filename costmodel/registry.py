@@ -24,7 +24,13 @@ from costmodel.families import MODULES, TEXT_SECTIONS, WRAPPED, Model, known_fam
 from costmodel.hf_config import ConfigReader, parse_config, read_config, short
 
 #: Spellings of 16- and 32-bit types in ``torch_dtype`` and ``dtype``.
-_DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float": "fp32"}
+_DTYPES = {
+    "float32": "fp32",
+    "bfloat16": "bf16",
+    "float16": "fp16",
+    "half": "fp16",
+    "float": "fp32",
+}
 
 
 @functools.cache
@@ -155,7 +161,6 @@ def _build(
             extra += (f"keys not understood and left out: {', '.join(unread)}",)
     if inner is not None:
         extra += ("the text tower of a multimodal model; vision and audio towers are not priced",)
-    quantization = outer.section("quantization_config") or reader.section("quantization_config")
     return Architecture(
         name=name,
         hub_id=hub_id,
@@ -170,13 +175,24 @@ def _build(
         head_bias=model.head_bias,
         active_adjustment=model.active_adjustment,
         dtype=_dtype(reader, outer),
-        quantization=None if quantization is None else quantization.items(),
+        quantization=_quantization(reader, outer),
         max_context_tokens=model.max_context_tokens,
         source=source,
         confidence=confidence,
         notes=(*notes, *model.notes, *extra),
         assumed=assume is not None,
     )
+
+
+def _quantization(
+    reader: ConfigReader, outer: ConfigReader
+) -> tuple[tuple[str, object], ...] | None:
+    """The ``quantization_config``, with the ``expert_dtype`` that DeepSeek-V4 keeps beside it."""
+    section = outer.section("quantization_config") or reader.section("quantization_config")
+    if section is None:
+        return None
+    experts = reader.text("expert_dtype", default="")
+    return (*section.items(), ("expert_dtype", experts)) if experts else section.items()
 
 
 def _model_type(reader: ConfigReader, outer: ConfigReader, assume: str | None) -> str:

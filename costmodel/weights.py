@@ -88,6 +88,7 @@ def compute_dtype(
     return dtype
 
 
+@functools.lru_cache(maxsize=256)
 def weights_bytes(
     architecture: Architecture, weight_dtype: str, dtype: str = "bf16", tp: int = 1
 ) -> float:
@@ -97,28 +98,15 @@ def weights_bytes(
     vocabulary-parallel. Tied embeddings are stored once, and so are weight sets that several
     layers share.
     """
-    # The config is a key of its own: architectures compare equal without it.
-    return _weights_bytes(architecture, architecture.quantization, weight_dtype, dtype, tp)
-
-
-@functools.lru_cache(maxsize=256)
-def _weights_bytes(
-    architecture: Architecture, quantization: object, weight_dtype: str, dtype: str, tp: int
-) -> float:
     b = DTYPE_BYTES[dtype]
 
     def matrices(linears: Iterable[Linear]) -> float:
         return sum(linear_bytes(x, weight_dtype, architecture, dtype) for x in linears)
 
-    own = Counter(x for x in architecture.layers if x.shared_with is None)
-    own.update(architecture.shared_layers)
     total = 0.0
-    for layer, count in own.items():
+    for layer, count in Counter(architecture.stored_layers).items():
         linears, other = _contents(layer, architecture.d_model)
         total += count * (matrices(linears) + other * b)
-    for layer in architecture.layers:
-        if layer.shared_with is not None:  # what it owns beside the shared set
-            total += matrices(layer.linears) + layer.other_parameters * b
     rows = math.ceil(architecture.vocab_size / tp)
     embedding = (
         math.ceil(architecture.embedding_parameters / tp)
