@@ -25,6 +25,8 @@ BOUND_WORDS = {
     "link": "link",
 }
 PIPE_WIDTH = 200
+#: Narrower than this, intervals and long names take a second line.
+COMPACT_BELOW = 185
 
 
 def console(file: io.StringIO) -> Console:
@@ -58,7 +60,7 @@ def predictions(
         out.print(_heading(members[0], run), style=None)
         if solve:
             out.print(_answer(members, solve))
-        table = _table(members, markdown)
+        table = _table(members, markdown, compact=out.width < COMPACT_BELOW and not markdown)
         out.print(table)
         out.print(_prefill_sentence(members))
         out.print()
@@ -106,9 +108,9 @@ def _answer(members: Sequence[Row], solve: str) -> str:
     return f"{name}: " + "; ".join(parts)
 
 
-def _interval(row: Row, name: str) -> str:
+def _interval(row: Row, name: str, separator: str) -> str:
     mid, low, high = row[f"{name}_s"], row[f"{name}_low_s"], row[f"{name}_high_s"]
-    return f"{format_seconds(mid)} ({format_seconds(low)} - {format_seconds(high)})"
+    return f"{format_seconds(mid)}{separator}({format_seconds(low)} - {format_seconds(high)})"
 
 
 def _count(value: int | None, unlimited: str = "no limit") -> str:
@@ -120,32 +122,37 @@ def _accuracy(row: Row) -> str:
     return "unknown" if drop is None else f"{drop:+.1f} points" if drop else "0"
 
 
-def _table(members: Sequence[Row], markdown: bool) -> Table:
+def _table(members: Sequence[Row], markdown: bool, compact: bool) -> Table:
     table = Table(
-        box=box.MARKDOWN if markdown else box.SIMPLE_HEAD, pad_edge=False, show_edge=markdown
+        box=box.MARKDOWN if markdown else box.SIMPLE_HEAD, pad_edge=markdown, show_edge=markdown
     )
-    table.add_column("method", no_wrap=True)
-    for title in ("KV/state", "peak", "decode bytes", "TTFT (low - high)", "TPOT (low - high)"):
-        table.add_column(title, justify="right", no_wrap=True)
-    table.add_column("bound", no_wrap=True)
+    line = " " if markdown else "\n"
+    between = "\n" if compact else " "
+    table.add_column("method", overflow="fold")
+    for title in (
+        "KV/state", "peak", f"decode{line}bytes", f"TTFT{line}(low - high)", f"TPOT{line}(low - high)",
+    ):  # fmt: skip
+        table.add_column(title, justify="right", no_wrap=not compact)
+    table.add_column(f"decode{line}bound", no_wrap=True)
     table.add_column("fits", no_wrap=True)
-    for title in ("max sequences", "max context"):
+    for title in (f"max{line}sequences", f"max{line}context"):
         table.add_column(title, justify="right", no_wrap=True)
-    table.add_column("accuracy given up", no_wrap=True)
+    table.add_column(f"accuracy{line}given up", no_wrap=True)
     for row in members:
         if not row["applicable"]:
             table.add_row(row["method_spec"], "not applicable", *[""] * 9)
             continue
         state = format_bytes(row["state_bytes"])
         if row["state_host_bytes"]:
-            state += f" + {format_bytes(row['state_host_bytes'])} host"
+            state += f"{between}+ {format_bytes(row['state_host_bytes'])} host"
+        same = row["equals_full"] and row["method"] != "full"
         table.add_row(
-            row["method_spec"] + (" = full" if row["equals_full"] and row["method"] != "full" else ""),
+            row["method_spec"] + (" (= full here)" if same else ""),
             state,
             format_bytes(max(row["peak_prefill_bytes"], row["peak_decode_bytes"])),
             format_traffic(row["decode_hbm_bytes"]),
-            _interval(row, "ttft"),
-            _interval(row, "tpot"),
+            _interval(row, "ttft", between),
+            _interval(row, "tpot", between),
             BOUND_WORDS[row["decode_bound"]],
             "yes" if row["fits"] else "no",
             _count(row["max_batch"]),
@@ -169,25 +176,23 @@ def _prefill_sentence(members: Sequence[Row]) -> str:
             f"{format_seconds(base['roofline_ttft_s'])}"
         )
         if faster:
-            text += f": {', '.join(faster)} shorten it" if len(faster) > 1 else f": {faster[0]} shortens it"
-            if len(same) > 1:
-                text += f"; {', '.join(s for s in same if s != base['method_spec'])} do not"
+            rest = [s for s in same if s != base["method_spec"]]
+            text += f": shorter with {', '.join(faster)}"
+            text += f"; not with {', '.join(rest)}" if rest else ""
         elif len(shown) > 1:
             text += ": no method here changes it"
         lines.append(text + ".")
         lines.append(
             f"decode roofline {format_seconds(base['roofline_tpot_s'])} per step for "
-            f"{base['method_spec']}; a step's time is bound by: "
-            + ", ".join(f"{r['method_spec']} {BOUND_WORDS[r['decode_bound']]}" for r in shown)
-            + "."
+            f"{base['method_spec']}: what bounds a step is what a method must shrink to help."
         )
     return "\n".join(lines)
 
 
 def _leaves_alone(run: Sweep) -> Iterable[str]:
-    for method in dict.fromkeys(m for s in run.stacks for m in s.methods):
-        if method.NAME != "full":
-            yield f"{method.NAME} does not save {method.DOES_NOT_SAVE}"
+    shown = {m.NAME: m.DOES_NOT_SAVE for s in run.stacks for m in s.methods if m.STAGES}
+    for name, text in shown.items():
+        yield f"{name} does not save {text}"
 
 
 def explanations(run: Sweep) -> str:
