@@ -11,10 +11,12 @@ import shlex
 import subprocess
 import sys
 import time
+from importlib import resources
 from pathlib import Path
 
-from measure.data import DEMO_MODEL
 
+#: A small decoder with grouped queries; its weights are random, its dimensions are real.
+DEMO_MODEL = resources.files("measure").joinpath("data/demo-decoder.json")
 ALL_METHODS = (
     "full,fp8_kv,kivi,kivi:bits=4,flexgen,kvquant,h2o,streaming_llm,infllm,snapkv,pyramidkv,"
     "tova,quest,minference,llmlingua2,kv_offload,llmlingua2:rate=0.5+kivi:bits=4"
