@@ -203,23 +203,37 @@ def method_text(shown: Mapping[str, Any]) -> str:
     parts: list[Any] = ["\n".join(lines)]
     rows = shown["evidence"]
     if rows:
-        parts.append(_evidence_table(rows))
+        main = [r for r in rows if _is_summary(str(r["task"]))] or rows
+        sources = list(dict.fromkeys(str(r["source"]) for r in main))
+        parts.append(_evidence_table(main, sources))
+        parts += [f"  [{i}] {source}" for i, source in enumerate(sources, start=1)]
+        hidden = len(rows) - len(main)
         parts.append(
-            "drop = baseline minus method, in points, within one source and harness; models of "
+            "  drop = baseline minus method, in points, within one source and harness; models of "
             "different architecture are compared by score, never by drop."
+            + (f" {hidden} rows of single tasks: --format json." if hidden else "")
         )
     else:
         parts.append("  unknown: no published figure is bundled for this method")
     return _render(*parts)
 
 
-def _evidence_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+def _is_summary(task: str) -> bool:
+    """Averages and retrieval tests; single tasks of a benchmark are in the JSON form."""
+    return any(word in task.lower() for word in ("average", "needle", "passkey", "ruler"))
+
+
+def _evidence_table(rows: Sequence[Mapping[str, Any]], sources: Sequence[str]) -> Table:
     out = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    keys = ("model", "setting", "task", "context", "metric", "baseline", "value", "drop", "source")
+    keys = ("model", "setting", "task", "context", "metric", "baseline", "value", "drop")
     for key in keys:
         out.add_column(key, overflow="fold")
+    out.add_column("source")
     for row in rows:
-        out.add_row(*("-" if row.get(k) is None else str(row[k]) for k in keys))
+        out.add_row(
+            *("-" if row.get(k) is None else str(row[k]) for k in keys),
+            f"[{sources.index(str(row['source'])) + 1}]",
+        )
     return out
 
 
