@@ -42,6 +42,7 @@ def run_isolated(
     timeout_s: float,
     variables: Mapping[str, str] | None = None,
     limit_memory: bool = True,
+    show_stderr: bool = False,
 ) -> Outcome:
     """Call ``"package.module:function"`` with ``arguments`` in a process of its own.
 
@@ -52,6 +53,8 @@ def run_isolated(
     limit_memory
         Cap the child's address space at what is available, so that too large a point ends as an
         error of its own instead of the kernel killing something.
+    show_stderr
+        Let the child write to this process's stderr (progress) instead of keeping it for messages.
     """
     request = pickle.dumps((function, tuple(arguments), limit_memory))
     with tempfile.TemporaryFile() as result:
@@ -59,7 +62,7 @@ def run_isolated(
             [sys.executable, "-m", "measure.worker", str(result.fileno())],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
+            stderr=None if show_stderr else subprocess.PIPE,
             pass_fds=(result.fileno(),),
             env=_environment(variables or {}),
             start_new_session=True,  # so that a timeout can end whatever the child started
@@ -73,7 +76,7 @@ def run_isolated(
             _end(child)
             raise
         result.seek(0)
-        return _outcome(child.returncode, result.read(), errors.decode("utf-8", "replace"))
+        return _outcome(child.returncode, result.read(), (errors or b"").decode("utf-8", "replace"))
 
 
 def _environment(variables: Mapping[str, str]) -> dict[str, str]:

@@ -139,18 +139,23 @@ class KiviCache(AbstractLayerCache):
             recent = self.recent_keys.entries(), self.recent_values.entries()
             out = scaled_dot_product_attention(queries, *recent)
         else:
-            out = self._weighted_sum(self._scores(queries).softmax(dim=-1), v)
-            self._replace_oldest_value(v)
-        self._pack_full_block()
+            out = self.attend_packed(queries, v)
+            self.replace_oldest_value(v)
+        if self.recent_keys.length == self.residual:
+            self.pack_full_block()
         self.n_tokens += 1
         return self.unfold(out)
+
+    def attend_packed(self, queries: Tensor, v: Tensor) -> Tensor:
+        """Attend everything, the new key (among the recent ones) and value included."""
+        return self._weighted_sum(self._scores(queries).softmax(dim=-1), v)
 
     def _scores(self, queries: Tensor) -> Tensor:
         """Scaled scores [B, K, G, T + 1] of packed and recent keys, the new one included."""
         r, n_packed = self.residual, self.keys.length * self.residual
         queries = queries * self.mixer.head_dim**-0.5
         scores = queries.new_empty(*queries.shape[:3], self.n_tokens + 1)
-        for start, stop in self._pieces(self.keys.length, r):
+        for start, stop in self.key_pieces():
             piece = torch.matmul(queries.unsqueeze(2), self.dequantised_keys(start, stop))
             part = scores[..., start * r : stop * r].unflatten(-1, (stop - start, r))
             part.copy_(piece.transpose(2, 3))
@@ -162,13 +167,21 @@ class KiviCache(AbstractLayerCache):
         """Sum [B, K, G, H] of packed values, the ring from its oldest entry on, and the new one."""
         n_packed, oldest = self.values.length, self._oldest
         out = torch.matmul(weights[..., -1:], v)
-        for start, stop in self._pieces(n_packed, 1):
+        for start, stop in self.value_pieces():
             out += torch.matmul(weights[..., start:stop], self.dequantised_values(start, stop))
         turn = n_packed + self.residual - oldest
         out += torch.matmul(weights[..., n_packed:turn], self.recent_values.entries(oldest))
         if oldest:
             out += torch.matmul(weights[..., turn:-1], self.recent_values.entries(0, oldest))
         return out
+
+    def key_pieces(self) -> Iterator[tuple[int, int]]:
+        """Ranges of key blocks that are unpacked together."""
+        return self._pieces(self.keys.length, self.residual)
+
+    def value_pieces(self) -> Iterator[tuple[int, int]]:
+        """Ranges of value tokens that are unpacked together."""
+        return self._pieces(self.values.length, 1)
 
     def dequantised_keys(self, start: int, stop: int) -> Tensor:
         """Blocks of keys as [B, K, blocks, H, R]."""
@@ -182,15 +195,15 @@ class KiviCache(AbstractLayerCache):
         words, scales, zeros = (buffer.entries(start, stop) for buffer in packed)
         return dequantise(words, scales, zeros, self.bits, self.group)
 
-    def _replace_oldest_value(self, v: Tensor) -> None:
+    def replace_oldest_value(self, v: Tensor) -> None:
+        """Quantise the value that leaves the ring and put the new one in its place."""
         leaving = self.recent_values.entries(self._oldest, self._oldest + 1)
         self.values.append(quantise(leaving, self.bits, self.group))
         self.recent_values.write(self._oldest, v)
         self._oldest = (self._oldest + 1) % self.residual
 
-    def _pack_full_block(self) -> None:
-        if self.recent_keys.length < self.residual:
-            return
+    def pack_full_block(self) -> None:
+        """Quantise the R recent keys as one block."""
         block = self.recent_keys.entries().unsqueeze(2).transpose(-1, -2)
         self.keys.append(quantise(block, self.bits, self.group))
         self.recent_keys.clear(release=self._exact)

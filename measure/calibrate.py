@@ -1,0 +1,139 @@
+"""Measures this device into a hardware profile of its own, which ``--gpu my.toml`` accepts.
+
+The profile has the same form as ``hardware_profiles/*.toml`` with ``[curves]`` and
+``[calibration]`` on top. Its peaks are the best rates seen, so that the roofline of a calibrated
+profile is what this device has been observed to reach. It is written whole or not at all.
+"""
+
+import os
+import platform
+import re
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from costmodel.errors import MeasurementError, NotApplicableError
+from measure.environment import available_memory_bytes, fingerprint, worker_variables
+from measure.isolation import run_isolated
+
+#: Memory a calibration must find free: the rotating pool, twice while it is made, and libraries.
+_MIN_FREE_BYTES = 3 * 2**30
+
+
+def calibrate(
+    device: str = "cpu",
+    *,
+    quick: bool = False,
+    output: str | os.PathLike[str],
+    threads: int = 1,
+    timeout_s: float = 900.0,
+) -> Path:
+    """Measure the device and write its profile.
+
+    Parameters
+    ----------
+    device
+        ``cpu``.
+    quick
+        About 20 seconds instead of about two minutes; fewer shapes and sizes.
+    threads
+        Compute threads; points to be predicted must be run with as many.
+
+    Raises ``MeasurementError`` when it could not be done, ``NotApplicableError`` for other devices.
+    """
+    if device != "cpu":
+        raise NotApplicableError(f"device: calibration runs on cpu, got {device!r}")
+    free = available_memory_bytes()
+    if free is not None and free < _MIN_FREE_BYTES:
+        raise MeasurementError(
+            f"calibration needs {_MIN_FREE_BYTES / 2**30:.0f} GiB of free memory, there are "
+            f"{free / 2**30:.1f}"
+        )
+    variables = worker_variables(threads)
+    outcome = run_isolated(
+        "measure.microbenchmarks:run",
+        (quick, threads),
+        timeout_s=timeout_s,
+        variables=variables,
+        show_stderr=True,
+    )
+    if outcome.status != "ok":
+        raise MeasurementError(f"calibration ended with {outcome.status}: {outcome.message}")
+    path = Path(output)
+    table = profile_table(
+        outcome.value,
+        fingerprint(variables),
+        name=_profile_name(path),
+        quick=quick,
+        threads=threads,
+        date=datetime.now(UTC).date().isoformat(),
+    )
+    write_atomically(path, tomli_w.dumps(table))
+    return path
+
+
+def profile_table(
+    found: dict[str, Any],
+    environment: dict[str, Any],
+    *,
+    name: str,
+    quick: bool,
+    threads: int,
+    date: str,
+) -> dict[str, Any]:
+    """Lay out a profile from what ``microbenchmarks.run`` returned."""
+    how = f"measured {date} by lccost calibrate ({'quick' if quick else 'full'}, {threads} threads)"
+    measured = ("peak_flops_per_s", "hbm_bytes_per_s", "curves")
+    system = ("memory_bytes", "l2_bytes", "n_units")
+    memory = environment["memory_bytes"] or 1e9
+    table = {
+        "name": name,
+        "title": f"{environment['cpu'] or platform.machine()}, {threads} threads (calibrated)",
+        "vendor": environment["cpu_vendor"] or "",
+        "generation": "cpu",
+        "is_cpu": True,
+        "n_units": threads,
+        "hbm_bytes_per_s": float(f"{found['cold_bytes_per_s']:.6g}"),
+        "memory_bytes": memory,
+        "l2_bytes": environment["last_level_cache_bytes"],
+        "max_gpus_per_node": 1,
+        "peak_flops_per_s": {k: float(f"{v:.6g}") for k, v in found["flops_per_s"].items()},
+        "sources": {
+            **dict.fromkeys(measured, how),
+            **dict.fromkeys(system, "reported by the operating system"),
+        },
+        "confidence": dict.fromkeys((*measured, *system), "measured"),
+        "calibration": {
+            "date": date,
+            "kind": "quick" if quick else "full",
+            "threads": str(threads),
+            "timer": found["timer"],
+            "environment": environment["id"],
+            "torch": environment["versions"].get("torch", ""),
+            "canary_s": f"{found['canary_before_s']:.6g}",
+            "canary_after_s": f"{found['canary_after_s']:.6g}",
+        },
+        "curves": found["curves"],
+    }
+    return {k: v for k, v in table.items() if v is not None}
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write beside the target, sync, and rename: readers see the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with draft.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _profile_name(path: Path) -> str:
+    """Name the profile after its file, in the form profile names have."""
+    return re.sub(r"[^a-z0-9.]+", "-", path.stem.lower()).strip("-") or "cpu"

@@ -1,0 +1,51 @@
+"""Times of the operation classes of ``costmodel.kernels.curves`` on this machine's CPU.
+
+Runs in a worker. What the weights and caches of a real pass do is imitated: buffers rotate through
+a pool, so that every call finds cold data; what is reused in a real pass (activations, the unpacked
+piece of a quantised cache) is reused here. No shape is one that a bundled model has.
+"""
+
+from typing import Any
+
+import torch
+
+from measure.canary import canary_s
+from measure.microbenchmarks import attention, dense, kivi
+from measure.microbenchmarks.bench import Bench
+from measure.microbenchmarks.plan import FULL, QUICK
+from measure.progress import progress
+
+_PER_DTYPE = {
+    "gemm": dense.gemm,
+    "prefill attention": attention.prefill,
+    "decode attention": attention.decode,
+    "elementwise": dense.elementwise,
+    "quantised cache": kivi.quantised_cache,
+}
+
+
+def run(quick: bool, threads: int) -> dict[str, Any]:
+    """Measure everything; curves, peaks and the canary as plain data."""
+    torch.set_num_threads(threads)
+    plan = QUICK if quick else FULL
+    bench = Bench(plan, threads)
+    before = canary_s()
+    with (
+        progress("calibrate", 1 + len(plan.dtypes) * len(_PER_DTYPE)) as report,
+        torch.inference_mode(),
+    ):
+        dense.stream(bench)
+        report("stream, dispatch")
+        for dtype in plan.dtypes:
+            for name, measure in _PER_DTYPE.items():
+                measure(bench, dtype)
+                report(f"{name} {dtype}")
+    results = bench.results
+    return {
+        "curves": results.curves,
+        "flops_per_s": results.flops_per_s,
+        "cold_bytes_per_s": results.cold_bytes_per_s,
+        "canary_before_s": before,
+        "canary_after_s": canary_s(),
+        "timer": bench.sampler.name,
+    }

@@ -1,0 +1,117 @@
+"""The one way anything is timed in a calibration, its rotating memory, and its results."""
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from measure.engine import TORCH_DTYPES
+from measure.microbenchmarks.plan import Plan
+from measure.timing import Budget, Sampler
+
+#: One sample of a hot call lasts at least this long: the call is repeated inside it.
+_SAMPLE_S = 3e-3
+#: Read before every sample of a cold call: about what a layer's other matrices are, so that what
+#: a library keeps between calls (reordered weights) has left the core's own cache, as it has in a
+#: pass. Without it a bf16 GEMV was timed 10 to 20 % faster than inside a decoder.
+_EVICTED_BYTES = 2**24
+#: Elements of the random block that the pool repeats.
+_BLOCK = 2**18
+
+#: (x, seconds per unit of work, relative spread)
+CurvePoint = tuple[float, float, float]
+
+
+@dataclass(slots=True)
+class Results:
+    """Curves by name, and the best rates seen, which stand for the device's peaks."""
+
+    curves: dict[str, dict[str, Any]] = field(default_factory=dict)
+    flops_per_s: dict[str, float] = field(default_factory=dict)
+    cold_bytes_per_s: float = 0.0
+
+    def add(self, name: str, points: Sequence[CurvePoint]) -> None:
+        """Add a curve; its points come with rising x."""
+        if points:
+            self.curves[name] = {
+                "x": [float(p[0]) for p in points],
+                "y": [float(f"{p[1]:.6g}") for p in points],
+                "spread": round(max(p[2] for p in points), 4),
+            }
+
+    def saw_flops(self, dtype: str, flops_per_s: float) -> None:
+        """Remember the best compute rate of a type."""
+        self.flops_per_s[dtype] = max(self.flops_per_s.get(dtype, 0.0), flops_per_s)
+
+    def saw_cold_bytes(self, bytes_per_s: float) -> None:
+        """Remember the best rate at which cold memory was read."""
+        self.cold_bytes_per_s = max(self.cold_bytes_per_s, bytes_per_s)
+
+
+class Bench:
+    """A plan with a clock and a pool."""
+
+    def __init__(self, plan: Plan, threads: int) -> None:
+        self.plan = plan
+        self.results = Results()
+        self.sampler = Sampler.for_cpu(threads)
+        self.budget = Budget(
+            seconds=plan.seconds,
+            min_samples=5,
+            least_samples=3,
+            max_samples=50,
+            min_warmups=1,
+            max_warmups=2,
+            warmup_seconds=plan.seconds,
+        )
+        self._evicted = torch.ones(_EVICTED_BYTES // 4)
+        self._pool_dtype = ""
+        self._pool = torch.empty(0)
+
+    def cold(self, call: Callable[[], object]) -> tuple[float, float]:
+        """Median seconds of one call after other memory was read, and half its relative IQR."""
+        timing = self.sampler.time(call, before=self._evicted.sum, budget=self.budget)
+        return timing.statistics.median_s, timing.statistics.iqr_fraction / 2
+
+    def hot(self, call: Callable[[], object]) -> tuple[float, float]:
+        """Return the same for a call that is repeated at once."""
+        start = self.sampler.clock()
+        call()
+        inner = max(1, int(_SAMPLE_S / max(self.sampler.clock() - start, 1e-7)))
+
+        def repeated() -> None:
+            for _ in range(inner):
+                call()
+
+        found = self.sampler.time(repeated, budget=self.budget).statistics
+        return found.median_s / inner, found.iqr_fraction / 2
+
+    def rotating(self, dtype: str, *shape: int) -> Iterator[Tensor]:
+        """Tensors of a shape, endlessly, each elsewhere in the pool than the last.
+
+        Their places differ by cache lines within a page too, as those of separate tensors do.
+        """
+        pool = self._filled_pool(dtype)
+        size = torch.Size(shape).numel()
+        line = 64 // pool.itemsize
+        starts = range(0, pool.numel() - size - 64 * line + 1, size)
+        for index, start in enumerate(itertools.cycle(starts)):
+            place = start + line * (index * 7 % 64)
+            yield pool[place : place + size].view(shape)
+
+    def fits(self, dtype: str, elements: int) -> bool:
+        """Whether the pool holds at least two such buffers."""
+        return 2 * elements * TORCH_DTYPES[dtype].itemsize < self.plan.pool_bytes - 2**16
+
+    def _filled_pool(self, dtype: str) -> Tensor:
+        """Random numbers of order 0.1, made once per type; the type before is let go."""
+        if self._pool_dtype != dtype:
+            self._pool = torch.empty(0)
+            kind = TORCH_DTYPES[dtype]
+            block = torch.randn(_BLOCK, generator=torch.Generator().manual_seed(0)).mul_(0.1)
+            self._pool = block.to(kind).repeat(self.plan.pool_bytes // (_BLOCK * kind.itemsize))
+            self._pool_dtype = dtype
+        return self._pool

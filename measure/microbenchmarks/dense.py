@@ -1,0 +1,112 @@
+"""Matmuls with cold weights, what runs between them, plain copies, and the cost of starting one."""
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, rms_norm
+
+from costmodel.kernels.curves import curve_name
+from costmodel.mixers import Attention
+from measure.engine import TORCH_DTYPES, rope, rope_table, split_heads, swiglu
+from measure.microbenchmarks.bench import Bench
+
+#: Copies of at most this size reuse their buffers, as activations are reused.
+_REUSED_BYTES = 2**23
+
+
+def stream(bench: Bench) -> None:
+    """Copy by working set (half read, half written); sum cold memory; start a tiny operation."""
+    points = []
+    for n_bytes in bench.plan.stream_bytes:
+        elements = n_bytes // 8
+        target = torch.empty(elements)
+        if n_bytes <= _REUSED_BYTES:
+            call = partial(target.copy_, torch.ones(elements))
+        else:
+            call = partial(_copy_next, target, bench.rotating("fp32", elements))
+        seconds, spread = bench.hot(call)
+        points.append((float(n_bytes), seconds / n_bytes, spread))
+    bench.results.add(curve_name("stream"), points)
+    buffers = bench.rotating("fp32", 2**24)
+    seconds, _ = bench.hot(lambda: next(buffers).sum())
+    bench.results.saw_cold_bytes(2**26 / seconds)
+    seconds, spread = bench.hot(partial(torch.ones(64).add, 1.0))
+    bench.results.add(curve_name("dispatch"), [(1.0, seconds, spread)])
+
+
+def gemm(bench: Bench, dtype: str) -> None:
+    """Activations times rotating weights, over rows."""
+    kind = TORCH_DTYPES[dtype]
+    for n, k in bench.plan.gemm_shapes:
+        if not bench.fits(dtype, n * k):
+            continue
+        weights = bench.rotating(dtype, n, k)
+        points = []
+        for m in bench.plan.rows:
+            flops = 2.0 * m * n * k
+            if flops > bench.plan.max_flops and m > 1:
+                break
+            x = torch.full((m, k), 0.1, dtype=kind)
+            seconds, spread = bench.cold(partial(_linear_next, x, weights))
+            points.append((float(m), seconds / flops, spread))
+            bench.results.saw_flops(dtype, flops / seconds)
+            if m == 1:
+                bench.results.saw_cold_bytes(n * k * kind.itemsize / seconds)
+        bench.results.add(curve_name("gemm", dtype, n=n, k=k), points)
+
+
+def elementwise(bench: Bench, dtype: str) -> None:
+    """Norms, rotary embedding, activation and residual sums of one layer of the engine.
+
+    Seconds per byte as the cost model counts them: 8 d + 3 F elements per token.
+    """
+    d, f = bench.plan.layer[:2]
+    points = []
+    for rows in bench.plan.layer_rows:
+        n_bytes = rows * (8.0 * d + 3.0 * f) * TORCH_DTYPES[dtype].itemsize
+        seconds, spread = bench.cold(_Between(bench.plan.layer, rows, TORCH_DTYPES[dtype]))
+        points.append((n_bytes, seconds / n_bytes, spread))
+    bench.results.add(curve_name("norm_rope_activation", dtype), points)
+
+
+class _Between:
+    """Everything the engine runs in a layer but matmuls and attention, on reused activations."""
+
+    def __init__(
+        self, layer: tuple[int, int, int, int, int], rows: int, dtype: torch.dtype
+    ) -> None:
+        d, f, n_heads, n_kv_heads, size = layer
+
+        def activation(*shape: int) -> Tensor:
+            return torch.full(shape, 0.1, dtype=dtype)
+
+        self.mixer = Attention(
+            n_heads=n_heads, n_kv_heads=n_kv_heads, head_dim=size, v_head_dim=size
+        )
+        self.weight = activation(d)
+        self.x = activation(1, rows, d)
+        self.qkv = activation(1, rows, (n_heads + 2 * n_kv_heads) * size)
+        self.attended = activation(1, n_heads, rows, size)
+        self.gate_up = activation(1, rows, 2 * f)
+        self.table = rope_table(rows, size, 1e4, dtype, torch.device("cpu"))
+
+    def __call__(self) -> Tensor:
+        rms_norm(self.x, self.weight.shape, self.weight, 1e-5)
+        q, k, _ = split_heads(self.qkv, self.mixer)
+        rope(q, *self.table)
+        rope(k, *self.table)
+        self.attended.transpose(1, 2).flatten(2)
+        y = self.x + self.x
+        rms_norm(y, self.weight.shape, self.weight, 1e-5)
+        swiglu(self.gate_up)
+        return y + self.x
+
+
+def _copy_next(target: Tensor, buffers: Iterator[Tensor]) -> None:
+    target.copy_(next(buffers))
+
+
+def _linear_next(x: Tensor, weights: Iterator[Tensor]) -> None:
+    linear(x, next(weights))
