@@ -31,6 +31,17 @@ from costmodel.workload import Point
 Stage = Literal["prompt", "prefill", "evict", "store"]
 STAGE_ORDER: tuple[Stage, ...] = ("prompt", "prefill", "evict", "store")
 
+#: Which mixers a method changes. "owned": attention with a cache of its own, windows included;
+#: "unbounded": of those, the caches that grow without bound (windows and chunks are bounded already
+#: and keep their own); "cache": any mixer with a cache of its own; "none": the model is unchanged.
+Scope = Literal["owned", "unbounded", "cache", "none"]
+_SCOPES: Mapping[Scope, str] = {
+    "owned": "attention layers with a KV cache",
+    "unbounded": "attention layers whose KV cache grows without bound (no window, no chunks)",
+    "cache": "layers with a KV cache",
+    "none": "the prompt alone",
+}
+
 #: The benchmark's settings (arXiv 2407.01527): share of the prompt that is kept.
 PRESETS: Mapping[str, float] = {"2x": 0.5, "4x": 0.25, "6x": 0.17, "8x": 0.125}
 Preset = Literal["2x", "4x", "6x", "8x"]
@@ -67,6 +78,8 @@ class AbstractMethod(ABC):
     STAGES: ClassVar[frozenset[Stage]]
     #: when it acts, in words
     ACTS: ClassVar[str] = ""
+    #: which mixers it changes
+    SCOPE: ClassVar[Scope] = "owned"
     #: what it does not save, one sentence
     DOES_NOT_SAVE: ClassVar[str]
     #: engines and libraries in which it really runs today
@@ -91,24 +104,27 @@ class AbstractMethod(ABC):
 
     def covers(self, mixer: AbstractMixer) -> bool:
         """Whether the method changes what this mixer keeps or does."""
-        return covers_owned(mixer)
+        if self.SCOPE == "none" or not mixer.HAS_KV:
+            return False
+        if not isinstance(mixer, Attention):
+            return self.SCOPE == "cache"
+        bounded = mixer.max_kv_tokens() is not None
+        return mixer.owns_cache and not (bounded and self.SCOPE == "unbounded")
 
     def refusal(self, architecture: Architecture) -> str | None:
         """Why the method cannot run on this model, or None.
 
-        The default refuses models without a single covered mixer.
+        The default refuses models without a single mixer that it would change.
         """
-        if any(self.covers(g.mixer) for g in architecture.mixer_groups):
+        if self.SCOPE == "none" or any(
+            self.covers(g.mixer) for g in architecture.mixer_groups
+        ):
             return None
         kinds = sorted({g.mixer.KIND for g in architecture.mixer_groups})
         return (
-            f"{self.NAME} acts on {self.acts_on()}, and {architecture.name} has none "
+            f"{self.NAME} acts on {_SCOPES[self.SCOPE]}, and {architecture.name} has none "
             f"(its mixers: {', '.join(kinds)})"
         )
-
-    def acts_on(self) -> str:
-        """What ``covers`` looks for, in words."""
-        return "attention layers with a KV cache"
 
     def equals_full(
         self, prompt_tokens: Array, cached_tokens: Array, n_kv_layers: int | None = None
@@ -166,18 +182,6 @@ class AbstractMethod(ABC):
     @abstractmethod
     def decode(self, group: MixerGroup, point: Point) -> Operations:
         """One decode step of one layer that reads ``point.cached_tokens`` cached tokens."""
-
-
-def covers_owned(mixer: AbstractMixer) -> bool:
-    """Attention with a cache of its own, windows included: what elementwise methods act on."""
-    return isinstance(mixer, Attention) and mixer.owns_cache
-
-
-def covers_unbounded(mixer: AbstractMixer) -> bool:
-    """Attention whose cache grows without bound: what token-dropping methods act on. Windows and
-    chunks are bounded already and keep their own cache.
-    """
-    return covers_owned(mixer) and mixer.max_kv_tokens() is None
 
 
 def attention_of(group: MixerGroup) -> Attention:

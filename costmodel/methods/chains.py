@@ -235,3 +235,18 @@ def attend_packed(
         formula="scores and weighted sum over the copy, and over what is not packed",
     )
     return of_elements(dequantise, point, elements, bits), over_copy
+
+
+def reads_copy(operation: Operation, copy_bytes: Array, *, repeated: bool = False) -> Operation:
+    """Decode attention over a copy that an operation before wrote, ``copy_bytes`` of workspace.
+
+    ``repeated``: the copy has K and V for every query head, so no two heads share a read.
+    """
+    shape = dict(operation.shape)
+    if np.any(copy_bytes):
+        shape["kv_bytes"] = copy_bytes
+    if repeated:
+        shape["n_kv_heads"] = shape["n_heads"]
+    return replace(
+        operation, workspace_bytes=operation.workspace_bytes + copy_bytes, shape=shape
+    )

@@ -4,12 +4,10 @@ All amounts are for one layer; letters as in ``chains``. The chains are transfor
 ``modeling_llama.py``, from which most implementations are copied.
 """
 
-from dataclasses import replace
-
 from costmodel.methods.base import layer_bytes
-from costmodel.methods.chains import elementwise
+from costmodel.methods.chains import elementwise, reads_copy
 from costmodel.mixers import Attention
-from costmodel.mixers.attention import decode_attention, prefill_attention
+from costmodel.mixers.attention import decode_attention
 from costmodel.operation import Array, Operation, Operations
 from costmodel.workload import Point
 
@@ -60,29 +58,49 @@ def eager_prompt(
     """
     s = point.prompt_tokens
     b = point.element_bytes
-    scores = point.batch * mixer.n_heads * s * s
-    matmuls = prefill_attention(
-        mixer,
-        point,
-        pairs=pairs,
-        executed_pairs=s * s,
-        state_bytes=0.0,
-        name="eager_attention",
-        source=source,
-        formula="two batched matmuls over S x S; scores written, probabilities read",
-    )
-    kv = layer_bytes(mixer, point, s) * (mixer.n_heads / mixer.n_kv_heads)
+    rows = point.batch * mixer.n_heads * s
+    scores = rows * s
+    ratio = mixer.n_heads / mixer.n_kv_heads
+    kv = layer_bytes(mixer, point, s) * ratio
+    alive = kv + scores * (2 * b + 4)
+    k_share = mixer.head_dim / (mixer.head_dim + mixer.v_head_dim)
+    useful = point.batch * mixer.n_heads * pairs
     return (
         *repeat_kv(mixer, point, s, source=source, from_state=False),
-        _with_workspace(matmuls, kv + 2 * b * scores, kv + scores * (2 * b + 4)),
+        Operation(
+            name="scores_matmul",
+            kind="gemm",
+            flops=useful * (2.0 * mixer.head_dim),
+            executed_flops=scores * (2.0 * mixer.head_dim),
+            activation_bytes=rows * (mixer.head_dim * b),
+            workspace_bytes=kv * k_share + b * scores,
+            transient_bytes=kv + b * scores,
+            dtype=point.dtype,
+            shape={"m": rows, "n": s, "k": float(mixer.head_dim)},
+            source=source,
+            formula="Q K^T over the whole S x S square, scores written",
+        ),
         elementwise(
             "mask_softmax",
             vector_flops=6 * scores,
             workspace_bytes=scores * softmax_chain_bytes(b),
-            transient_bytes=kv + scores * (2 * b + 4),
+            transient_bytes=alive,
             launches=4,
             source=source,
             formula="B N S S (6 b + 8): scale, mask, softmax in fp32, cast",
+        ),
+        Operation(
+            name="values_matmul",
+            kind="gemm",
+            flops=useful * (2.0 * mixer.v_head_dim),
+            executed_flops=scores * (2.0 * mixer.v_head_dim),
+            activation_bytes=rows * (mixer.v_head_dim * b),
+            workspace_bytes=kv * (1 - k_share) + b * scores,
+            transient_bytes=kv + b * scores,
+            dtype=point.dtype,
+            shape={"m": rows, "n": float(mixer.v_head_dim), "k": s},
+            source=source,
+            formula="probabilities read, times V over the whole square",
         ),
     )
 
@@ -94,7 +112,6 @@ def eager_step(
     *,
     source: str = _EAGER,
     from_state: bool = True,
-    written_bytes: Array | None = None,
 ) -> Operations:
     """One decode step of eager attention over ``tokens`` cached tokens and the new one.
 
@@ -106,23 +123,23 @@ def eager_step(
     kv = layer_bytes(mixer, point, tokens)
     scores = point.batch * mixer.n_heads * (tokens + 1)
     direct = from_state and ratio == 1
-    new_token = layer_bytes(mixer, point, 1.0) if written_bytes is None else written_bytes
+    attention = decode_attention(
+        mixer,
+        point,
+        read_tokens=tokens,
+        executed_tokens=tokens + 1,
+        read_bytes=kv if direct else 0.0,
+        written_bytes=layer_bytes(mixer, point, 1.0),
+        workspace_bytes=2 * b * scores,
+        transient_bytes=(ratio * kv if ratio > 1 else 0.0) + scores * (2 * b + 4),
+        name="eager_attention",
+        launches=2,
+        source=source,
+        formula="two batched matrix-vector products; scores written, probabilities read",
+    )
     return (
         *repeat_kv(mixer, point, tokens, source=source, from_state=from_state),
-        decode_attention(
-            mixer,
-            point,
-            read_tokens=tokens,
-            executed_tokens=tokens + 1,
-            read_bytes=kv if direct else 0.0,
-            written_bytes=new_token,
-            workspace_bytes=(0.0 if direct else ratio * kv) + 2 * b * scores,
-            transient_bytes=(ratio * kv if ratio > 1 else 0.0) + scores * (2 * b + 4),
-            name="eager_attention",
-            launches=2,
-            source=source,
-            formula="two batched matrix-vector products; scores written, probabilities read",
-        ),
+        reads_copy(attention, 0.0 if direct else ratio * kv, repeated=ratio > 1),
         elementwise(
             "mask_softmax",
             vector_flops=6 * scores,
@@ -146,11 +163,4 @@ def rotate_keys(mixer: Attention, point: Point, tokens: Array, *, source: str) -
         launches=5,
         source=source,
         formula="9 b bytes and 3 FLOPs per key element: x cos + rotate_half(x) sin",
-    )
-
-def _with_workspace(operation: Operation, workspace: Array, transient: Array) -> Operation:
-    return replace(
-        operation,
-        workspace_bytes=operation.workspace_bytes + workspace,
-        transient_bytes=operation.transient_bytes + transient,
     )

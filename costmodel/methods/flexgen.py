@@ -27,7 +27,7 @@ from costmodel.methods.base import (
     layer_bytes,
     not_stored,
 )
-from costmodel.methods.chains import attend_packed, elementwise
+from costmodel.methods.chains import attend_packed, elementwise, reads_copy
 from costmodel.mixers import Attention
 from costmodel.mixers.attention import decode_attention
 from costmodel.operation import Array, Operations
@@ -142,7 +142,6 @@ class FlexGen(AbstractMethod):
             read_bytes=0.0 if reference else packed,
             written_bytes=0.0 if reference else new,
             vector_flops=0.0 if reference else 2 * elements,
-            workspace_bytes=elements * b * ratio if reference else 0.0,
             launches=2 if reference else 1,
             source=f"{_MHA_GEN} torch.bmm" if reference else "",
             formula="two bmm over the permuted copy" if reference else "packed state read once",
@@ -151,6 +150,7 @@ class FlexGen(AbstractMethod):
             return attend_packed(
                 point, attention, packed=packed, elements=elements, bits=self.bits
             )
+        attention = reads_copy(attention, elements * b * ratio, repeated=ratio > 1)
         scores = point.batch * mixer.n_heads * executed
         new_elements = point.batch * (mixer.n_kv_heads * self.padded(mixer))
         return (

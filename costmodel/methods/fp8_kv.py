@@ -14,9 +14,9 @@ from typing import ClassVar, final
 import numpy as np
 
 from costmodel.architecture import MixerGroup
-from costmodel.methods.base import AbstractMethod, Stage, State, covers_owned, not_stored
-from costmodel.methods.chains import attend_packed, elementwise
-from costmodel.mixers import AbstractMixer, Attention
+from costmodel.methods.base import AbstractMethod, Scope, Stage, State, not_stored
+from costmodel.methods.chains import attend_packed, elementwise, reads_copy
+from costmodel.mixers import Attention
 from costmodel.mixers.attention import decode_attention
 from costmodel.operation import Operations
 from costmodel.workload import Point
@@ -35,6 +35,7 @@ class Fp8Kv(AbstractMethod):
     REFERENCE: ClassVar[str] = "Micikevicius et al., arXiv 2209.05433; vLLM, FlashInfer, FlashMLA"
     STAGES: ClassVar[frozenset[Stage]] = frozenset({"store"})
     ACTS: ClassVar[str] = "on every token as it is cached"
+    SCOPE: ClassVar[Scope] = "cache"
     DOES_NOT_SAVE: ClassVar[str] = "prefill compute, weights, or more than half of the cache."
     REALISED_BY: ClassVar[tuple[str, ...]] = (
         "vLLM",
@@ -44,14 +45,6 @@ class Fp8Kv(AbstractMethod):
         "transformers (dequantises the whole cache every step)",
     )
     STATE_FORMULA: ClassVar[str] = "B min(T, W) K (Hk + Hv) + 8 (two fp32 scales) per layer"
-
-    def covers(self, mixer: AbstractMixer) -> bool:
-        """Every mixer with a cache of its own, latent caches included."""
-        return covers_owned(mixer) if isinstance(mixer, Attention) else mixer.HAS_KV
-
-    def acts_on(self) -> str:
-        """Caches of any kind."""
-        return "layers with a KV cache"
 
     def state(self, group: MixerGroup, point: Point) -> State:
         """One byte per element and the scales; latent caches as their mixer lays them out."""
@@ -111,7 +104,17 @@ class Fp8Kv(AbstractMethod):
         b = point.element_bytes
         elements = mixer.state_bytes(_fp8(point))
         new = point.batch * mixer.kv_elements_per_token()
-        held = np.minimum(point.cached_tokens, mixer.limit_tokens)
+        attention = decode_attention(
+            mixer,
+            point,
+            read_tokens=np.minimum(point.cached_tokens, mixer.limit_tokens),
+            executed_tokens=np.minimum(point.cached_tokens + 1, mixer.limit_tokens),
+            read_bytes=0.0,
+            written_bytes=new,
+            transient_bytes=elements * b,
+            source="torch scaled_dot_product_attention over the dequantised copy",
+            formula="reads B T K (Hk + Hv) b of the copy",
+        )
         return (
             elementwise(
                 "cache_cat",
@@ -131,18 +134,7 @@ class Fp8Kv(AbstractMethod):
                 source=f"{_LAYER}._dequantize",
                 formula="to fp32 (1, 4), multiply (4, 4), cast (4, b)",
             ),
-            decode_attention(
-                mixer,
-                point,
-                read_tokens=held,
-                executed_tokens=np.minimum(point.cached_tokens + 1, mixer.limit_tokens),
-                read_bytes=0.0,
-                written_bytes=new,
-                workspace_bytes=elements * b,
-                transient_bytes=elements * b,
-                source="torch scaled_dot_product_attention over the dequantised copy",
-                formula="reads B T K (Hk + Hv) b of the copy",
-            ),
+            reads_copy(attention, elements * b),
         )
 
 

@@ -3,9 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-from costmodel.architecture import Architecture, MixerGroup
-from costmodel.methods.base import AbstractMethod, Mask, Stage, State
-from costmodel.mixers import AbstractMixer
+from costmodel.architecture import MixerGroup
+from costmodel.methods.base import AbstractMethod, Mask, Scope, Stage, State
 from costmodel.operation import Array, Operations
 from costmodel.workload import Point
 
@@ -20,17 +19,10 @@ class Full(AbstractMethod):
     REFERENCE: ClassVar[str] = "Vaswani et al., arXiv 1706.03762"
     STAGES: ClassVar[frozenset[Stage]] = frozenset()
     ACTS: ClassVar[str] = "never"
+    SCOPE: ClassVar[Scope] = "none"
     DOES_NOT_SAVE: ClassVar[str] = "anything: it is what the others are compared with."
     REALISED_BY: ClassVar[tuple[str, ...]] = ("every engine",)
     STATE_FORMULA: ClassVar[str] = "B * min(T, W) * K * (Hk + Hv) * b per layer"
-
-    def covers(self, mixer: AbstractMixer) -> bool:
-        """Nothing is changed."""
-        return False
-
-    def refusal(self, architecture: Architecture) -> str | None:
-        """Runs on everything."""
-        return None
 
     def equals_full(
         self, prompt_tokens: Array, cached_tokens: Array, n_kv_layers: int | None = None

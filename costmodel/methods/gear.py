@@ -21,17 +21,17 @@ from costmodel.architecture import MixerGroup
 from costmodel.errors import ConfigError
 from costmodel.methods.base import (
     AbstractMethod,
+    Scope,
     Stage,
     State,
     attention_of,
     check_at_least,
     check_fraction,
-    covers_unbounded,
     layer_bytes,
     not_stored,
 )
-from costmodel.methods.chains import attend_packed, elementwise, select
-from costmodel.mixers import AbstractMixer, Attention
+from costmodel.methods.chains import attend_packed, elementwise, reads_copy, select
+from costmodel.mixers import Attention
 from costmodel.mixers.attention import decode_attention
 from costmodel.operation import Array, Operation, Operations
 from costmodel.workload import Point
@@ -51,6 +51,7 @@ class Gear(AbstractMethod):
     REFERENCE: ClassVar[str] = "Kang et al., arXiv 2403.05527; github.com/opengear-project/GEAR"
     STAGES: ClassVar[frozenset[Stage]] = frozenset({"store"})
     ACTS: ClassVar[str] = "after prefill, layer by layer; again every buffer_tokens steps"
+    SCOPE: ClassVar[Scope] = "unbounded"
     DOES_NOT_SAVE: ClassVar[str] = (
         "prefill compute, to which a power iteration and a sort of the whole cache are added."
     )
@@ -77,10 +78,6 @@ class Gear(AbstractMethod):
         check_fraction("gear", outlier_fraction=self.outlier_fraction)
         check_at_least("gear", 0, rank=self.rank)
         check_at_least("gear", 1, buffer_tokens=self.buffer_tokens)
-
-    def covers(self, mixer: AbstractMixer) -> bool:
-        """Full attention."""
-        return covers_unbounded(mixer)
 
     def segment_bytes(self, mixer: Attention, point: Point, n: Array, rank: float) -> Array:
         """Bytes of one segment of ``n`` tokens in one layer of one sequence."""
@@ -181,7 +178,6 @@ class Gear(AbstractMethod):
             read_bytes=0.0 if reference else compressed + buffered * per_token * b,
             written_bytes=per_token * b,
             vector_flops=0.0 if reference else 2 * quantised + low_rank / mixer.head_dim,
-            workspace_bytes=(t + 1) * per_token * b if reference else 0.0,
             source="eager attention over the decompressed copy" if reference else "",
             formula="compressed state and buffer read once",
         )
@@ -189,6 +185,7 @@ class Gear(AbstractMethod):
             return attend_packed(
                 point, attention, packed=compressed, elements=quantised, bits=self.bits
             )
+        attention = reads_copy(attention, (t + 1) * per_token * b)
         return (
             elementwise(
                 "decompress",

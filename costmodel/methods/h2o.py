@@ -27,18 +27,18 @@ from costmodel.methods.base import (
     AbstractMethod,
     Mask,
     Preset,
+    Scope,
     Stage,
     State,
     attention_of,
     check_fraction,
-    covers_unbounded,
     kept,
     layer_bytes,
     not_stored,
 )
 from costmodel.methods.chains import cache_cat, elementwise, gather_tokens, score_pass, select
 from costmodel.methods.eager import eager_prompt, eager_step
-from costmodel.mixers import AbstractMixer, Attention
+from costmodel.mixers import Attention
 from costmodel.mixers.attention import decode_attention
 from costmodel.operation import Array, Operation, Operations
 from costmodel.workload import Point
@@ -61,6 +61,7 @@ class H2O(AbstractMethod):
     REFERENCE: ClassVar[str] = "Zhang et al., arXiv 2306.14048; github.com/FMInference/H2O"
     STAGES: ClassVar[frozenset[Stage]] = frozenset({"prefill", "evict", "store"})
     ACTS: ClassVar[str] = "scores during prefill, evicts after it and on every decoded token"
+    SCOPE: ClassVar[Scope] = "unbounded"
     DOES_NOT_SAVE: ClassVar[str] = (
         "prefill compute: scoring adds half of the attention's work and cannot use FlashAttention "
         "alone; the mask variant saves nothing at all."
@@ -95,10 +96,6 @@ class H2O(AbstractMethod):
             return self
         share = _PRESET_SHARE[self.preset]
         return replace(self, heavy_fraction=share, recent_fraction=share, preset=None)
-
-    def covers(self, mixer: AbstractMixer) -> bool:
-        """Attention whose cache grows without bound."""
-        return covers_unbounded(mixer)
 
     def budget(self, prompt_tokens: Array) -> tuple[Array, Array]:
         """(heavy, recent) tokens kept; at least the newest token."""

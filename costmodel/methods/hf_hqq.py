@@ -16,14 +16,13 @@ from costmodel.errors import ConfigError
 from costmodel.methods import hf_quantized
 from costmodel.methods.base import (
     AbstractMethod,
+    Scope,
     Stage,
     State,
     attention_of,
     check_at_least,
-    covers_unbounded,
     not_stored,
 )
-from costmodel.mixers import AbstractMixer
 from costmodel.operation import Operations
 from costmodel.workload import Point
 
@@ -44,6 +43,7 @@ class HfHqq(AbstractMethod):
     REFERENCE: ClassVar[str] = "transformers 5.23 cache_utils.py HQQQuantizedLayer; mobiusml/hqq"
     STAGES: ClassVar[frozenset[Stage]] = frozenset({"store"})
     ACTS: ClassVar[str] = "after prefill, layer by layer; again every residual_tokens steps"
+    SCOPE: ClassVar[Scope] = "unbounded"
     DOES_NOT_SAVE: ClassVar[str] = (
         "time: the whole cache is dequantised on every step, and each quantisation iterates."
     )
@@ -69,10 +69,6 @@ class HfHqq(AbstractMethod):
                 f"hf_hqq: expected a group that fills whole bytes at {self.bits} bits, "
                 f"got {self.group}"
             )
-
-    def covers(self, mixer: AbstractMixer) -> bool:
-        """Full attention."""
-        return covers_unbounded(mixer)
 
     def refusal(self, architecture: Architecture) -> str | None:
         """Every layer must be full attention."""

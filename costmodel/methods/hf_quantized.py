@@ -9,7 +9,7 @@ import numpy as np
 
 from costmodel.architecture import Architecture, MixerGroup
 from costmodel.methods.base import State, attention_of, layer_bytes
-from costmodel.methods.chains import attend_packed, elementwise
+from costmodel.methods.chains import attend_packed, elementwise, reads_copy
 from costmodel.mixers import Attention
 from costmodel.mixers.attention import decode_attention
 from costmodel.operation import Array, Operations
@@ -108,7 +108,6 @@ def decode(
         read_bytes=0.0 if reference else packed + rest,
         written_bytes=per_token * b,
         vector_flops=0.0 if reference else 2 * quantised * per_token,
-        workspace_bytes=(t + 1) * per_token * b if reference else 0.0,
         source="torch scaled_dot_product_attention over the joined copy" if reference else "",
         formula="packed and residual tokens read once"
         if not reference
@@ -129,6 +128,7 @@ def decode(
         )
         return (*attend, flush)
     copy = t * per_token * b
+    attention = reads_copy(attention, (t + 1) * per_token * b)
     return (
         elementwise(
             "dequantise",

@@ -14,14 +14,13 @@ from costmodel.errors import ConfigError
 from costmodel.methods import hf_quantized
 from costmodel.methods.base import (
     AbstractMethod,
+    Scope,
     Stage,
     State,
     attention_of,
     check_at_least,
-    covers_unbounded,
     not_stored,
 )
-from costmodel.mixers import AbstractMixer
 from costmodel.operation import Operations
 from costmodel.workload import Point
 
@@ -41,6 +40,7 @@ class HfQuanto(AbstractMethod):
     REFERENCE: ClassVar[str] = "transformers 5.23 cache_utils.py QuantoQuantizedLayer"
     STAGES: ClassVar[frozenset[Stage]] = frozenset({"store"})
     ACTS: ClassVar[str] = "after prefill, layer by layer; again every residual_tokens steps"
+    SCOPE: ClassVar[Scope] = "unbounded"
     DOES_NOT_SAVE: ClassVar[str] = (
         "time: the whole cache is dequantised on every step, which is slower than 16 bits."
     )
@@ -61,10 +61,6 @@ class HfQuanto(AbstractMethod):
         if self.bits not in (2, 4):
             raise ConfigError(f"hf_quanto: expected bits of 2 or 4, got {self.bits}")
         check_at_least("hf_quanto", 1, group=self.group, residual_tokens=self.residual_tokens)
-
-    def covers(self, mixer: AbstractMixer) -> bool:
-        """Full attention."""
-        return covers_unbounded(mixer)
 
     def refusal(self, architecture: Architecture) -> str | None:
         """Every layer must be full attention."""

@@ -30,16 +30,16 @@ from costmodel.methods.base import (
     AbstractMethod,
     Mask,
     Preset,
+    Scope,
     Stage,
     State,
     attention_of,
     check_at_least,
-    covers_unbounded,
     layer_bytes,
 )
 from costmodel.methods.block_retrieval import MANAGER, Budget, copies, links, lookup, prompt_copies
 from costmodel.methods.chains import host_link, score_pass
-from costmodel.mixers import AbstractMixer, Attention
+from costmodel.mixers import Attention
 from costmodel.mixers.attention import decode_attention, prefill_attention
 from costmodel.operation import Array, Operations, causal_pairs
 from costmodel.workload import Point
@@ -57,6 +57,7 @@ class InfLLM(AbstractMethod):
     REFERENCE: ClassVar[str] = "Xiao et al., arXiv 2402.04617; github.com/thunlp/InfLLM"
     STAGES: ClassVar[frozenset[Stage]] = frozenset({"prefill", "evict", "store"})
     ACTS: ClassVar[str] = "during prefill, chunk by chunk, and on every decoded token"
+    SCOPE: ClassVar[Scope] = "unbounded"
     DOES_NOT_SAVE: ClassVar[str] = (
         "host memory (the whole cache is there), weights or MLP work; its GPU buffers hold about "
         "twice the nominal budget, and every lookup waits for the host."
@@ -144,10 +145,6 @@ class InfLLM(AbstractMethod):
             cached_blocks=int(budget.cached),
             preset=None,
         )
-
-    def covers(self, mixer: AbstractMixer) -> bool:
-        """Attention whose cache grows without bound."""
-        return covers_unbounded(mixer)
 
     def equals_full(
         self, prompt_tokens: Array, cached_tokens: Array, n_kv_layers: int | None = None

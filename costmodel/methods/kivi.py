@@ -14,7 +14,7 @@ A window W keeps whole key blocks: the fewest that still cover min(T, W) tokens.
 contiguous before each kernel, packed values re-concatenated every step, scores materialised.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, final
 
 import numpy as np
@@ -30,7 +30,7 @@ from costmodel.methods.base import (
     layer_bytes,
     not_stored,
 )
-from costmodel.methods.chains import attend_packed, elementwise, of_elements
+from costmodel.methods.chains import attend_packed, elementwise, of_elements, reads_copy
 from costmodel.methods.eager import softmax_chain_bytes
 from costmodel.mixers import Attention
 from costmodel.mixers.attention import decode_attention
@@ -199,7 +199,7 @@ class Kivi(AbstractMethod):
             return (*attend, flush)
         return (
             *self._reference_copies(mixer, point, packed, ratio),
-            replace(attention, workspace_bytes=packed * ratio),
+            reads_copy(attention, packed * ratio, repeated=ratio > 1),
             *self._reference_rest(mixer, point, keys, values, residual),
             flush,
         )

@@ -16,16 +16,15 @@ from costmodel.architecture import MixerGroup
 from costmodel.methods.base import (
     AbstractMethod,
     Mask,
+    Scope,
     Stage,
     State,
     attention_of,
     check_fraction,
-    covers_unbounded,
     layer_bytes,
     not_stored,
 )
 from costmodel.methods.chains import cache_cat, elementwise, gather_tokens, select
-from costmodel.mixers import AbstractMixer
 from costmodel.mixers.attention import decode_attention
 from costmodel.operation import Array, Operations
 from costmodel.workload import Point
@@ -44,6 +43,7 @@ class Knorm(AbstractMethod):
     REFERENCE: ClassVar[str] = "Devoto et al., arXiv 2406.11430; github.com/NVIDIA/kvpress"
     STAGES: ClassVar[frozenset[Stage]] = frozenset({"evict"})
     ACTS: ClassVar[str] = "after prefill, layer by layer; never while decoding"
+    SCOPE: ClassVar[Scope] = "unbounded"
     DOES_NOT_SAVE: ClassVar[str] = "prefill compute or one layer's full cache during prefill."
     REALISED_BY: ClassVar[tuple[str, ...]] = ("kvpress",)
     PARAMETERS: ClassVar[dict[str, str]] = {
@@ -56,10 +56,6 @@ class Knorm(AbstractMethod):
 
     def __post_init__(self) -> None:
         check_fraction("knorm", zero=False, kept_fraction=self.kept_fraction)
-
-    def covers(self, mixer: AbstractMixer) -> bool:
-        """Attention whose cache grows without bound."""
-        return covers_unbounded(mixer)
 
     def equals_full(
         self, prompt_tokens: Array, cached_tokens: Array, n_kv_layers: int | None = None

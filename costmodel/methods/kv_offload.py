@@ -20,13 +20,12 @@ from costmodel.architecture import MixerGroup
 from costmodel.methods.base import (
     AbstractMethod,
     Mask,
+    Scope,
     Stage,
     State,
     check_at_least,
-    covers_owned,
 )
 from costmodel.methods.chains import host_link
-from costmodel.mixers import AbstractMixer, Attention
 from costmodel.operation import Array, Operations
 from costmodel.workload import Point
 
@@ -43,6 +42,7 @@ class KvOffload(AbstractMethod):
     REFERENCE: ClassVar[str] = "transformers offloaded cache; Sheng et al., arXiv 2303.06865"
     STAGES: ClassVar[frozenset[Stage]] = frozenset({"store"})
     ACTS: ClassVar[str] = "after prefill, layer by layer, and on every decoded token"
+    SCOPE: ClassVar[Scope] = "cache"
     DOES_NOT_SAVE: ClassVar[str] = (
         "time: every decode step moves the whole cache over the host link, slower wherever "
         "the cache would have fit."
@@ -63,14 +63,6 @@ class KvOffload(AbstractMethod):
 
     def __post_init__(self) -> None:
         check_at_least("kv_offload", 1, resident_layers=self.resident_layers)
-
-    def covers(self, mixer: AbstractMixer) -> bool:
-        """Every mixer with a cache of its own."""
-        return covers_owned(mixer) if isinstance(mixer, Attention) else mixer.HAS_KV
-
-    def acts_on(self) -> str:
-        """Caches of any kind."""
-        return "layers with a KV cache"
 
     def equals_full(
         self, prompt_tokens: Array, cached_tokens: Array, n_kv_layers: int | None = None

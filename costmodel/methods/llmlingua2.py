@@ -16,17 +16,17 @@ from typing import ClassVar, final
 
 import numpy as np
 
-from costmodel.architecture import Architecture, MixerGroup
+from costmodel.architecture import MixerGroup
 from costmodel.methods.base import (
     AbstractMethod,
     Mask,
     Preset,
+    Scope,
     Stage,
     State,
     check_fraction,
 )
 from costmodel.methods.chains import elementwise
-from costmodel.mixers import AbstractMixer
 from costmodel.operation import Array, Operation, Operations
 from costmodel.workload import Point
 
@@ -55,6 +55,7 @@ class LLMLingua2(AbstractMethod):
     REFERENCE: ClassVar[str] = "Pan et al., arXiv 2403.12968; github.com/microsoft/LLMLingua"
     STAGES: ClassVar[frozenset[Stage]] = frozenset({"prompt"})
     ACTS: ClassVar[str] = "before prefill"
+    SCOPE: ClassVar[Scope] = "none"
     DOES_NOT_SAVE: ClassVar[str] = (
         "weights: it adds 1.1 GB of its own, and an encoder pass over the whole prompt."
     )
@@ -80,14 +81,6 @@ class LLMLingua2(AbstractMethod):
     def resolved(self, context_tokens: int) -> "LLMLingua2":
         """The preset's rate."""
         return replace(self, rate=self.kept_rate, preset=None)
-
-    def covers(self, mixer: AbstractMixer) -> bool:
-        """No mixer: the model is unchanged."""
-        return False
-
-    def refusal(self, architecture: Architecture) -> str | None:
-        """Runs in front of everything."""
-        return None
 
     def equals_full(
         self, prompt_tokens: Array, cached_tokens: Array, n_kv_layers: int | None = None

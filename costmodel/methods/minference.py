@@ -18,15 +18,14 @@ from costmodel.architecture import MixerGroup
 from costmodel.methods.base import (
     AbstractMethod,
     Mask,
+    Scope,
     Stage,
     State,
     attention_of,
     check_at_least,
-    covers_unbounded,
 )
 from costmodel.methods.chains import elementwise, select
 from costmodel.methods.eager import softmax_chain_bytes
-from costmodel.mixers import AbstractMixer
 from costmodel.mixers.attention import prefill_attention
 from costmodel.operation import Array, Operation, Operations, causal_pairs
 from costmodel.workload import Point
@@ -46,6 +45,7 @@ class MInference(AbstractMethod):
     REFERENCE: ClassVar[str] = "Jiang et al., arXiv 2407.02490; github.com/microsoft/MInference"
     STAGES: ClassVar[frozenset[Stage]] = frozenset({"prefill"})
     ACTS: ClassVar[str] = "during prefill only"
+    SCOPE: ClassVar[Scope] = "unbounded"
     DOES_NOT_SAVE: ClassVar[str] = "memory or decode time: cache and decode are those of full."
     REALISED_BY: ClassVar[tuple[str, ...]] = (
         "MInference repository (Triton, CUDA)",
@@ -61,10 +61,6 @@ class MInference(AbstractMethod):
 
     def __post_init__(self) -> None:
         check_at_least("minference", 1, kept_tokens=self.kept_tokens)
-
-    def covers(self, mixer: AbstractMixer) -> bool:
-        """Attention over the whole prompt."""
-        return covers_unbounded(mixer)
 
     def equals_full(
         self, prompt_tokens: Array, cached_tokens: Array, n_kv_layers: int | None = None

@@ -21,11 +21,11 @@ from costmodel.architecture import MixerGroup
 from costmodel.methods.base import (
     AbstractMethod,
     Mask,
+    Scope,
     Stage,
     State,
     attention_of,
     check_at_least,
-    covers_unbounded,
     layer_bytes,
 )
 from costmodel.methods.window_scores import (
@@ -34,7 +34,6 @@ from costmodel.methods.window_scores import (
     keep_prompt_apart,
     score_select_gather,
 )
-from costmodel.mixers import AbstractMixer
 from costmodel.operation import Array, Operations
 from costmodel.workload import Point
 
@@ -52,6 +51,7 @@ class PyramidKV(AbstractMethod):
     REFERENCE: ClassVar[str] = "Cai et al., arXiv 2406.02069; github.com/Zefan-Cai/KVCache-Factory"
     STAGES: ClassVar[frozenset[Stage]] = frozenset({"evict", "store"})
     ACTS: ClassVar[str] = "after prefill, layer by layer; never while decoding"
+    SCOPE: ClassVar[Scope] = "unbounded"
     DOES_NOT_SAVE: ClassVar[str] = (
         "prefill compute or one layer's full cache during prefill; no more memory than SnapKV at "
         "the same budget, which it only distributes."
@@ -71,10 +71,6 @@ class PyramidKV(AbstractMethod):
     def __post_init__(self) -> None:
         check_at_least("pyramidkv", 1, window_tokens=self.window_tokens, beta=self.beta)
         check_at_least("pyramidkv", self.window_tokens + 1, keep_tokens=self.keep_tokens)
-
-    def covers(self, mixer: AbstractMixer) -> bool:
-        """Attention whose cache grows without bound."""
-        return covers_unbounded(mixer)
 
     def equals_full(
         self, prompt_tokens: Array, cached_tokens: Array, n_kv_layers: int | None = None

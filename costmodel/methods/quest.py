@@ -19,15 +19,15 @@ from costmodel.architecture import MixerGroup
 from costmodel.methods.base import (
     AbstractMethod,
     Mask,
+    Scope,
     Stage,
     State,
     attention_of,
     check_at_least,
-    covers_unbounded,
     layer_bytes,
 )
 from costmodel.methods.chains import elementwise, select
-from costmodel.mixers import AbstractMixer, Attention
+from costmodel.mixers import Attention
 from costmodel.mixers.attention import decode_attention
 from costmodel.operation import Array, Operations
 from costmodel.workload import Point
@@ -48,6 +48,7 @@ class Quest(AbstractMethod):
     REFERENCE: ClassVar[str] = "Tang et al., arXiv 2406.10774; github.com/mit-han-lab/Quest"
     STAGES: ClassVar[frozenset[Stage]] = frozenset({"evict", "store"})
     ACTS: ClassVar[str] = "on every decoded token"
+    SCOPE: ClassVar[Scope] = "unbounded"
     DOES_NOT_SAVE: ClassVar[str] = (
         "memory (the whole cache stays, plus 1/page of it) or prefill; only decode reads less."
     )
@@ -64,10 +65,6 @@ class Quest(AbstractMethod):
     def __post_init__(self) -> None:
         check_at_least("quest", 1, page_tokens=self.page_tokens)
         check_at_least("quest", self.page_tokens, keep_tokens=self.keep_tokens)
-
-    def covers(self, mixer: AbstractMixer) -> bool:
-        """Attention whose cache grows without bound."""
-        return covers_unbounded(mixer)
 
     def equals_full(
         self, prompt_tokens: Array, cached_tokens: Array, n_kv_layers: int | None = None

@@ -19,11 +19,11 @@ from costmodel.errors import ConfigError
 from costmodel.methods.base import (
     AbstractMethod,
     Mask,
+    Scope,
     Stage,
     State,
     attention_of,
     check_at_least,
-    covers_unbounded,
     kept,
     layer_bytes,
 )
@@ -33,7 +33,6 @@ from costmodel.methods.window_scores import (
     keep_prompt_apart,
     score_select_gather,
 )
-from costmodel.mixers import AbstractMixer
 from costmodel.operation import Array, Operations
 from costmodel.workload import Point
 
@@ -51,6 +50,7 @@ class SnapKV(AbstractMethod):
     REFERENCE: ClassVar[str] = "Li et al., arXiv 2404.14469; github.com/FasterDecoding/SnapKV"
     STAGES: ClassVar[frozenset[Stage]] = frozenset({"evict"})
     ACTS: ClassVar[str] = "after prefill, layer by layer; never while decoding"
+    SCOPE: ClassVar[Scope] = "unbounded"
     DOES_NOT_SAVE: ClassVar[str] = (
         "prefill compute or one layer's full cache during prefill; the cache still grows by every "
         "generated token."
@@ -77,10 +77,6 @@ class SnapKV(AbstractMethod):
         check_at_least("snapkv", self.window_tokens + 1, keep_tokens=self.keep_tokens)
         if self.kernel % 2 == 0:
             raise ConfigError(f"snapkv: expected an odd kernel, got {self.kernel}")
-
-    def covers(self, mixer: AbstractMixer) -> bool:
-        """Attention whose cache grows without bound."""
-        return covers_unbounded(mixer)
 
     def equals_full(
         self, prompt_tokens: Array, cached_tokens: Array, n_kv_layers: int | None = None

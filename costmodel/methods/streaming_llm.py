@@ -24,17 +24,17 @@ from costmodel.methods.base import (
     AbstractMethod,
     Mask,
     Preset,
+    Scope,
     Stage,
     State,
     attention_of,
     check_at_least,
-    covers_unbounded,
     kept,
     layer_bytes,
 )
 from costmodel.methods.chains import cache_cat, elementwise, rotate_in_fp32
 from costmodel.methods.eager import eager_prompt, eager_step, rotate_keys
-from costmodel.mixers import AbstractMixer, Attention
+from costmodel.mixers import Attention
 from costmodel.mixers.attention import decode_attention, prefill_attention
 from costmodel.operation import Array, Operations, causal_pairs
 from costmodel.workload import Point
@@ -55,6 +55,7 @@ class StreamingLLM(AbstractMethod):
     REFERENCE: ClassVar[str] = "Xiao et al., arXiv 2309.17453; github.com/mit-han-lab/streaming-llm"
     STAGES: ClassVar[frozenset[Stage]] = frozenset({"prefill", "evict", "store"})
     ACTS: ClassVar[str] = "during prefill and on every decoded token"
+    SCOPE: ClassVar[Scope] = "unbounded"
     DOES_NOT_SAVE: ClassVar[str] = (
         "weights or MLP work; what leaves the window cannot be recovered, so retrieval is lost."
     )
@@ -97,10 +98,6 @@ class StreamingLLM(AbstractMethod):
             return self
         sinks, window = self.budget(float(context_tokens))
         return replace(self, sink_tokens=int(sinks), window_tokens=int(window), preset=None)
-
-    def covers(self, mixer: AbstractMixer) -> bool:
-        """Attention whose cache grows without bound."""
-        return covers_unbounded(mixer)
 
     def equals_full(
         self, prompt_tokens: Array, cached_tokens: Array, n_kv_layers: int | None = None

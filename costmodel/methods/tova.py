@@ -18,18 +18,17 @@ from costmodel.architecture import MixerGroup
 from costmodel.methods.base import (
     AbstractMethod,
     Mask,
+    Scope,
     Stage,
     State,
     attention_of,
     check_at_least,
-    covers_unbounded,
     kept,
     layer_bytes,
     not_stored,
 )
 from costmodel.methods.chains import cache_cat, elementwise, gather_tokens, select
 from costmodel.methods.eager import eager_prompt, eager_step, rotate_keys
-from costmodel.mixers import AbstractMixer
 from costmodel.mixers.attention import decode_attention
 from costmodel.operation import Array, Operations
 from costmodel.workload import Point
@@ -48,6 +47,7 @@ class Tova(AbstractMethod):
     REFERENCE: ClassVar[str] = "Oren et al., arXiv 2401.06104; github.com/schwartz-lab-NLP/TOVA"
     STAGES: ClassVar[frozenset[Stage]] = frozenset({"evict", "store"})
     ACTS: ClassVar[str] = "after prefill and on every decoded token"
+    SCOPE: ClassVar[Scope] = "unbounded"
     DOES_NOT_SAVE: ClassVar[str] = "prefill compute or one layer's full cache during prefill."
     REALISED_BY: ClassVar[tuple[str, ...]] = ("TOVA repository", "kvpress (after prefill only)")
     PARAMETERS: ClassVar[dict[str, str]] = {
@@ -59,10 +59,6 @@ class Tova(AbstractMethod):
 
     def __post_init__(self) -> None:
         check_at_least("tova", 1, keep_tokens=self.keep_tokens)
-
-    def covers(self, mixer: AbstractMixer) -> bool:
-        """Attention whose cache grows without bound."""
-        return covers_unbounded(mixer)
 
     def equals_full(
         self, prompt_tokens: Array, cached_tokens: Array, n_kv_layers: int | None = None

@@ -116,10 +116,12 @@ def decode_kept(mixer: Attention, point: Point, tokens: Array, *, source: str) -
         source=f"{source} _flash_attention_forward",
         formula="G B t K (Hk + Hv) b read: every query head has its own copy",
     )
-    shape = {**attention.shape, "n_kv_heads": mixer.n_heads, "kv_bytes": ratio * size}
+    if ratio > 1:
+        shape = {**attention.shape, "n_kv_heads": mixer.n_heads, "kv_bytes": ratio * size}
+        attention = replace(attention, shape=shape)
     return (
         cache_cat(mixer, point, tokens, source=f"{source} past_key_value.update", heads=ratio),
-        replace(attention, shape=shape),
+        attention,
     )
 
 
