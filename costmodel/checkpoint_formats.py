@@ -51,9 +51,10 @@ class _Rules:
     def __init__(self, config: Mapping[str, Any]) -> None:
         method = str(config.get("quant_method", "")).lower().replace("_", "-")
         if method not in _READERS:
+            given = str(config.get("quant_method"))[:40]
             raise ConfigError(
-                f"quantization_config: quant_method {config.get('quant_method')!r} is not one "
-                f"lccost reads ({', '.join(sorted(_READERS))}). Give --weight-dtype to say how the "
+                f"quantization_config: quant_method {given!r} is not one lccost reads "
+                f"({', '.join(sorted(_READERS))}). Give --weight-dtype to say how the "
                 "weights are stored"
             )
         skipped: list[object] = []
@@ -121,6 +122,14 @@ def _whole(config: Mapping[str, Any], key: str, default: int, low: int, high: in
     return value
 
 
+def _block(value: object, key: str) -> tuple[int, int]:
+    """Rows and columns that share one scale."""
+    whole = isinstance(value, list) and all(type(x) is int and x > 0 for x in value)
+    if not whole or not isinstance(value, list) or len(value) != 2:
+        raise ConfigError(f"quantization_config: {key}: expected two whole numbers over 0")
+    return value[0], value[1]
+
+
 Groups = list[tuple[Patterns, frozenset[str], Format]]
 _ALL = Patterns([])
 _EVERY_ROLE: frozenset[str] = frozenset()
@@ -148,15 +157,12 @@ def _fp8(config: Mapping[str, Any]) -> Groups:
     block = config.get("weight_block_size")
     if block is None:
         return [*groups, (_ALL, _EVERY_ROLE, FP8_TENSOR)]
-    if not (
-        isinstance(block, list) and len(block) == 2 and all(type(x) is int and x > 0 for x in block)
-    ):
-        raise ConfigError("quantization_config: weight_block_size: expected two whole numbers")
+    rows, columns = _block(block, "weight_block_size")
     stored = Format(
         name="fp8",
         code_bytes=1,
-        block_rows=block[0],
-        block_columns=block[1],
+        block_rows=rows,
+        block_columns=columns,
         scale_bytes=1 if fp4_experts else 4,
         compute="fp8",
     )
@@ -219,7 +225,9 @@ def _compressed_tensors(config: Mapping[str, Any]) -> Groups:
     for name, group in table.items():
         weights = group.get("weights") if isinstance(group, dict) else None
         if not isinstance(weights, dict):
-            raise ConfigError(f"quantization_config: config_groups.{name}: expected weights")
+            raise ConfigError(
+                f"quantization_config: config_groups.{name[:40]}: expected a table of weights"
+            )
         targets = _names(group.get("targets", ["Linear"]), f"config_groups.{name}.targets")
         everything = any(t in ("Linear", "MoEGate", "FusedMoE") for t in targets)
         patterns = _ALL if everything else Patterns(targets)
@@ -235,29 +243,33 @@ def _compressed_format(weights: Mapping[str, Any], group: Mapping[str, Any], nam
     w8a8 = isinstance(activations, dict) and bits == 8
     if floating and bits == 4:
         size = _whole(weights, "group_size", 16, 1, 1 << 20)
-        return MXFP4 if size == 32 else NVFP4
+        fp4 = MXFP4 if size == 32 else NVFP4
+        return fp4 if isinstance(activations, dict) else replace(fp4, compute=None)
     stored = Format(name=f"fp{bits}" if floating else f"int{bits}", code_bytes=bits / 8)
     compute = ("fp8" if floating else "int8") if w8a8 else None
     zero = 0.0 if weights.get("symmetric", True) else bits / 8
     packed_shape = 0.0 if floating or w8a8 else 16.0
     if strategy == "block":
-        block = weights.get("block_structure") or [128, 128]
+        rows, columns = _block(
+            weights.get("block_structure", [128, 128]), f"config_groups.{name}.block_structure"
+        )
         return replace(
-            stored, block_rows=block[0], block_columns=block[1], scale_bytes=2, compute=compute
+            stored, block_rows=rows, block_columns=columns, scale_bytes=2, compute=compute
         )
     if strategy == "tensor":
         return replace(stored, matrix_bytes=2 + packed_shape, compute=compute)
-    columns: float = math.inf
+    per_scale: float = math.inf
     if strategy in ("group", "tensor_group"):
-        columns = _whole(weights, "group_size", 128, 1, 1 << 20)
+        per_scale = _whole(weights, "group_size", 128, 1, 1 << 20)
     elif strategy != "channel":
         raise ConfigError(
-            f"quantization_config: config_groups.{name}: strategy {strategy!r} is unknown"
+            f"quantization_config: config_groups.{name[:40]}: strategy {str(strategy)[:40]!r} "
+            "is none of tensor, channel, group, block"
         )
     return replace(
         stored,
         block_rows=1,
-        block_columns=columns,
+        block_columns=per_scale,
         scale_bytes=2 + zero,
         matrix_bytes=packed_shape,
         compute=compute,
@@ -271,20 +283,28 @@ def _modelopt(config: Mapping[str, Any]) -> Groups:
     layers = config.get("quantized_layers")
     if isinstance(layers, dict):
         return [
-            (Patterns([path]), _EVERY_ROLE, _modelopt_format(dict(row or {}).get("quant_algo")))
+            (Patterns([path]), _EVERY_ROLE, _modelopt_format(_layer_algorithm(path, row)))
             for path, row in layers.items()
         ]
     return [(_ALL, _EVERY_ROLE, _modelopt_format(config.get("quant_algo")))]
 
 
+def _layer_algorithm(path: str, row: object) -> object:
+    if not isinstance(row, dict):
+        raise ConfigError(
+            f"quantization_config: quantized_layers.{path[:80]}: expected a table with quant_algo"
+        )
+    return row.get("quant_algo")
+
+
 def _modelopt_format(algorithm: object) -> Format:
     formats = {"FP8": FP8_TENSOR, "NVFP4": NVFP4, "NVFP4_AWQ": NVFP4, "W4A16_AWQ": INT4_GROUP}
-    if algorithm not in formats:
+    if not isinstance(algorithm, str) or algorithm not in formats:
         raise ConfigError(
             f"quantization_config: quant_algo {str(algorithm)[:40]!r}: expected one of "
             f"{', '.join(formats)}"
         )
-    return formats[str(algorithm)]
+    return formats[algorithm]
 
 
 _READERS = {

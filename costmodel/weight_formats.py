@@ -39,13 +39,17 @@ class Format:
     def matrix(self, linear: Linear) -> float:
         """Bytes of one copy without its bias: codes + ceil(n/rows) ceil(k/columns) scales."""
         n, k = linear.n_out, linear.n_in
-        blocks = math.ceil(n / self.block_rows) * math.ceil(k / self.block_columns)
+        blocks = _blocks(n, self.block_rows) * _blocks(k, self.block_columns)
         parts = _PARTS.get(linear.name, 1)
         return (
             n * k * self.code_bytes
             + blocks * self.scale_bytes
             + parts * (k * self.column_bytes + self.matrix_bytes)
         )
+
+
+def _blocks(extent: int, block: float) -> int:
+    return 1 if math.isinf(block) else math.ceil(extent / block)
 
 
 def plain(dtype: str) -> Format:

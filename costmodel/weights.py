@@ -48,12 +48,12 @@ WEIGHT_DTYPES = ("checkpoint", *_FORMATS)
 def _shares(linear: Linear, weight_dtype: str, architecture: Architecture, dtype: str) -> Shares:
     """Formats of a matrix with the share of layers stored in each."""
     if weight_dtype not in WEIGHT_DTYPES:
-        raise UnknownNameError("weight dtype", weight_dtype, WEIGHT_DTYPES)
+        raise UnknownNameError("weight dtype", weight_dtype[:60], WEIGHT_DTYPES)
     if not linear.quantisable:
         return ((plain(dtype), 1.0),)
     if weight_dtype != "checkpoint":
         return ((_FORMATS[weight_dtype], 1.0),)
-    if architecture.quantization is None:
+    if not architecture.quantization:
         return ((plain(dtype), 1.0),)
     return checkpoint_formats(linear, architecture.quantization, architecture.n_layers, dtype)
 
