@@ -73,6 +73,9 @@ AXES = {
         title="Host state", label="state in host memory (bytes)", format=_bytes, unit="B"
     ),
     "weights_bytes": AxisText(title="Weights", label="weights (bytes)", format=_bytes, unit="B"),
+    "peak_bytes": AxisText(
+        title="Peak memory", label="peak memory per GPU (bytes)", format=_bytes, unit="B"
+    ),
     "peak_prefill_bytes": AxisText(
         title="Peak of prefill", label="peak of prefill (bytes)", format=_bytes, unit="B"
     ),

@@ -61,9 +61,24 @@ class Pair:
         )
 
     def value(self, metric: str, side: str = "predicted") -> float | None:
-        """A metric of one side ("predicted" or "observed")."""
+        """A metric of one side ("predicted" or "observed"); ``peak_bytes`` is the worse phase's."""
         row = self.predicted if side == "predicted" else self.observed
-        return None if row is None else row.number(metric)
+        if row is None:
+            return None
+        if metric == "peak_bytes":
+            return max(self._peaks(row).values(), default=None)
+        return row.number(metric)
+
+    def worst_phase(self, side: str = "predicted") -> str:
+        """Phase of the larger peak; "" where none is known."""
+        row = self.predicted if side == "predicted" else self.observed
+        peaks = {} if row is None else self._peaks(row)
+        return max(peaks, key=lambda phase: peaks[phase]) if peaks else ""
+
+    @staticmethod
+    def _peaks(row: Row) -> dict[str, float]:
+        known = {phase: row.number(f"peak_{phase}_bytes") for phase in ("prefill", "decode")}
+        return {phase: value for phase, value in known.items() if value is not None}
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -148,6 +163,10 @@ def compare(records: Records, predict: Predict | None = None) -> Comparison:
             reason = f"status {record.status}"
             message = safe_text(record.text("message"), 160)
             unjoined.append(_left_out(record, f"{reason}: {message}" if message else reason))
+            own = record.values.get("predicted")
+            if own and own.get("applicable") is not False:
+                # What did not run was predicted all the same: it stays to be drawn.
+                pairs.append(Pair(key=record, predicted=Row(own, f"{record.origin} predicted")))
             continue
         predictions, reason = _predictions_for(record, index, predict)
         if not predictions:

@@ -14,10 +14,10 @@ METRIC_TITLES = {
     "state_bytes": "state",
     "state_host_bytes": "host state",
     "weights_bytes": "weights",
-    "peak_prefill_bytes": "peak, prefill",
-    "peak_decode_bytes": "peak, decode",
-    "executed_prefill_flops": "executed FLOPs, prefill",
-    "executed_decode_flops": "executed FLOPs, decode",
+    "peak_prefill_bytes": "peak of prefill",
+    "peak_decode_bytes": "peak of decode",
+    "executed_prefill_flops": "executed prefill FLOPs",
+    "executed_decode_flops": "executed decode FLOPs",
     "energy_j_per_token": "energy per token",
 }
 

@@ -9,7 +9,7 @@ import io
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from reports.comparison import Comparison, ErrorGroup, error_groups, parse_fields
@@ -43,16 +43,38 @@ class Table:
     texts: tuple[tuple[str, ...], ...]
     notes: tuple[str, ...] = ()
 
+    def without(self, *names: str) -> "Table":
+        """The table less some columns."""
+        kept = [n for n, c in enumerate(self.columns) if c.name not in names]
+        return replace(
+            self,
+            columns=tuple(self.columns[n] for n in kept),
+            values=tuple(tuple(row[n] for n in kept) for row in self.values),
+            texts=tuple(tuple(row[n] for n in kept) for row in self.texts),
+        )
+
     def dicts(self) -> list[dict[str, Any]]:
         """Rows as JSON objects; an unknown or infinite number is null."""
         names = [c.name for c in self.columns]
         return [dict(zip(names, map(_finite, row), strict=True)) for row in self.values]
 
 
-def error_table(comparison: Comparison, by: str | Sequence[str] = ("method",)) -> Table:
-    """Error by group, metric and basis (see :class:`~reports.comparison.ErrorGroup`)."""
+def error_table(
+    comparison: Comparison, by: str | Sequence[str] = ("method",), *, exact_rows: bool = True
+) -> Table:
+    """Error by group, metric and basis (see :class:`~reports.comparison.ErrorGroup`).
+
+    Without ``exact_rows`` a metric that is exact in every group is a note instead of rows.
+    """
     fields = parse_fields(by)
     groups = error_groups(comparison, fields)
+    notes = [SIGN_NOTE, *_basis_notes(groups)]
+    if not exact_rows:
+        inexact = {g.metric for g in groups if g.worst_percent != 0}
+        exact = dict.fromkeys(METRIC_TITLES[g.metric] for g in groups if g.metric not in inexact)
+        groups = tuple(g for g in groups if g.metric in inexact)
+        if exact:
+            notes.insert(0, f"Exact in every record: {', '.join(exact)}.")
     columns = (
         *(Column(name=f, title=_FIELD_TITLES.get(f, f.replace("_", " "))) for f in fields),
         Column(name="metric", title="metric"),
@@ -72,7 +94,7 @@ def error_table(comparison: Comparison, by: str | Sequence[str] = ("method",)) -
         columns=columns,
         values=tuple(_group_values(g, fields) for g in groups),
         texts=tuple(_group_texts(g, fields) for g in groups),
-        notes=(SIGN_NOTE, *_basis_notes(groups)),
+        notes=tuple(notes),
     )
 
 
@@ -95,7 +117,8 @@ def point_table(comparison: Comparison) -> Table:
                 *(*(safe_text(f, 48) for f in fields), tokens(context), tokens(batch)),
                 *(METRIC_TITLES[e.metric], metric_value(e.metric, e.predicted)),
                 *(metric_value(e.metric, e.observed), percent(error, signed=True)),
-                *(e.pair.basis, "noisy" if e.pair.is_noisy else key.status, key.origin),
+                *(e.pair.basis, "noisy" if e.pair.is_noisy else key.status),
+                _short_origin(key.origin),
             )
         )
     return Table(
@@ -241,8 +264,13 @@ def _group_texts(group: ErrorGroup, fields: Sequence[str]) -> tuple[str, ...]:
         percent(group.mape_percent),
         *(percent(group.median_percent), percent(group.p90_percent)),
         *(percent(group.bias_percent, signed=True), percent(group.worst_percent, signed=True)),
-        *(group.worst_point, group.worst_origin),
+        *(group.worst_point, _short_origin(group.worst_origin)),
     )
+
+
+def _short_origin(origin: str) -> str:
+    """The file's name and line without its folders."""
+    return safe_text(origin.replace("\\", "/").rsplit("/", 1)[-1], 60)
 
 
 def _field_text(name: str, value: Any) -> str:

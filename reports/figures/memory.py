@@ -114,20 +114,15 @@ def _bar(pair: Pair, name: str, side: str) -> MemoryBar | None:
     if weights is None or state is None:
         return None
     allocated = pair.value("state_allocated_bytes", side) or state
-    peaks = {
-        phase: value
-        for phase in ("prefill", "decode")
-        if (value := pair.value(f"peak_{phase}_bytes", side)) is not None
-    }
-    phase = max(peaks, key=lambda p: peaks[p]) if peaks else ""
+    peak = pair.value("peak_bytes", side)
     return MemoryBar(
         name=name,
         side=side,
         weights_bytes=weights,
-        state_bytes=min(allocated, max(peaks[phase] - weights, 0.0)) if peaks else state,
-        rest_bytes=max(peaks[phase] - weights - allocated, 0.0) if peaks else None,
+        state_bytes=state if peak is None else min(allocated, max(peak - weights, 0.0)),
+        rest_bytes=None if peak is None else max(peak - weights - allocated, 0.0),
         host_bytes=pair.value("state_host_bytes", side) or 0.0,
-        phase=phase,
+        phase=pair.worst_phase(side),
     )
 
 

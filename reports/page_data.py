@@ -1,0 +1,36 @@
+"""The data block of the page: chart specifications by id, as ``illustrations`` names them."""
+
+from typing import Any
+
+from costmodel.hardware import HardwareProfile
+from reports import charts
+from reports.illustrations import of_device
+from reports.ranking import rank
+from reports.report import Report
+
+
+def capacity_limit(device: HardwareProfile, memory_fraction: float) -> tuple[float, str]:
+    """Bytes that may be used, and what the line is called."""
+    return device.memory_bytes * memory_fraction, f"usable: {memory_fraction:.0%} of the GPU"
+
+
+def chart_specs(report: Report, memory_fraction: float = 0.9) -> dict[str, Any]:
+    """Every interactive chart that has data, by id."""
+    pairs = report.pairs
+    colours = charts.Colours()
+    rows = {id(r.pair): n for n, r in enumerate(rank(pairs))}
+    only = len(report.hardware) == 1
+    device = report.hardware[0] if only else None
+    specs: dict[str, Any] = {
+        f"roofline-{n}": charts.roofline_chart(
+            of_device(pairs, hardware, only), hardware, rows, colours
+        )
+        for n, hardware in enumerate(report.hardware)
+    }
+    specs |= {f"curve-{m}": charts.curve_chart(pairs, m, rows, colours) for m in charts.CURVES}
+    for metric in ("ttft_s", "tpot_s"):
+        specs[f"scatter-{metric}"] = charts.scatter_chart(pairs, metric, rows, colours)
+    limit = capacity_limit(device, memory_fraction) if device is not None else None
+    specs["curve-peak_bytes"] = charts.curve_chart(pairs, "peak_bytes", rows, colours, limit)
+    specs["pareto"] = charts.pareto_chart(pairs, rows, colours)
+    return {name: spec for name, spec in specs.items() if spec is not None}
