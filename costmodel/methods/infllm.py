@@ -215,11 +215,12 @@ class InfLLM(AbstractMethod):
         )
         size = layer_bytes(mixer, point, s)
         chunks = np.ceil(s / self.chunk_tokens)
-        state = self.device_bytes(mixer, point.at(s))
+        init, _, _ = self.counts(point.at(s))
+        window = np.minimum(s, budget.local)
         main = replace(
             main,
             activation_bytes=main.activation_bytes + size,
-            state_bytes=state,
+            state_bytes=layer_bytes(mixer, point, window + init + rem),
             transient_bytes=main.transient_bytes + size,
         )
         operations = (

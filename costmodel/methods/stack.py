@@ -166,9 +166,11 @@ class MethodStack:
         """The point a store method sees behind an evicting one."""
         if evict is None:
             return point
-        start = evict.tokens_left(group, point.at(point.prompt_tokens))
         return replace(
-            point, prompt_tokens=start, cached_tokens=evict.tokens_left(group, point)
+            point,
+            prompt_tokens=evict.tokens_left(group, point.at(point.prompt_tokens)),
+            cached_tokens=evict.tokens_left(group, point),
+            reserved_tokens=evict.tokens_left(group, point.at(point.reserved_tokens)),
         )
 
 
