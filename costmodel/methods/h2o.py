@@ -67,8 +67,7 @@ class H2O(AbstractMethod):
         "alone; the mask variant saves nothing at all."
     )
     REALISED_BY: ClassVar[tuple[str, ...]] = (
-        "FlexLLMGen fork of the authors (slot, OPT)",
-        "H2O repository (real_drop, batch 1)",
+        "H2O repository: FlexGen fork (slot, OPT), Hugging Face (real_drop, batch 1)",
         "benchmark harness (mask)",
     )
     PARAMETERS: ClassVar[dict[str, str]] = {
@@ -130,10 +129,10 @@ class H2O(AbstractMethod):
         self, group: MixerGroup, point: Point, attention: Operations
     ) -> Operations:
         """Attention and the column sums of its probabilities."""
-        if self.variant == "mask":
-            return attention
         mixer = attention_of(group)
         pairs = mixer.prompt_pairs(point.prompt_tokens)
+        if self.variant == "mask":
+            return attention
         if point.level == "ideal":
             return (*not_stored(attention, point), _second_pass(mixer, point, pairs))
         s = point.prompt_tokens
@@ -169,6 +168,7 @@ class H2O(AbstractMethod):
         reference = point.level == "reference"
         slot = self.variant == "slot"
         source = f"{_FLEXGEN} _heavy_hitter_pruning" if slot else f"{_REAL_DROP} H2OKVCache"
+        source = source if reference else ""
         return (
             select(
                 "select_heavy",
@@ -177,7 +177,7 @@ class H2O(AbstractMethod):
                 keep=heavy,
                 workspace_bytes=rows * point.prompt_tokens * 4.0,
                 launches=2,
-                source=source if reference else "",
+                source=source,
                 formula="top-k over S scores per KV head",
             ),
             gather_tokens(
@@ -187,7 +187,7 @@ class H2O(AbstractMethod):
                 # the boolean mask reads every token, an index only those it wants
                 read_tokens=point.prompt_tokens if reference and not slot else None,
                 extra_bytes=rows * c * _ENTRY_BYTES,
-                source=source if reference else "",
+                source=source,
             ),
         )
 
@@ -228,8 +228,11 @@ class H2O(AbstractMethod):
                 source=f"{source} permute().reshape()",
                 formula="slots x heads to heads x slots: read and written",
             )
-            steps = (copy, *eager_step(mixer, point, tokens, source=source, from_state=False))
-            return (*steps, replace(_update_scores(mixer, point, c), launches=6, source=source))
+            return (
+                copy,
+                *eager_step(mixer, point, tokens, source=source, from_state=False),
+                replace(_update_scores(mixer, point, c), launches=6, source=source),
+            )
         source = _REAL_DROP if self.variant == "real_drop" else _MASKED
         cat = cache_cat(mixer, point, tokens, source=f"{source} torch.cat of keys, values")
         chain = (cat, *eager_step(mixer, point, tokens, source=source))
@@ -278,14 +281,9 @@ class H2O(AbstractMethod):
 def _second_pass(mixer: Attention, point: Point, pairs: Array) -> Operation:
     """Column sums per KV head; needs the row sums of every query head. O(S) memory."""
     sums = point.batch * point.prompt_tokens * (4.0 * (mixer.n_heads + mixer.n_kv_heads))
-    full_layer = layer_bytes(mixer, point, point.prompt_tokens)
+    alive = sums + layer_bytes(mixer, point, point.prompt_tokens)
     return score_pass(
-        mixer,
-        point,
-        pairs,
-        name="score_pass",
-        result_bytes=sums,
-        transient_bytes=sums + full_layer,
+        mixer, point, pairs, name="score_pass", result_bytes=sums, transient_bytes=alive
     )
 
 
