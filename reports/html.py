@@ -15,6 +15,7 @@ from importlib import resources
 from typing import Any
 
 from costmodel.errors import MissingExtraError
+from reports.figures import NARROW, WIDE
 from reports.figures.encode import small_png
 from reports.illustrations import Illustration, illustrations
 from reports.page_data import chart_specs
@@ -28,14 +29,25 @@ _SCRIPTS = ("vendor/uPlot.iife.min.js", "templates/report.js")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Picture:
-    """A static figure, inlined; ``chart`` is the id of the interactive twin that replaces it."""
+class Image:
+    """A PNG inside the page."""
 
-    title: str
-    alt: str
     source: str
     width: int
     height: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Picture:
+    """A static figure; ``chart`` is the id of the interactive twin that replaces it.
+
+    ``narrow`` is the form for phones, which only figures without a twin need.
+    """
+
+    title: str
+    alt: str
+    image: Image
+    narrow: Image | None
     chart: str
 
 
@@ -121,15 +133,20 @@ def json_in_html(value: Any) -> str:
 
 
 def _picture(made: Illustration, specs: dict[str, Any]) -> Picture:
-    data, width, height = small_png(made.make())
+    chart = made.chart if made.chart in specs else ""
     return Picture(
         title=made.title,
         alt=f"Figure: {made.title}. The tables on this page have the numbers.",
-        source="data:image/png;base64," + base64.b64encode(data).decode("ascii"),
-        width=width,
-        height=height,
-        chart=made.chart if made.chart in specs else "",
+        image=_image(made, WIDE),
+        narrow=None if chart else _image(made, NARROW),
+        chart=chart,
     )
+
+
+def _image(made: Illustration, size: tuple[float, float]) -> Image:
+    data, width, height = small_png(made.make(size=size))
+    source = "data:image/png;base64," + base64.b64encode(data).decode("ascii")
+    return Image(source=source, width=width, height=height)
 
 
 def _table_data(table: Table) -> dict[str, Any]:

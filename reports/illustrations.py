@@ -23,12 +23,12 @@ _MOST_EXPLANATIONS = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Illustration:
-    """A figure to be made: ``chart`` is the interactive twin's id, "" where there is none."""
+    """A figure to be made by ``make(size=...)``; ``chart`` is the interactive twin's id, or ""."""
 
     section: str
     chart: str
     title: str
-    make: "Callable[[], Figure]"
+    make: "Callable[..., Figure]"
 
 
 def illustrations(report: Report) -> tuple[Illustration, ...]:

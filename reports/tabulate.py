@@ -42,7 +42,7 @@ def point_rows(ranked: Sequence[Ranked]) -> Table:
         else:
             shown.append(n)
     ranked_by = dict.fromkeys(AXES[r.metric].title for r in ranked)
-    by = f"Ranked by {', '.join(ranked_by).lower()} within each context." if ranked_by else ""
+    by = f"Ranked by {', '.join(ranked_by)} within each context." if ranked_by else ""
     return Table(
         title="Methods",
         columns=tuple(
