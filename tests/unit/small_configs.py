@@ -473,7 +473,7 @@ def _nemotron_h(r: random.Random) -> Kwargs:
         num_experts_per_tok=2,
         moe_intermediate_size=24,
         moe_shared_expert_intermediate_size=20,
-        moe_latent_size=r.choice((None, 12)),
+        moe_latent_size=r.choice((None, 16)),
     )
 
 
