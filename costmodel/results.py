@@ -191,7 +191,9 @@ class Prediction:
                 int(context[i]),
             )
             row["accuracy_drop_points"], row["accuracy_source"] = drop, source
-            row["equals_full"] = bool(np.all(self.method.equals_full(float(context[i]))))
+            row["equals_full"] = bool(
+                np.all(self.method.equals_full(float(context[i]), self.architecture))
+            )
             row["notes"] = list(self.architecture.notes)
             rows.append({k: row.get(k) for k in KEYS})
         return rows
@@ -225,7 +227,7 @@ def key_fields(
         "gpus": tp,
         "dtype": dtype,
         "weight_dtype": weight_dtype,
-        "kv_dtype": dtype,
+        "kv_dtype": method.kv_dtype(dtype) if dtype else None,
         "batch": batch,
         "context_tokens": context_tokens,
         "output_tokens": output_tokens,

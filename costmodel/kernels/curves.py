@@ -32,7 +32,7 @@ from typing import NamedTuple
 import numpy as np
 
 from costmodel.hardware import Curve, HardwareProfile
-from costmodel.kernels.prior import KernelTime
+from costmodel.kernels.prior import KernelTime, timed_flops
 from costmodel.operation import Array, Operation, causal_pairs
 
 #: Keys a block of the CPU flash-attention kernel covers (PyTorch,
@@ -122,7 +122,7 @@ def _size_and_work(operation: Operation) -> tuple[Array, Array, dict[str, Array]
     if operation.kind == "prefill_attention":
         s = shape["q_len"]
         tiles = tiled_causal_pairs(s) / np.maximum(causal_pairs(s), 1.0)
-        return s, operation.flops * tiles, {"head_dim": shape["head_dim"]}
+        return s, timed_flops(operation) * tiles, {"head_dim": shape["head_dim"]}
     if operation.kind == "decode_attention":
         heads = shape["n_kv_heads"]
         tokens = shape["batch"] * shape["kv_len"]

@@ -78,6 +78,8 @@ class AbstractMethod(ABC):
     STAGES: ClassVar[frozenset[Stage]]
     #: when it acts, in words
     ACTS: ClassVar[str] = ""
+    #: storage type of cache elements, as ``kv_dtype`` prints it ("int{bits}"); "": as they come
+    STORES: ClassVar[str] = ""
     #: which mixers it changes
     SCOPE: ClassVar[Scope] = "owned"
     #: what it does not save, one sentence

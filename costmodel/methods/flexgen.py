@@ -48,6 +48,7 @@ class FlexGen(AbstractMethod):
     REFERENCE: ClassVar[str] = "Sheng et al., arXiv 2303.06865; github.com/FMInference/FlexLLMGen"
     STAGES: ClassVar[frozenset[Stage]] = frozenset({"store"})
     ACTS: ClassVar[str] = "after prefill, layer by layer, and on every decoded token"
+    STORES: ClassVar[str] = "int{bits}"
     DOES_NOT_SAVE: ClassVar[str] = (
         "prefill compute; in its own implementation not the bytes of a decode step either: the "
         "whole layer is decompressed before it is attended."

@@ -35,6 +35,7 @@ class Fp8Kv(AbstractMethod):
     REFERENCE: ClassVar[str] = "Micikevicius et al., arXiv 2209.05433; vLLM, FlashInfer, FlashMLA"
     STAGES: ClassVar[frozenset[Stage]] = frozenset({"store"})
     ACTS: ClassVar[str] = "on every token as it is cached"
+    STORES: ClassVar[str] = "fp8"
     SCOPE: ClassVar[Scope] = "cache"
     DOES_NOT_SAVE: ClassVar[str] = "prefill compute, weights, or more than half of the cache."
     REALISED_BY: ClassVar[tuple[str, ...]] = (

@@ -51,6 +51,7 @@ class Gear(AbstractMethod):
     REFERENCE: ClassVar[str] = "Kang et al., arXiv 2403.05527; github.com/opengear-project/GEAR"
     STAGES: ClassVar[frozenset[Stage]] = frozenset({"store"})
     ACTS: ClassVar[str] = "after prefill, layer by layer; again every buffer_tokens steps"
+    STORES: ClassVar[str] = "int{bits}"
     SCOPE: ClassVar[Scope] = "unbounded"
     DOES_NOT_SAVE: ClassVar[str] = (
         "prefill compute, to which a power iteration and a sort of the whole cache are added."

@@ -40,6 +40,7 @@ class HfQuanto(AbstractMethod):
     REFERENCE: ClassVar[str] = "transformers 5.23 cache_utils.py QuantoQuantizedLayer"
     STAGES: ClassVar[frozenset[Stage]] = frozenset({"store"})
     ACTS: ClassVar[str] = "after prefill, layer by layer; again every residual_tokens steps"
+    STORES: ClassVar[str] = "int{bits}"
     SCOPE: ClassVar[Scope] = "unbounded"
     DOES_NOT_SAVE: ClassVar[str] = (
         "time: the whole cache is dequantised on every step, which is slower than 16 bits."

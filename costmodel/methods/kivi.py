@@ -52,6 +52,7 @@ class Kivi(AbstractMethod):
     REFERENCE: ClassVar[str] = "Liu et al., arXiv 2402.02750; github.com/jy-yuan/KIVI"
     STAGES: ClassVar[frozenset[Stage]] = frozenset({"store"})
     ACTS: ClassVar[str] = "after prefill, layer by layer, and on every decoded token"
+    STORES: ClassVar[str] = "int{bits}"
     DOES_NOT_SAVE: ClassVar[str] = (
         "prefill compute or the prefill peak: the prompt is attended exactly, then quantised."
     )

@@ -51,6 +51,7 @@ class KvQuant(AbstractMethod):
     REFERENCE: ClassVar[str] = "Hooper et al., arXiv 2401.18079; github.com/SqueezeAILab/KVQuant"
     STAGES: ClassVar[frozenset[Stage]] = frozenset({"store"})
     ACTS: ClassVar[str] = "after prefill, layer by layer, and on every decoded token"
+    STORES: ClassVar[str] = "int{bits}"
     DOES_NOT_SAVE: ClassVar[str] = (
         "prefill compute; it needs a calibration, and its outliers cost about a fifth of the cache."
     )

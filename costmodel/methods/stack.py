@@ -65,6 +65,11 @@ class MethodStack:
         """What can be pasted back: canonical, only the parameters that differ from the defaults."""
         return "+".join(_spec(m) for m in self.methods)
 
+    def kv_dtype(self, dtype: str) -> str:
+        """Storage type of the bulk of the cache; ``dtype`` where no method changes it."""
+        stored = [m.STORES.format(**m.parameters) for m in self.methods if m.STORES]
+        return stored[-1] if stored else dtype
+
     def resolved(self, context_tokens: int) -> Self:
         """With budgets as plain numbers for one context (``parameters`` of the result are those
         that JSON prints).
