@@ -57,13 +57,13 @@ def phase_time(
     graph: bool,
 ) -> PhaseTime:
     """Add up a pass. ``graph``: the pass is replayed from a captured graph."""
-    zero = np.float64(0.0)
+    zero: Array = np.float64(0.0)
     low, mid, high = zero, zero, zero
     link_low, link_mid, link_high = zero, zero, zero
     compute, weight, kv, launch, link = zero, zero, zero, zero, zero
     launches = zero
     extrapolated = zero
-    bases = set()
+    bases: set[str] = set()
     for op in operations:
         t = time_operation(op, hardware)
         n = op.count

@@ -84,24 +84,24 @@ def predict(
     )
     model = Model.of(architecture, method, hardware, options)
     shape = workload.shape
-    flat = [
+    batch, context, output = (
         np.broadcast_to(a, shape).ravel()
         for a in (workload.batch, workload.context_tokens, workload.output_tokens)
-    ]
-    size = flat[0].size
+    )
+    size = batch.size
     out = {name: np.empty(size) for name in METRICS}
     bounds = {name: np.zeros(size, dtype=np.intp) for name in ("prefill_bound", "decode_bound")}
     bases: set[str] = set()
     for start in range(0, size, CHUNK_POINTS):
         part = slice(start, start + CHUNK_POINTS)
-        values, bound, basis = model.evaluate(*(a[part] for a in flat))
+        values, bound, basis = model.evaluate(batch[part], context[part], output[part])
         for name, value in values.items():
             out[name][part] = value
         for name, index in bound.items():
             bounds[name][part] = index
         bases |= basis
     if solve and size:
-        model.solve(*flat, out)
+        model.solve(batch, context, output, out)
     else:
         for name in ("max_batch", "max_context_tokens", "min_gpus"):
             out[name][:] = np.nan

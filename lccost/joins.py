@@ -1,11 +1,11 @@
 """The prediction of a measured point: the same key, the same layers, the profile of its device."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 from costmodel.architecture import Architecture
-from costmodel.errors import ConfigError
+from costmodel.errors import ConfigError, LccostError
 from costmodel.hardware import HardwareProfile, load_hardware
 from costmodel.methods.parse import parse_method
 from costmodel.predict import predict
@@ -53,3 +53,23 @@ def predict_record(
         solve=False,
     )
     return prediction.rows()[0]
+
+
+class _Row(Protocol):
+    @property
+    def values(self) -> Mapping[str, Any]: ...
+
+
+def profiles_of(rows: Iterable[_Row], given: Iterable[str] = ()) -> list[HardwareProfile]:
+    """Profiles of the devices that records name, and those given by hand; a device whose profile
+    cannot be found is left out (its numbers are shown, its roofline is not).
+    """
+    found = {p.name: p for p in map(load_hardware, given)}
+    for name in dict.fromkeys(str(r.values.get("gpu")) for r in rows):
+        if name not in found:
+            try:
+                profile = load_hardware(name)
+            except LccostError:
+                continue
+            found.setdefault(profile.name, profile)
+    return list(found.values())

@@ -16,10 +16,10 @@ from costmodel.hardware import HardwareProfile, load_hardware
 from costmodel.methods.parse import parse_methods
 from costmodel.methods.stack import MethodStack
 from costmodel.mlps import MoE
-from costmodel.predict import Model, Options, Prediction, default_dtype, predict
+from costmodel.predict import Model, Options, default_dtype, predict
 from costmodel.registry import load_architecture
 from costmodel.results import SCHEMA_VERSION as SCHEMA_VERSION
-from costmodel.results import inapplicable_row, key_fields
+from costmodel.results import Prediction, inapplicable_row, key_fields
 from costmodel.workload import Workload
 
 
@@ -243,10 +243,7 @@ def explain(run: Sweep) -> list[dict[str, Any]]:
 
 def plot(rows: Sequence[dict[str, Any]], run: Sweep, path: Path) -> None:
     """The roofline of the predictions on the first GPU."""
-    from reports.comparison import pairs_of_predictions
     from reports.figures import roofline, save_figure
-    from reports.records import rows_of
 
     hardware = run.hardware[0]
-    shown = rows_of(r for r in rows if r["gpu"] == hardware.name)
-    save_figure(roofline(pairs_of_predictions(shown), hardware), path)
+    save_figure(roofline([r for r in rows if r["gpu"] == hardware.name], hardware), path)

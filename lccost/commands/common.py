@@ -24,7 +24,7 @@ class CommandError(click.ClickException):
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
-        self.exit_code = exit_code
+        self.exit_code = exit_code  # type: ignore[misc]
 
 
 def handle_errors(function: F) -> F:
@@ -66,7 +66,7 @@ _EXTRAS = {
 }
 
 
-class CommaList(click.ParamType):
+class CommaList(click.ParamType):  # type: ignore[type-arg]
     """A comma list of names, kept as text."""
 
     name = "list"
@@ -83,7 +83,7 @@ class CommaList(click.ParamType):
         return pieces
 
 
-class CountList(click.ParamType):
+class CountList(click.ParamType):  # type: ignore[type-arg]
     """A comma list of token or batch counts: 4096, 8k, 1m."""
 
     name = "counts"
@@ -102,7 +102,7 @@ class CountList(click.ParamType):
             self.fail(str(error), param, ctx)
 
 
-class Count(click.ParamType):
+class Count(click.ParamType):  # type: ignore[type-arg]
     """One token count: 256, 8k."""
 
     name = "count"

@@ -23,7 +23,7 @@ Examples:
 """
 
 
-class Percent(click.ParamType):
+class Percent(click.ParamType):  # type: ignore[type-arg]
     """A tolerance: 15% or 0.15."""
 
     name = "percent"

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from lccost.commands.common import handle_errors, write_atomic
+from lccost.commands.common import handle_errors
 
 EXAMPLES = """
 \b
@@ -35,7 +35,7 @@ def report(records: tuple[Path, ...], output: Path, gpus: tuple[str, ...], title
     """
     from lccost import __version__
     from lccost.joins import predict_record, profiles_of
-    from reports.output import render_report
+    from reports.documents import write_report
     from reports.records import read_records
     from reports.report import build_report
 
@@ -54,5 +54,5 @@ def report(records: tuple[Path, ...], output: Path, gpus: tuple[str, ...], title
         command=f"lccost {shlex.join(sys.argv[1:])}",
         version=__version__,
     )
-    write_atomic(output, render_report(made, output.suffix, version=__version__))
+    write_report(made, output, version=__version__)
     click.echo(f"wrote {output}", err=True)
