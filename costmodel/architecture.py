@@ -1,7 +1,7 @@
 """What a model is: ordered layers, each with mixers and MLPs; no hardware, no method.
 
-``load_architecture`` reads a bundled name or alias, a ``config.json``, a folder holding one, or (with the
-``hub`` extra, online) a hub id. Counts are exact: ``n_parameters`` equals the checkpoint.
+``load_architecture`` reads a bundled name or alias, a ``config.json``, a folder holding one, or
+(with the ``hub`` extra, online) a hub id. Counts are exact: ``n_parameters`` equals the checkpoint.
 """
 
 import functools
@@ -19,9 +19,9 @@ class Layer:
 
     other_parameters  norms and whatever else the block stores outside its mixers and MLPs
     linears           matrices the block itself applies to every token (adapters, gates)
-    shared_with       index in ``Architecture.shared_layers`` of the weight set the layer uses; those
-                      mixers and MLPs are stored once but read by every layer that uses them. What else
-                      the layer has (norms, linears, further mixers) is its own
+    shared_with       index in ``Architecture.shared_layers`` of the weight set the layer uses;
+                      those mixers and MLPs are stored once but read by every layer that uses them.
+                      What else the layer has (norms, linears, further mixers) is its own
     """
 
     mixers: tuple[AbstractMixer, ...]
@@ -64,8 +64,8 @@ class Architecture:
     head_bias          elements of an LM-head bias
     active_adjustment  elements to add to ``n_active_parameters`` (see its definition)
     dtype              dtype of the checkpoint's 16-bit (or 32-bit) tensors
-    quantization       the config's ``quantization_config`` as (key, value) pairs, nested objects the
-                       same, lists as tuples; ``dict(quantization)`` reads it; None without one
+    quantization       the config's ``quantization_config`` as (key, value) pairs, nested objects
+                       the same, lists as tuples; ``dict(quantization)`` reads it; None without one
     notes              what a reader of the numbers should know
     assumed            True when ``--assume`` replaced the config's own family
     """
@@ -111,7 +111,9 @@ class Architecture:
 
     @property
     def linear_groups(self) -> tuple[tuple[Linear, int], ...]:
-        """All per-token matrices outside routed experts and head, with how often a pass uses them."""
+        """All per-token matrices outside routed experts and head, with how often a pass uses
+        them.
+        """
         return _linear_groups(self)
 
     @property
@@ -184,7 +186,9 @@ def _sharded(architecture: Architecture, tp: int) -> Architecture:
             shared_layers=tuple(x.sharded(tp) for x in architecture.shared_layers),
         )
     except NotApplicableError as error:
-        raise NotApplicableError(f"{architecture.name} does not shard over {tp} GPUs: {error}") from None
+        raise NotApplicableError(
+            f"{architecture.name} does not shard over {tp} GPUs: {error}"
+        ) from None
 
 
 @functools.lru_cache(maxsize=256)

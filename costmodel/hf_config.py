@@ -1,9 +1,10 @@
 """Read a Hugging Face ``config.json`` without trusting it.
 
-``read_config`` turns a file into plain values and refuses what is no config (too large, binary, nested
-without end, the same key twice). :class:`ConfigReader` hands out typed values by key, says file,
-key, expected and got when one is wrong, and remembers which keys somebody asked for: a key that decides
-what attention or the layers are, and that nobody asked for, must not be priced silently.
+``read_config`` turns a file into plain values and refuses what is no config (too large, binary,
+nested without end, the same key twice). :class:`ConfigReader` hands out typed values by key, says
+file, key, expected and got when one is wrong, and remembers which keys somebody asked for: a key
+that decides what attention or the layers are, and that nobody asked for, must not be priced
+silently.
 """
 
 import json
@@ -22,14 +23,16 @@ MAX_INTEGER = 2**40
 #: Deepest model that is believed.
 MAX_LAYERS = 4096
 
-# Words in a key that decide what is computed or cached. A key that holds one of them must be understood.
+# Words in a key that decide what is computed or cached. A key that holds one of them must be
+# understood.
 _STRUCTURAL = re.compile(
     r"attn|attention|window|chunk|kv|head|lora|mamba|ssm|conv|recur|rwkv|rnn|lru|linear|expert|moe"
     r"|router|index|compress|latent|sparse|layer_type|layers_type|block_type|layers_block|pattern"
     r"|hybrid|share|sliding|global|local|mla|state|delta|memory|hyper_conn|^hc_|ngram|mixer|retention"
     r"|_layers$|layer_config|per_layer|parallel|^n_groups$|expand"
 )
-# Words and names that never change what is computed or cached: training, numerics, positions, output.
+# Words and names that never change what is computed or cached: training, numerics, positions,
+# output.
 _HARMLESS = re.compile(
     r"dropout|_pdrop|aux_loss|aux_alpha|jitter|init|_std|implementation|flash|scaling|multiplier"
     r"|softcap|soft_cap|logit|loss|dtype|token_id|token_index|_eps|epsilon|rope|rotary|theta|quantiz"
@@ -81,7 +84,9 @@ def read_config(path: Path) -> dict[str, object]:
 
 
 def parse_config(text: str, where: str) -> dict[str, object]:
-    """Parse the text of a config; ``where`` names it in errors. Accepts ``Infinity``, as real files do."""
+    """Parse the text of a config; ``where`` names it in errors. Accepts ``Infinity``, as real files
+    do.
+    """
     try:
         data = json.loads(text, object_pairs_hook=_no_duplicates)
     except json.JSONDecodeError as error:
@@ -250,9 +255,7 @@ class ConfigReader:
         if values is None:
             return None
         key = self._get(keys)[0]
-        return tuple(
-            self._whole(f"{key}[{i}]", x, minimum, maximum) for i, x in enumerate(values)
-        )
+        return tuple(self._whole(f"{key}[{i}]", x, minimum, maximum) for i, x in enumerate(values))
 
     def section(self, *keys: str) -> "ConfigReader | None":
         """A nested object, or None."""

@@ -9,7 +9,6 @@ import importlib
 import json
 import os
 from collections.abc import Mapping
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from costmodel.errors import (
 from costmodel.families import MODULES, TEXT_SECTIONS, WRAPPED, Model, known_families
 from costmodel.hf_config import ConfigReader, parse_config, read_config, short
 
+_FOLDER = Path(__file__).with_name("architectures")
 #: Spellings of 16- and 32-bit types in ``torch_dtype`` and ``dtype``.
 _DTYPES = {
     "float32": "fp32",
@@ -35,7 +35,7 @@ _DTYPES = {
 
 @functools.cache
 def _index() -> Mapping[str, Any]:
-    text = resources.files("costmodel").joinpath("architectures/index.json").read_text("utf-8")
+    text = (_FOLDER / "index.json").read_text("utf-8")
     return json.loads(text)  # type: ignore[no-any-return]
 
 
@@ -45,11 +45,13 @@ def model_names() -> list[str]:
 
 
 def load_architecture(name: str | os.PathLike[str], assume: str | None = None) -> Architecture:
-    """The architecture of a bundled name or alias, a ``config.json``, a folder holding one, or a hub id.
+    """The architecture of a bundled name or alias, a ``config.json``, a folder holding one, or a
+    hub id.
 
-    Names are case-insensitive: ``meta-llama/Llama-3.1-8B``, ``Llama-3.1-8B`` and ``llama-3.1-8b`` are
-    the same. ``assume`` reads the config as that ``model_type`` whatever it says, and the result has
-    ``assumed`` set. Raises ``UnknownNameError``, ``ConfigError`` or ``UnsupportedArchitectureError``.
+    Names are case-insensitive: ``meta-llama/Llama-3.1-8B``, ``Llama-3.1-8B`` and ``llama-3.1-8b``
+    are the same. ``assume`` reads the config as that ``model_type`` whatever it says, and the
+    result has ``assumed`` set. Raises ``UnknownNameError``, ``ConfigError`` or
+    ``UnsupportedArchitectureError``.
     """
     if assume is not None and assume not in MODULES:
         raise UnknownNameError("family", assume[:200], MODULES)
@@ -72,7 +74,7 @@ def architecture_from_config(
 
 @functools.lru_cache(maxsize=256)
 def _bundled(stem: str, assume: str | None) -> Architecture:
-    file = resources.files("costmodel").joinpath(f"architectures/{stem}.json")
+    file = _FOLDER / f"{stem}.json"
     config = parse_config(file.read_text("utf-8"), f"{stem}.json")
     own = config["_lccost"]
     if not isinstance(own, dict):
@@ -116,8 +118,8 @@ def _from_hub(text: str, assume: str | None) -> Architecture:
         hub = importlib.import_module("huggingface_hub")
     except ImportError:
         raise MissingExtraError(
-            f"{unknown} To fetch it from the Hugging Face Hub: pip install 'lccost[hub]', or give the "
-            "path of its config.json"
+            f"{unknown} To fetch it from the Hugging Face Hub: pip install 'lccost[hub]', or give "
+            "the path of its config.json"
         ) from None
     try:
         path = Path(hub.hf_hub_download(text, "config.json"))
@@ -151,8 +153,8 @@ def _build(
     if unread and assume is None:
         keys = ", ".join(f"{reader.path}{k} = {short(reader.raw(k))}" for k in unread[:5])
         raise UnsupportedArchitectureError(
-            f"{where}: {family} models have no key {keys}, so what it does to layers, attention or cache is "
-            f"not known. Families lccost reads: {', '.join(known_families())}. "
+            f"{where}: {family} models have no key {keys}, so what it does to layers, attention or "
+            f"cache is not known. Families lccost reads: {', '.join(known_families())}. "
             f"To price it as a plain {family} all the same: --assume {family}"
         )
     if assume is not None:
@@ -201,12 +203,15 @@ def _model_type(reader: ConfigReader, outer: ConfigReader, assume: str | None) -
     if not declared:
         declared = outer.text("model_type", default="")
         declared = WRAPPED.get(declared, declared)
+        if not declared and outer.has("ssm_cfg"):
+            declared = "mamba_ssm"
     if assume is not None or declared in MODULES:
         return declared or "none"
     families = ", ".join(known_families())
     got = f"model_type {short(declared)}" if declared else "no model_type"
     raise UnsupportedArchitectureError(
-        f"{reader.where}: {reader.path}model_type: {got} is not one lccost reads. Known families: {families}. "
+        f"{reader.where}: {reader.path}model_type: {got} is not one lccost reads. "
+        f"Known families: {families}. "
         "To treat it as a dense transformer: --assume llama"
     )
 

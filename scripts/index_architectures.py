@@ -1,8 +1,8 @@
 """Write ``costmodel/architectures/index.json`` from the bundled configs beside it.
 
-Run after adding or renaming a config: ``python scripts/index_architectures.py``. A test fails when the
-index is stale. ``names`` maps every lower-case spelling to a file stem: the hub id, its last part, the
-stem itself, and the same for each entry of ``_lccost.names``.
+Run after adding or renaming a config: ``python scripts/index_architectures.py``. A test fails when
+the index is stale. ``names`` maps every lower-case spelling to a file stem: the hub id, its last
+part, the stem itself, and the same for each entry of ``_lccost.names``.
 """
 
 import json

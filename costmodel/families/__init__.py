@@ -1,9 +1,9 @@
 """From a ``config.json`` to an :class:`~costmodel.architecture.Architecture`, by ``model_type``.
 
-One module per kinship of families; only the one needed is imported. A family module has one function
-``build(reader, model_type) -> Model`` that asks the reader for every key that decides layers, caches and
-parameters. A key of that sort that it did not ask for is an error, so a new checkpoint with a new kind of
-attention is refused and not priced as something it is not.
+One module per kinship of families; only the one needed is imported. A family module has one
+function ``build(reader, model_type) -> Model`` that asks the reader for every key that decides
+layers, caches and parameters. A key of that sort that it did not ask for is an error, so a new
+checkpoint with a new kind of attention is refused and not priced as something it is not.
 """
 
 from costmodel.families.common import Model as Model
@@ -98,6 +98,7 @@ MODULES: dict[str, str] = {
     "mamba": "mamba",
     "falcon_mamba": "mamba",
     "mamba2": "mamba",
+    "mamba_ssm": "mamba",  # no model_type; recognised by ssm_cfg
     "recurrent_gemma": "recurrent",
     "rwkv5": "recurrent",
     "jamba": "hybrid",

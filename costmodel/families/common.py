@@ -47,7 +47,9 @@ def read_basics(c: ConfigReader) -> Basics:
 
 
 def read_tied(c: ConfigReader, outer: ConfigReader | None, *, default: bool) -> bool:
-    """``tie_word_embeddings``: the text config's own, else the wrapper's, else the family's default."""
+    """``tie_word_embeddings``: the text config's own, else the wrapper's, else the family's
+    default.
+    """
     if c.has("tie_word_embeddings") or outer is None:
         return c.flag("tie_word_embeddings", default=default)
     return outer.flag("tie_word_embeddings", default=default)
@@ -70,14 +72,18 @@ def read_heads(c: ConfigReader, d_model: int, *, kv_heads_required: bool = False
     n_kv = c.optional_integer("num_key_value_heads")
     if n_kv is None:
         if kv_heads_required:
-            raise c.missing("num_key_value_heads", "a whole number (this family has no fixed default)")
+            raise c.missing(
+                "num_key_value_heads", "a whole number (this family has no fixed default)"
+            )
         n_kv = n_heads
     if n_heads % n_kv:
         raise c.error("num_key_value_heads", f"a divisor of num_attention_heads ({n_heads})", n_kv)
     head_dim = c.optional_integer("head_dim")
     if head_dim is None:
         if d_model % n_heads:
-            raise c.missing("head_dim", f"it, since hidden_size {d_model} / {n_heads} heads is no whole")
+            raise c.missing(
+                "head_dim", f"it, since hidden_size {d_model} / {n_heads} heads is no whole"
+            )
         head_dim = d_model // n_heads
     return Heads(n_heads=n_heads, n_kv_heads=n_kv, head_dim=head_dim)
 
@@ -100,7 +106,8 @@ def read_layer_types(
     types = modern_types(types)
     if len(types) != n_layers:
         raise ConfigError(
-            f"{c.where}: {c.path}{key}: expected {n_layers} entries, one for each layer, got {len(types)}"
+            f"{c.where}: {c.path}{key}: expected {n_layers} entries, one for each layer, "
+            f"got {len(types)}"
         )
     for i, kind in enumerate(types):
         if kind not in allowed:

@@ -1,7 +1,8 @@
-"""Latent attention with experts: DeepSeek V2, V3, V3.2, Kimi K2, GLM-5; and Kimi-Linear, which mixes it
-with Kimi Delta Attention.
+"""Latent attention with experts: DeepSeek V2, V3, V3.2, Kimi K2, GLM-5; and Kimi-Linear, which
+mixes it with Kimi Delta Attention.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from costmodel.architecture import Layer
@@ -29,6 +30,7 @@ def build(c: ConfigReader, model_type: str, wrapper: ConfigReader | None = None)
     """Read a config with latent attention."""
     basics = read_basics(c)
     n_layers = basics.n_layers
+    mixers: Sequence[AbstractMixer]
     if model_type == "kimi_linear":
         mixers = _kimi_linear_mixers(c, basics)
     elif model_type in _INDEXED:
@@ -91,7 +93,9 @@ def _index_schedule(c: ConfigReader, n_layers: int) -> list[bool]:
     pattern = c.raw("index_topk_pattern")
     if pattern is not None:
         letters = pattern if isinstance(pattern, str) else c.optional_texts("index_topk_pattern")
-        flags = [{"F": True, "full": True, "S": False, "shared": False}.get(x) for x in letters or ()]
+        flags = [
+            {"F": True, "full": True, "S": False, "shared": False}.get(x) for x in letters or ()
+        ]
         if len(flags) != n_layers or None in flags:
             raise c.error("index_topk_pattern", f"{n_layers} entries of F or S", pattern)
         return [bool(f) for f in flags]
@@ -114,7 +118,9 @@ def _kimi_linear_mixers(c: ConfigReader, basics: Basics) -> list[AbstractMixer]:
         conv_kernel=source.integer("short_conv_kernel_size" if own else "linear_conv_kernel_dim"),
     )
     c.ignore("linear_num_heads", "linear_head_dim", "linear_conv_kernel_dim", "mla_use_nope")
-    c.ignore("moe_renormalize", "num_expert_group", "moe_router_activation_func", "use_grouped_topk")
+    c.ignore(
+        "moe_renormalize", "num_expert_group", "moe_router_activation_func", "use_grouped_topk"
+    )
     types = read_layer_types(c, n_layers, (FULL, LINEAR))
     if own is not None:
         full = set(own.optional_integers("full_attn_layers", minimum=1) or ())

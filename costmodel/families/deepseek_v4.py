@@ -1,4 +1,6 @@
-"""DeepSeek-V4: compressed attention, experts on every layer, hyper-connections instead of residual sums."""
+"""DeepSeek-V4: compressed attention, experts on every layer, hyper-connections instead of residual
+sums.
+"""
 
 from costmodel.architecture import Layer
 from costmodel.families.common import Model, read_basics, read_layer_types, read_tied, read_top_k
@@ -48,9 +50,7 @@ def build(c: ConfigReader, model_type: str, wrapper: ConfigReader | None = None)
         bias=mixing + 3,
     )
     layers = {
-        kind: Layer(
-            mixers=(mixer,), mlps=(moe,), linears=(hyper, hyper), other_parameters=2 * d
-        )
+        kind: Layer(mixers=(mixer,), mlps=(moe,), linears=(hyper, hyper), other_parameters=2 * d)
         for kind, mixer in mixers.items()
     }
     return Model(
@@ -65,7 +65,9 @@ def build(c: ConfigReader, model_type: str, wrapper: ConfigReader | None = None)
 
 
 def _layer_types(c: ConfigReader, n_layers: int) -> tuple[str, ...]:
-    """``layer_types``, or a ratio per layer (the prediction layers after the last one are left out)."""
+    """``layer_types``, or a ratio per layer (the prediction layers after the last one are left
+    out).
+    """
     types = read_layer_types(c, n_layers, (SLIDING, SPARSE, HEAVY))
     ratios = c.optional_integers("compress_ratios")
     if types is not None:

@@ -1,7 +1,7 @@
 """Attention and a dense MLP in every layer: Llama and its kin.
 
-The families differ in biases, norms, windows and whether the MLP is gated; ``TRAITS`` says how. A bias
-is a fact of the family, or a key of the config with what its absence means.
+The families differ in biases, norms, windows and whether the MLP is gated; ``TRAITS`` says how. A
+bias is a fact of the family, or a key of the config with what its absence means.
 """
 
 from dataclasses import dataclass, replace
@@ -22,7 +22,8 @@ from costmodel.hf_config import ConfigReader
 from costmodel.mixers.attention import Attention
 from costmodel.mlps import DenseMLP
 
-#: Present, absent, or decided by a key ("a|b": the first that is set) whose absence means the value.
+#: Present, absent, or decided by a key ("a|b": the first that is set) whose absence means the
+#: value.
 Bias = bool | tuple[str, bool]
 
 _KEYED: Bias = ("attention_bias", False)
@@ -34,11 +35,11 @@ class Traits:
     """How one family departs from Llama.
 
     norms         norms per layer; norm_vectors  vectors of d_model in each (0, 1, or 2 with bias)
-    qk_norm       norm of queries and keys: a vector per head size, or over all heads; ``qk_norm_key``
-                  names the key that switches it on
-    windows       "all": ``sliding_window`` on every layer; "types": only where ``layer_types`` says;
-                  "qwen2": with ``use_sliding_window``, from ``max_window_layers`` on; "pattern": full
-                  attention every ``sliding_window_pattern``-th layer
+    qk_norm       norm of queries and keys: a vector per head size, or over all heads;
+                  ``qk_norm_key`` names the key that switches it on
+    windows       "all": ``sliding_window`` on every layer; "types": only where ``layer_types``
+                  says; "qwen2": with ``use_sliding_window``, from ``max_window_layers`` on;
+                  "pattern": full attention every ``sliding_window_pattern``-th layer
     parallel_key  attention and MLP side by side after one norm when this key is true
     mlp_vectors   learnt scalars of the activation
     """

@@ -1,7 +1,7 @@
 """Gemma 1 to 4: norms around both blocks, windows, and in Gemma 4 heads that differ by layer type.
 
-Gemma 3 and 4 files of multimodal models leave out keys that keep the class's defaults; those defaults
-are what such a file means, and are written out here.
+Gemma 3 and 4 files of multimodal models leave out keys that keep the class's defaults; those
+defaults are what such a file means, and are written out here.
 """
 
 from dataclasses import replace
@@ -51,7 +51,7 @@ def _gemma(c: ConfigReader, wrapper: ConfigReader | None, generation: int) -> Mo
     window: int | None = None
     types: tuple[str, ...] = (FULL,) * n_layers
     if generation > 1:
-        window = c.integer("sliding_window", default=4096)
+        window = c.integer("sliding_window", "sliding_window_size", default=4096)
         every = c.integer("sliding_window_pattern", default=6 if third else 2)
         c.ignore("_sliding_window_pattern")
         types = read_layer_types(c, n_layers, (FULL, SLIDING)) or tuple(

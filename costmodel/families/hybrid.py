@@ -96,9 +96,7 @@ def _jamba(c: ConfigReader, basics: Basics) -> tuple[Layer, ...]:
     dense = DenseMLP(d_ff=d_ff)
     moe: MLP = dense
     if n > 1:
-        moe = MoE(
-            n_experts=n, top_k=read_top_k(c, "num_experts_per_tok", n_experts=n), d_ff=d_ff
-        )
+        moe = MoE(n_experts=n, top_k=read_top_k(c, "num_experts_per_tok", n_experts=n), d_ff=d_ff)
     attention_every, attention_at = (
         c.integer("attn_layer_period"),
         c.integer("attn_layer_offset", minimum=0),
@@ -186,7 +184,5 @@ def _falcon_h1(c: ConfigReader, basics: Basics) -> tuple[Layer, ...]:
     c.ignore("mamba_norm_before_gate", "mamba_use_mlp", "mlp_expansion_factor")
     c.ignore("layers_block_type", "layer_types", "attn_layer_indices")
     mlp = DenseMLP(d_ff=c.integer("intermediate_size"), bias=c.flag("mlp_bias"))
-    layer = Layer(
-        mixers=(read_attention(c, d), mamba), mlps=(mlp,), other_parameters=2 * d
-    )
+    layer = Layer(mixers=(read_attention(c, d), mamba), mlps=(mlp,), other_parameters=2 * d)
     return (layer,) * basics.n_layers

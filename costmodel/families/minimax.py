@@ -1,4 +1,6 @@
-"""MiniMax-Text-01: lightning attention with a softmax layer every eighth, experts on every layer."""
+"""MiniMax-Text-01: lightning attention with a softmax layer every eighth, experts on every
+layer.
+"""
 
 from costmodel.architecture import Layer
 from costmodel.families.common import (
@@ -19,7 +21,9 @@ from costmodel.mlps import MoE
 
 
 def build(c: ConfigReader, model_type: str, wrapper: ConfigReader | None = None) -> Model:
-    """Read a MiniMax config: ``layer_types``, or ``attn_type_list`` with 1 for softmax attention."""
+    """Read a MiniMax config: ``layer_types``, or ``attn_type_list`` with 1 for softmax
+    attention.
+    """
     basics = read_basics(c)
     d, n_layers = basics.d_model, basics.n_layers
     heads = read_heads(c, d)

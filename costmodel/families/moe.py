@@ -1,4 +1,5 @@
-"""Attention and a mixture of experts: Mixtral, Qwen MoE, GPT-OSS, Llama 4, GLM-4.5, MiniMax-M2, MiMo.
+"""Attention and a mixture of experts: Mixtral, Qwen MoE, GPT-OSS, Llama 4, GLM-4.5, MiniMax-M2,
+MiMo.
 
 One short function per family: how its experts, shared experts, router and attention differ.
 """
@@ -24,7 +25,6 @@ from costmodel.families.dense import read_windows
 from costmodel.hf_config import ConfigReader
 from costmodel.mixers.attention import Attention
 from costmodel.mlps import MLP, DenseMLP, MoE
-
 
 MoELayers = tuple[list[Attention], list[MLP]]
 
@@ -135,7 +135,10 @@ def _gpt_oss(c: ConfigReader, basics: Basics) -> MoELayers:
     attention = attention_of(c, basics)
     bias = c.flag("attention_bias", default=True)
     attention = replace(
-        attention, qkv_bias=bias, o_bias=bias, extra_parameters=attention.n_heads  # sinks
+        attention,
+        qkv_bias=bias,
+        o_bias=bias,
+        extra_parameters=attention.n_heads,  # sinks
     )
     window = c.integer("sliding_window")
     types = read_layer_types(c, basics.n_layers, (FULL, SLIDING))
@@ -196,8 +199,8 @@ def _glm4_moe(c: ConfigReader, basics: Basics, *, bias: bool = False) -> MoELaye
 
 
 def read_deepseek_mlps(c: ConfigReader, n_layers: int, *, expert_bias: bool = False) -> list[MLP]:
-    """DeepSeek's rule: leading dense layers, then routed experts with ``n_shared_experts`` more of the
-    same width that every token visits.
+    """DeepSeek's rule: leading dense layers, then routed experts with ``n_shared_experts`` more of
+    the same width that every token visits.
     """
     n = c.integer("n_routed_experts", "num_experts", "num_local_experts")
     width = c.integer("moe_intermediate_size")
@@ -237,8 +240,8 @@ def _minimax_m2(c: ConfigReader, basics: Basics) -> MoELayers:
 
 
 def _mimo(c: ConfigReader, basics: Basics) -> MoELayers:
-    """MiMo-V2-Flash. The file says window 128 (``sliding_window``): 128 tokens before the query, as its
-    authors count; the cache holds 128.
+    """MiMo-V2-Flash. The file says window 128 (``sliding_window``): 128 tokens before the query, as
+    its authors count; the cache holds 128.
     """
     full = attention_of(c, basics)
     bias = c.flag("attention_bias")

@@ -1,4 +1,6 @@
-"""More attention-and-experts families: OLMoE, Phi-MoE, Granite MoE, ERNIE 4.5, Hunyuan, dots1, Solar."""
+"""More attention-and-experts families: OLMoE, Phi-MoE, Granite MoE, ERNIE 4.5, Hunyuan, dots1,
+Solar.
+"""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -95,7 +97,9 @@ def _ernie(c: ConfigReader, basics: Basics) -> MoELayers:
 
 
 def _hunyuan(c: ConfigReader, basics: Basics) -> MoELayers:
-    """One shared expert as wide as a routed one; ``moe_topk`` may be a list with one entry a layer."""
+    """One shared expert as wide as a routed one; ``moe_topk`` may be a list with one entry a
+    layer.
+    """
     attention = _biased(c, basics)
     attention = replace(attention, extra_parameters=2 * attention.head_dim)
     d_ff, n = c.integer("intermediate_size"), c.integer("num_experts")

@@ -29,9 +29,7 @@ def build(c: ConfigReader, model_type: str, wrapper: ConfigReader | None = None)
     if FULL in types:
         layers[FULL] = Layer(mixers=(_attention(c, d),), other_parameters=d)
     if MLP_LAYER in types:
-        mlp = DenseMLP(
-            d_ff=c.integer("intermediate_size"), gated=False, bias=c.flag("mlp_bias")
-        )
+        mlp = DenseMLP(d_ff=c.integer("intermediate_size"), gated=False, bias=c.flag("mlp_bias"))
         layers[MLP_LAYER] = Layer(mixers=(), mlps=(mlp,), other_parameters=d)
     if MOE_LAYER in types:
         layers[MOE_LAYER] = Layer(mixers=(), mlps=(_experts(c, d),), other_parameters=d)

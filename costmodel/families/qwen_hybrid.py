@@ -59,9 +59,7 @@ def build(c: ConfigReader, model_type: str, wrapper: ConfigReader | None = None)
     layers: dict[tuple[str, MLP], Layer] = {}
     for kind, mlp in zip(types, mlps, strict=True):
         mixer: AbstractMixer = attention if kind == FULL else delta
-        layers.setdefault(
-            (kind, mlp), Layer(mixers=(mixer,), mlps=(mlp,), other_parameters=2 * d)
-        )
+        layers.setdefault((kind, mlp), Layer(mixers=(mixer,), mlps=(mlp,), other_parameters=2 * d))
     return Model(
         d_model=d,
         vocab_size=basics.vocab_size,

@@ -57,7 +57,8 @@ def _recurrent_gemma(c: ConfigReader, wrapper: ConfigReader | None) -> Model:
 def _rwkv5(c: ConfigReader) -> Model:
     """Time mixing (5 matrices) and channel mixing (key, value, and a receptance gate of d x d).
 
-    Without ``intermediate_size`` the channel mixing is 3.5 d wide, rounded down to a multiple of 32.
+    Without ``intermediate_size`` the channel mixing is 3.5 d wide, rounded down to a multiple of
+    32.
     """
     basics = read_basics(c)
     d = basics.d_model

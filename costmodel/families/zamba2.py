@@ -1,7 +1,7 @@
 """Zamba2: Mamba-2 layers, and a few transformer blocks whose weights every hybrid layer shares.
 
-A hybrid layer runs a shared block on concat(hidden, embedding) (heads of size 2 d / N), with its own
-low-rank adapters and its own projection back into the stream, before its own Mamba-2 mixer.
+A hybrid layer runs a shared block on concat(hidden, embedding) (heads of size 2 d / N), with its
+own low-rank adapters and its own projection back into the stream, before its own Mamba-2 mixer.
 """
 
 from costmodel.architecture import Layer
@@ -99,8 +99,8 @@ def _shared_block(c: ConfigReader, d: int) -> tuple[Attention, DenseMLP]:
 
 
 def _adapters(c: ConfigReader, d: int, attention: Attention, mlp: DenseMLP) -> tuple[Linear, ...]:
-    """What a hybrid layer owns beside its Mamba mixer: MLP adapter, attention adapters if asked for,
-    and the projection back.
+    """What a hybrid layer owns beside its Mamba mixer: MLP adapter, attention adapters if asked
+    for, and the projection back.
     """
     rank = c.integer("adapter_rank", "lora_rank")
     out = [

@@ -1,31 +1,35 @@
-"""Compressed attention (DeepSeek-V4): a sliding window beside a compressed stream of the whole past.
+"""Compressed attention (DeepSeek-V4): a sliding window beside a compressed stream of the whole
+past.
 
-One KV head whose key is its value. Three kinds of layer, by the ratio m of tokens per compressed entry:
+One KV head whose key is its value. Three kinds of layer, by the ratio m of tokens per compressed
+entry:
 
     m = 0    window only
     m = 128  "heavily compressed": every query also sees all entries of the finished windows
-    m = 4    "compressed sparse": overlapping windows (each entry mixes 2 m tokens), and an index with
-             its own compressed keys chooses the top-k entries per query
+    m = 4    "compressed sparse": overlapping windows (each entry mixes 2 m tokens), and an index
+             with its own compressed keys chooses the top-k entries per query
 
 State   B b [ min(T, W) h                                       window, K = V
-            + floor(T/m) (h + i)                                entries and index keys (i only if sparse)
+            + floor(T/m) (h + i)                                entries and index keys (i only if
+                                                                sparse)
             + (T mod m) 2 s (h + i) + o 2 m (h + i) ]           buffered projections, overlap
         s = 2 and o = 1 (once a window is finished) for sparse layers, else s = 1 and o = 0
 Prefill 4 h N FLOPs per pair; pairs are the window's and floor((t+1)/m) entries, at most top-k
 Decode  min(T, W) tokens and the entries read once
 
-Source: transformers 5.23 ``models/deepseek_v4``. Ignored: softmax pooling of the compressor (elementwise).
+Source: transformers 5.23 ``models/deepseek_v4``. Ignored: softmax pooling of the compressor
+(elementwise).
 """
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from costmodel.errors import NotApplicableError
 from costmodel.mixers.base import AbstractMixer, Linear
-from costmodel.mixers.mla import fp8_bytes
+from costmodel.mixers.sparse_index import fp8_bytes, index_operations
 from costmodel.operation import Array, Operation, Operations, causal_pairs
 from costmodel.workload import Point
 
@@ -205,7 +209,7 @@ class CompressedAttention(AbstractMixer):
             },
             formula="4 h N per pair: window, and floor((t+1)/m) entries, at most top-k",
         )
-        return (*self._index_operations(point, prefill=True), attention)
+        return (*self._index_operations(point, phase="prefill"), attention)
 
     def decode(self, point: Point) -> Operations:
         """Read the window and the chosen entries once."""
@@ -235,62 +239,29 @@ class CompressedAttention(AbstractMixer):
             },
             formula="read B (min(T, W) + entries) h b once; 4 h N FLOPs each",
         )
-        return (*self._index_operations(point, prefill=False), attention)
+        return (*self._index_operations(point, phase="decode"), attention)
 
-    def _index_operations(self, point: Point, *, prefill: bool) -> Operations:
+    def _index_operations(self, point: Point, *, phase: Literal["prefill", "decode"]) -> Operations:
+        """Scores of the compressed index keys, and the top-k entries."""
         if not self.sparse:
             return ()
-        s = point.prompt_tokens if prefill else np.float64(1.0)
+        prefill = phase == "prefill"
         t = point.prompt_tokens if prefill else point.cached_tokens
         entries = np.floor(np.asarray(t, dtype=np.float64) / self.ratio)
         pairs = entry_pairs(t, self.ratio, None) if prefill else entries
-        square = s * entries if point.level == "reference" else pairs
-        per_pair = 2.0 * self.index_heads * self.index_dim
-        scores = point.batch * (s * entries) * 4.0
-        key = self.index_entry_bytes(point)
-        score = Operation(
-            name="index_score",
-            kind="mla_prefill_attention" if prefill else "mla_decode_attention",
-            flops=point.batch * pairs * per_pair,
-            executed_flops=point.batch * square * per_pair,
-            vector_flops=point.batch * pairs * (2.0 * self.index_heads),
-            state_bytes=point.batch * entries * key,
-            activation_bytes=point.batch
-            * s
-            * (self.index_heads * (self.index_dim + 1) * point.element_bytes),
-            workspace_bytes=scores,
-            transient_bytes=scores,
-            dtype=point.dtype,
-            shape={
-                "batch": point.batch,
-                "q_len": s,
-                "kv_len": entries,
-                "pairs": pairs,
-                "n_heads": self.index_heads,
-                "n_kv_heads": 1,
-                "head_dim": self.index_dim,
-                "v_head_dim": 0,
-                "latent_dim": self.index_dim,
-                "rope_dim": 0,
-                "kv_bytes": point.batch * entries * key,
-                "window_tokens": np.inf,
-            },
-            formula="2 h d FLOPs per query and compressed entry",
+        square = t * entries if prefill else entries
+        return index_operations(
+            point,
+            phase=phase,
+            n_heads=self.index_heads,
+            head_dim=self.index_dim,
+            top_k=self.top_k,
+            candidates=entries,
+            pairs=pairs,
+            executed_pairs=square if point.level == "reference" else pairs,
+            key_bytes=self.index_entry_bytes(point),
+            new_keys=0.0,
         )
-        select = Operation(
-            name="index_topk",
-            kind="select",
-            workspace_bytes=scores + point.batch * s * (4.0 * self.top_k),
-            vector_flops=point.batch * (s * entries),
-            shape={
-                "batch": point.batch,
-                "rows": point.batch * s,
-                "length": entries,
-                "k": self.top_k,
-            },
-            formula="fp32 scores read, top-k positions written",
-        )
-        return score, select
 
 
 def _linear(name: str, n_in: int, n_out: int) -> Linear:

@@ -1,13 +1,14 @@
 """Delta-rule linear attention: Gated DeltaNet (Qwen3-Next, Qwen3.5) and Kimi Delta Attention (KDA).
 
-State   B (4 V dk dv + (k - 1) (2 K dk + V dv) b) bytes: V value heads of size dv, K key heads of size dk,
-        k the kernel of the convolution over queries, keys and values
+State   B (4 V dk dv + (k - 1) (2 K dk + V dv) b) bytes: V value heads of size dv, K key heads of
+        size dk, k the kernel of the convolution over queries, keys and values
 Prefill chunks of c = 64 tokens: per token and value head 6 c dk + 4 c dv + c^2 / 3 + 6 dk dv
         (K K^T, Q K^T, their products with the triangular inverse, and the state matmuls)
 Decode  S = a S + k (v - k S)^T, o = q S: 6 dk dv useful FLOPs per value head, decay elementwise
 
-Gated DeltaNet decays each head by a scalar; KDA each key channel by its own factor, from a low-rank gate.
-arXiv 2412.06464, 2510.26692; fla-org/flash-linear-attention ``ops/gated_delta_rule``, ``ops/kda``.
+Gated DeltaNet decays each head by a scalar; KDA each key channel by its own factor, from a low-rank
+gate. arXiv 2412.06464, 2510.26692; fla-org/flash-linear-attention ``ops/gated_delta_rule``,
+``ops/kda``.
 """
 
 from dataclasses import dataclass, replace
@@ -121,12 +122,15 @@ class DeltaRule(AbstractMixer):
         per_token = self.n_value_heads * (6 * c * dk + 4 * c * dv + c * c / 3 + 6 * dk * dv)
         b = point.element_bytes
         # chunk states, the triangular inverse, and the transformed keys and values
-        written = (
-            point.batch * n_chunks * (self.state_elements * b)
-            + padded * (self.n_value_heads * (c + dk + 2 * dv) * b)
+        written = point.batch * n_chunks * (self.state_elements * b) + padded * (
+            self.n_value_heads * (c + dk + 2 * dv) * b
         )
         return self._operations(
-            point, prefill=True, executed=padded * per_token, workspace=2 * written, transient=written
+            point,
+            prefill=True,
+            executed=padded * per_token,
+            workspace=2 * written,
+            transient=written,
         )
 
     def decode(self, point: Point) -> Operations:
@@ -168,7 +172,7 @@ class DeltaRule(AbstractMixer):
                     "chunk": float(CHUNK_TOKENS) if prefill else 1.0,
                 },
                 source=f"fla-org/flash-linear-attention ops/{rule}",
-                formula="useful 6 V dk dv per token; chunked 6 c dk + 4 c dv + c^2/3 + 6 dk dv per head",
+                formula="useful 6 V dk dv; chunked per head 6 c dk + 4 c dv + c^2/3 + 6 dk dv",
             ),
             gated_norm(point, width=self.d_value, prefill=prefill),
         )

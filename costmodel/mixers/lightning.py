@@ -1,7 +1,8 @@
 """Lightning attention (MiniMax-01): linear attention with a fixed decay per head.
 
 State   B 4 N h^2 bytes: one h x h matrix in fp32 for each of N heads
-Prefill blocks of c tokens: per token 4 c N h (scores and their product with the values inside a block)
+Prefill blocks of c tokens: per token 4 c N h (scores and their product with the values inside a
+block)
         and 4 N h^2 (state in and out)
 Decode  S = a S + k^T v, o = q S: 4 N h^2 useful FLOPs, decay elementwise
 

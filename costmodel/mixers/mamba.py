@@ -6,7 +6,8 @@ Decode  one recurrence step: read and write the state
 
 FLOPs per token besides the projections: 2 k E (convolution) and 2 E N (readout C h); the recurrence
 h = exp(dt A) h + dt B x is elementwise, about 7 E N. arXiv 2312.00752; state-spaces/mamba
-``modules/mamba_simple.py``. Not modelled: the fallback without kernels, which writes all hidden states.
+``modules/mamba_simple.py``. Not modelled: the fallback without kernels, which writes all hidden
+states.
 """
 
 from dataclasses import dataclass, replace

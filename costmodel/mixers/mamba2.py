@@ -1,8 +1,9 @@
-"""Mamba-2 (state space duality): Mamba-2, Codestral, Bamba, Nemotron-H, Zamba2, Falcon-H1, Granite 4.
+"""Mamba-2 (state space duality): Codestral, Bamba, Nemotron-H, Zamba2, Falcon-H1, Granite 4.
 
-State   B (4 H P N + (k - 1) (E + 2 G N) b) bytes: H heads of P channels (E = H P), N state size, G groups
-Prefill chunked matmuls of c tokens: per token 2 c N G (C B^T) + 2 c E (scores times x) + 4 E N (chunk
-        states in and out)
+State   B (4 H P N + (k - 1) (E + 2 G N) b) bytes: H heads of P channels (E = H P), N state size,
+        G groups
+Prefill chunked matmuls of c tokens: per token 2 c N G (C B^T) + 2 c E (scores times x) + 4 E N
+        (chunk states in and out)
 Decode  one recurrence step
 
 Useful FLOPs per token besides the projections: 2 k (E + 2 G N) and 4 E N (outer-product update and
@@ -56,9 +57,7 @@ class Mamba2(AbstractMixer):
         """Input (gate, x, B, C, step size) and output."""
         n_out = self.d_inner + self.conv_channels + self.n_heads
         return (
-            Linear(
-                name="in_proj", n_in=d_model, n_out=n_out, bias=n_out if self.in_bias else 0
-            ),
+            Linear(name="in_proj", n_in=d_model, n_out=n_out, bias=n_out if self.in_bias else 0),
             Linear(
                 name="out_proj",
                 n_in=self.d_inner,
@@ -78,9 +77,7 @@ class Mamba2(AbstractMixer):
             raise NotApplicableError(f"{self.n_heads} Mamba-2 heads do not divide by tp={tp}")
         if self.n_groups % tp and tp % self.n_groups:
             raise NotApplicableError(f"{self.n_groups} Mamba-2 groups and tp={tp} do not divide")
-        return replace(
-            self, n_heads=self.n_heads // tp, n_groups=max(1, self.n_groups // tp)
-        )
+        return replace(self, n_heads=self.n_heads // tp, n_groups=max(1, self.n_groups // tp))
 
     def state_bytes(self, point: Point) -> Array:
         """``B (4 H P N + (k - 1) (E + 2 G N) b)``."""
@@ -145,7 +142,7 @@ class Mamba2(AbstractMixer):
                     "chunk": float(self.chunk_tokens) if prefill else 1.0,
                 },
                 source="state-spaces/mamba ops/triton/ssd_combined.py" if prefill else "",
-                formula="chunked: 2 c N G + 2 c E + 4 E N per token; useful 4 E N; step: state twice",
+                formula="chunked 2 c N G + 2 c E + 4 E N per token; useful 4 E N",
             ),
             gated_norm(point, width=e, prefill=prefill),
         )

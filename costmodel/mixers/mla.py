@@ -1,50 +1,47 @@
 """Multi-head latent attention (DeepSeek-V2), optionally with a sparse index (DSA, DeepSeek-V3.2).
 
-State   B T (r + p) b bytes: the latent of rank r and the shared rotary key of p elements, one vector per
-        token, no factor 2. ``fp8`` latents keep the rotary part in 16 bits and one fp32 scale per 128
-        elements: 656 bytes for r = 512, p = 64. A sparse index adds its key of 128 elements, 16-bit, or
-        with fp8 one byte each and one fp32 scale: 132 bytes
+State   B T (r + p) b bytes: the latent of rank r and the shared rotary key of p elements, one
+        vector per token, no factor 2. ``fp8`` latents keep the rotary part in 16 bits and one fp32
+        scale per 128 elements: 656 bytes for r = 512, p = 64. A sparse index adds its key of 128
+        elements, 16-bit, or with fp8 one byte each and one fp32 scale: 132 bytes
 Prefill expanded to plain attention: 2 (n + p + v) N FLOPs per pair, n and v the head sizes without
-        rotary part and of the values. With an index and more than k tokens a query attends to at most
-        k; sparse kernels then run in latent space (executed 2 (2 r + p) N per pair)
-Decode  absorbed: the latents are read once for all heads, 2 (2 r + p) N FLOPs per cached token; applying
-        the up-projections to query and output costs what ``kv_b_proj`` costs, where it is counted
-Index   2 h d FLOPs per pair of query and earlier token (h index heads of size d), top-k over the scores
+        rotary part and of the values. With an index and more than k tokens a query attends to at
+        most k; sparse kernels then run in latent space (executed 2 (2 r + p) N per pair)
+Decode  absorbed: the latents are read once for all heads, 2 (2 r + p) N FLOPs per cached token;
+        applying the up-projections to query and output costs what ``kv_b_proj`` costs, where it is
+        counted
+Index   2 h d FLOPs per pair of query and earlier token (h index heads of size d), top-k over the
+        scores
 
-Sources: arXiv 2405.04434 (MLA), DeepSeek-V3.2-Exp report (DSA), deepseek-ai/FlashMLA README (656-byte
-fp8 format); transformers 5.23 ``models/deepseek_v32``. Ignored: softmax, rotary embedding.
+Sources: arXiv 2405.04434 (MLA), DeepSeek-V3.2-Exp report (DSA), deepseek-ai/FlashMLA README
+(656-byte fp8 format); transformers 5.23 ``models/deepseek_v32``. Ignored: softmax, rotary
+embedding.
 """
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 
 from costmodel.errors import NotApplicableError
 from costmodel.mixers.base import AbstractMixer, Linear
+from costmodel.mixers.sparse_index import fp8_bytes, index_operations
 from costmodel.operation import Array, Operation, Operations, causal_pairs
 from costmodel.workload import Point
-
-#: Elements that share one fp32 scale in 8-bit latents and index keys.
-SCALE_GROUP = 128
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SparseIndex:
     """Lightning indexer: which ``top_k`` tokens a query attends to.
 
-    owns_keys  False for layers that reuse the selection of an earlier layer: no weights, no index keys
+    owns_keys  False for layers that reuse the selection of an earlier layer: no weights, no index
+               keys
     """
 
     n_heads: int
     head_dim: int
     top_k: int
     owns_keys: bool = True
-
-
-def fp8_bytes(elements: int) -> float:
-    """8-bit elements with their fp32 scales."""
-    return elements + 4.0 * -(-elements // SCALE_GROUP)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,7 +110,9 @@ class MLA(AbstractMixer):
         return tuple(out)
 
     def other_parameters(self, d_model: int) -> int:
-        """Norms of the compressed query and latent; weight and bias of the index key's LayerNorm."""
+        """Norms of the compressed query and latent; weight and bias of the index key's
+        LayerNorm.
+        """
         index = 2 * self.index.head_dim if self.index and self.index.owns_keys else 0
         return (self.q_lora_rank or 0) + self.kv_lora_rank + index
 
@@ -186,7 +185,7 @@ class MLA(AbstractMixer):
             },
             formula="2 (n + p + v) N per pair, causal; with an index at most k keys per query",
         )
-        return (*self._index_operations(point, prefill=True), attention)
+        return (*self._index_operations(point, phase="prefill"), attention)
 
     def decode(self, point: Point) -> Operations:
         """Absorbed form: every head reads the same latents."""
@@ -215,7 +214,7 @@ class MLA(AbstractMixer):
             },
             formula="read B T (r + p) b once; 2 (2 r + p) N FLOPs per token",
         )
-        out = (*self._index_operations(point, prefill=False), attention)
+        out = (*self._index_operations(point, phase="decode"), attention)
         if point.engine.kv_growth != "cat":
             return out
         held = point.batch * t * (latent + self.index_bytes(point))
@@ -253,60 +252,28 @@ class MLA(AbstractMixer):
             formula="2 B T r N (n + v) FLOPs; B T N (n + p + v) b written and read",
         )
 
-    def _index_operations(self, point: Point, *, prefill: bool) -> Operations:
+    def _index_operations(self, point: Point, *, phase: Literal["prefill", "decode"]) -> Operations:
         """Scores of all earlier tokens, and the top-k of them."""
         i = self.index
         if i is None or not i.owns_keys:
             return ()
-        s = point.prompt_tokens if prefill else np.float64(1.0)
+        prefill = phase == "prefill"
         t = point.prompt_tokens if prefill else point.cached_tokens
         pairs = causal_pairs(t) if prefill else t
         square = t * t if prefill else t + 1
-        per_pair = 2.0 * i.n_heads * i.head_dim
-        key = self.index_bytes(point)
-        queries = point.batch * s * (i.n_heads * (i.head_dim + 1) * point.element_bytes)
-        scores = point.batch * (s * t) * 4.0
-        score = Operation(
-            name="index_score",
-            kind="mla_prefill_attention" if prefill else "mla_decode_attention",
-            flops=point.batch * pairs * per_pair,
-            executed_flops=point.batch * square * (per_pair + 2.0 * i.n_heads)
-            if point.level == "reference"
-            else point.batch * pairs * per_pair,
-            vector_flops=point.batch * pairs * (2.0 * i.n_heads),
-            state_bytes=point.batch * (t if prefill else t + 1) * key,
-            activation_bytes=queries,
-            workspace_bytes=scores,
-            transient_bytes=scores * (i.n_heads if point.level == "reference" else 1),
-            dtype=point.dtype,
-            shape={
-                "batch": point.batch,
-                "q_len": s,
-                "kv_len": t,
-                "pairs": pairs,
-                "n_heads": i.n_heads,
-                "n_kv_heads": 1,
-                "head_dim": i.head_dim,
-                "v_head_dim": 0,
-                "latent_dim": i.head_dim,
-                "rope_dim": 0,
-                "kv_bytes": point.batch * t * key,
-                "window_tokens": np.inf,
-            },
-            formula="2 h d FLOPs per query and earlier token; fp32 scores written",
+        return index_operations(
+            point,
+            phase=phase,
+            n_heads=i.n_heads,
+            head_dim=i.head_dim,
+            top_k=i.top_k,
+            candidates=t,
+            pairs=pairs,
+            executed_pairs=square if point.level == "reference" else pairs,
+            key_bytes=self.index_bytes(point),
+            new_keys=0.0 if prefill else 1.0,
         )
-        select = Operation(
-            name="index_topk",
-            kind="select",
-            workspace_bytes=scores + point.batch * s * (4.0 * i.top_k),
-            vector_flops=point.batch * (s * t),
-            shape={"batch": point.batch, "rows": point.batch * s, "length": t, "k": i.top_k},
-            formula="fp32 scores read, top-k positions written",
-        )
-        return score, select
 
 
 def _linear(name: str, n_in: int, n_out: int, *, bias: bool = False) -> Linear:
-    return Linear(
-        name=name, n_in=n_in, n_out=n_out, role="attention", bias=n_out if bias else 0
-    )
+    return Linear(name=name, n_in=n_in, n_out=n_out, role="attention", bias=n_out if bias else 0)

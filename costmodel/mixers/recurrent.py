@@ -8,9 +8,10 @@ recurrence itself needs: 2 per state element for the outer-product update, for t
 the delta rule's prediction. Decay, gates, exp and softplus are elementwise (``vector_flops``).
 ``executed_flops`` of a prompt counts the chunked matmul form that kernels run instead.
 
-Shape of ``scan_prefill`` and ``scan_step``: batch, q_len (1 for a step), n_heads, head_dim, d_state, chunk
-(tokens per chunk; 1 without chunks), state_bytes (fp32 state, whole batch), tokens (batch * q_len), and
-with grouped or key heads n_groups. Shape of ``causal_conv1d``: batch, q_len, channels, kernel.
+Shape of ``scan_prefill`` and ``scan_step``: batch, q_len (1 for a step), n_heads, head_dim,
+d_state, chunk (tokens per chunk; 1 without chunks), state_bytes (fp32 state, whole batch), tokens
+(batch * q_len), and with grouped or key heads n_groups. Shape of ``causal_conv1d``: batch, q_len,
+channels, kernel.
 """
 
 from collections.abc import Mapping
@@ -84,8 +85,8 @@ def scan(
 ) -> Operation:
     """The recurrence over a prompt, or one step of it.
 
-    A prompt writes the final state once; a step reads and writes it. ``activation_elements`` are the
-    inputs and outputs per token.
+    A prompt writes the final state once; a step reads and writes it. ``activation_elements`` are
+    the inputs and outputs per token.
     """
     q_len = point.prompt_tokens if prefill else np.float64(1.0)
     tokens = point.batch * q_len

@@ -2,11 +2,11 @@
 
 State   B (4 w + (k - 1) w b) bytes: w channels of an elementwise recurrence, k convolution kernel
         (transformers keeps k - 1 columns here too, on the module)
-Work    linear in the prompt: the gates are block-diagonal matmuls, 2 * 2 w^2 / n FLOPs per token over n
-        blocks; the recurrence h = a h + sqrt(1 - a^2) (i x) is elementwise, about 10 w
+Work    linear in the prompt: the gates are block-diagonal matmuls, 2 * 2 w^2 / n FLOPs per token
+        over n blocks; the recurrence h = a h + sqrt(1 - a^2) (i x) is elementwise, about 10 w
 
-arXiv 2402.19427; google-deepmind/recurrentgemma ``torch/layers.py``. Not modelled: transformers' Python
-loop over the prompt.
+arXiv 2402.19427; google-deepmind/recurrentgemma ``torch/layers.py``. Not modelled: transformers'
+Python loop over the prompt.
 """
 
 from dataclasses import dataclass, replace

@@ -1,11 +1,12 @@
 """RWKV-5 (Eagle): matrix-valued state, time mixing and channel mixing with token shift.
 
-State   B (4 d h + 2 d b) bytes per layer: an h x h matrix in fp32 for each head of size h (d / h heads),
-        and two vectors of d, the shifted inputs of time and channel mixing
-Work    linear in the prompt: 4 d h useful FLOPs per token (k v^T update and readout), decay elementwise
+State   B (4 d h + 2 d b) bytes per layer: an h x h matrix in fp32 for each head of size h (d / h
+        heads), and two vectors of d, the shifted inputs of time and channel mixing
+Work    linear in the prompt: 4 d h useful FLOPs per token (k v^T update and readout), decay
+        elementwise
 
-arXiv 2404.05892; BlinkDL/RWKV-LM ``RWKV-v5``. The channel mixing's matrices are the layer's MLP; its
-token shift is counted here.
+arXiv 2404.05892; BlinkDL/RWKV-LM ``RWKV-v5``. The channel mixing's matrices are the layer's MLP;
+its token shift is counted here.
 """
 
 from dataclasses import dataclass, replace
@@ -88,7 +89,7 @@ class RWKV5(AbstractMixer):
                     "chunk": 1.0,
                 },
                 source="BlinkDL/RWKV-LM RWKV-v5/cuda/wkv5_cuda.cu",
-                formula="4 d h useful, 4 d h elementwise per token; a step reads and writes the state",
+                formula="4 d h useful, 4 d h elementwise per token; a step moves the state twice",
             ),
             gated_norm(point, width=inner, prefill=prefill),
         )

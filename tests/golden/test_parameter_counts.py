@@ -1,4 +1,5 @@
-"""Parameters, cache and state of every bundled model against figures that do not come from lccost."""
+"""Parameters, cache and state of every bundled model against figures that do not come from
+lccost."""
 
 import csv
 import json
@@ -87,7 +88,8 @@ def test_cache_at_32k_tokens(row: dict[str, str]) -> None:
 
 
 def test_glm_45_air_active_parameters() -> None:
-    """45 expert layers (46 less one dense), each 128 experts of 3 * 4096 * 1408, of which a token visits 8."""
+    """45 expert layers (46 less one dense), each 128 experts of 3 * 4096 * 1408, of which a token
+    visits 8."""
     expert = 3 * 4096 * 1408
     assert load_architecture("glm-4.5-air").n_active_parameters == (
         106_851_586_048 - 45 * (128 - 8) * expert
@@ -95,8 +97,8 @@ def test_glm_45_air_active_parameters() -> None:
 
 
 def test_gemma4_cache_by_hand() -> None:
-    """5 full layers: 2 KV heads of 512, K and V kept although V is K's projection; 25 sliding layers: 8 KV
-    heads of 256 with a window of 1024.
+    """5 full layers: 2 KV heads of 512, K and V kept although V is K's projection; 25 sliding
+    layers: 8 KV heads of 256 with a window of 1024.
     """
     a = load_architecture("gemma-4-26b-a4b")
     kinds = [
@@ -111,10 +113,10 @@ def test_gemma4_cache_by_hand() -> None:
 
 
 def test_deepseek_v4_flash_state_by_hand() -> None:
-    """At T = 100,003 tokens, bf16: 43 layers with a window of 128 vectors of 512 (K = V, kept once). 20 layers
-    with m = 128 keep 781 entries and 35 tokens of two buffered projections. 21 layers with m = 4 keep
-    25,000 entries of 512 + 128, 3 tokens of two projections of 2 (512 + 128), and an overlap of 4 tokens of two
-    vectors of 512 + 128. 2 layers have the window only.
+    """At T = 100,003 tokens, bf16: 43 layers with a window of 128 vectors of 512 (K = V, kept
+    once). 20 layers with m = 128 keep 781 entries and 35 tokens of two buffered projections. 21
+    layers with m = 4 keep 25,000 entries of 512 + 128, 3 tokens of two projections of 2 (512 +
+    128), and an overlap of 4 tokens of two vectors of 512 + 128. 2 layers have the window only.
     """
     a = load_architecture("deepseek-v4-flash")
     kinds = {g.mixer.ratio: g.n_layers for g in a.mixer_groups}  # type: ignore[attr-defined]
@@ -126,7 +128,8 @@ def test_deepseek_v4_flash_state_by_hand() -> None:
 
 
 def test_deepseek_v4_pro_grows_by_this_much_per_token() -> None:
-    """30 sparse layers: 640 / 4 elements, 31 heavy ones: 512 / 128; between two multiples of 128."""
+    """30 sparse layers: 640 / 4 elements, 31 heavy ones: 512 / 128; between two multiples of
+    128."""
     a = load_architecture("deepseek-v4-pro")
     growth = state(a, point(128_000 + 128), has_kv=True) - state(a, point(128_000), has_kv=True)
     assert growth == 2 * 128 * (30 * 160 + 31 * 4)
@@ -147,7 +150,8 @@ def test_rwkv5_world_7b_by_hand() -> None:
 
 
 def test_fp8_latents_have_the_published_formats() -> None:
-    """FlashMLA: 512 fp8 + 4 fp32 scales + 64 bf16 = 656 bytes; index keys 128 fp8 + one fp32 scale = 132."""
+    """FlashMLA: 512 fp8 + 4 fp32 scales + 64 bf16 = 656 bytes; index keys 128 fp8 + one fp32 scale
+    = 132."""
     a = load_architecture("deepseek-v3.2")
     assert state(a, point(1000, kv_dtype="fp8"), has_kv=True) == 61 * 1000 * (656 + 132)
     mixer = a.mixer_groups[0].mixer

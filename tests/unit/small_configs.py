@@ -1,7 +1,7 @@
 """Random small configs of every family, as keyword arguments of transformers' config classes.
 
-Every value that a family may leave open (biases, windows, shared experts, patterns) is drawn, so that a key
-that is misread shows as a wrong count. Sizes are unequal on purpose.
+Every value that a family may leave open (biases, windows, shared experts, patterns) is drawn, so
+that a key that is misread shows as a wrong count. Sizes are unequal on purpose.
 """
 
 import random

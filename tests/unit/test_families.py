@@ -73,6 +73,7 @@ def test_every_family_is_counted_or_is_another_name_for_one_that_is() -> None:
         "qwen3_vl_moe_text": "qwen3_moe",
         "qwen3_vl_text": "qwen3",
         "glm4v_moe_text": "glm4_moe",
+        "mamba_ssm": "mamba, mamba2 in mamba_ssm's own form",
         "rwkv5": "no transformers class; counted by hand in the golden test",
     }
     assert set(MODULES) == set(FAMILIES) | set(other_names)
@@ -151,6 +152,22 @@ def test_qwen_window_needs_its_switch_and_starts_at_a_layer() -> None:
 def test_kimi_linear_counts_layers_from_one() -> None:
     kinds = [x.mixers[0].KIND for x in load_architecture("kimi-linear-48b-a3b").layers]
     assert [i for i, kind in enumerate(kinds) if kind == "mla"] == [3, 7, 11, 15, 19, 23, 26]
+
+
+def test_mamba_ssm_files_have_no_model_type() -> None:
+    """state-spaces/mamba-2.8b and mistralai/Mamba-Codestral-7B-v0.1 as mamba_ssm saves them."""
+    first = {"d_model": 2560, "n_layer": 64, "vocab_size": 50277, "ssm_cfg": {}, "rms_norm": True}
+    a = architecture_from_config({**first, "pad_vocab_size_multiple": 8}, "x")
+    assert a.n_parameters == load_architecture("mamba-2.8b").n_parameters
+    second = {
+        "d_model": 4096, "n_layer": 64, "vocab_size": 32768, "tie_embeddings": False,
+        "ssm_cfg": {"ngroups": 8, "layer": "Mamba2"}, "pad_vocab_size_multiple": 1,
+    }  # fmt: skip
+    b = architecture_from_config(second, "x")
+    assert b.n_parameters == load_architecture("mamba-codestral-7b").n_parameters
+    assert b.layers[0].mixers == load_architecture("mamba-codestral-7b").layers[0].mixers
+    with pytest.raises(ConfigError, match="attn_layer_idx"):
+        architecture_from_config({**first, "attn_layer_idx": [9, 18]}, "x")
 
 
 def test_granite_model_type_is_not_its_architecture() -> None:

@@ -1,4 +1,5 @@
-"""Files that are broken, truncated, huge or meant to hurt: a short error that says file and key, soon."""
+"""Files that are broken, truncated, huge or meant to hurt: a short error that says file and key,
+soon."""
 
 import json
 import os
@@ -115,7 +116,9 @@ def test_heads_that_do_not_divide() -> None:
     with pytest.raises(ConfigError, match="num_key_value_heads"):
         architecture_from_config({**GOOD, "num_key_value_heads": 5}, "x")
     with pytest.raises(ConfigError, match="head_dim"):
-        architecture_from_config({**GOOD, "num_attention_heads": 33, "num_key_value_heads": 33}, "x")
+        architecture_from_config(
+            {**GOOD, "num_attention_heads": 33, "num_key_value_heads": 33}, "x"
+        )
 
 
 MOE = {**GOOD, "model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2}

@@ -1,7 +1,8 @@
 """State of every family against the cache a real model of transformers holds, to the byte.
 
-Each family runs on the CPU with random weights in bf16; the tensors of its cache are counted. fp32 states
-show because the model is bf16; windows and convolutions because transformers keeps W - 1 and k columns.
+Each family runs on the CPU with random weights in bf16; the tensors of its cache are counted. fp32
+states show because the model is bf16; windows and convolutions because transformers keeps W - 1 and
+k columns.
 """
 
 import json
@@ -45,7 +46,9 @@ DRAWS = {"deepseek_v4": 3, "gemma4_text": 2}
 
 def build(name: str, seed: int) -> tuple[Any, Architecture]:
     transformers.logging.set_verbosity_error()
-    config = transformers.AutoConfig.for_model(name, **FAMILIES[name](random.Random(f"{name}{seed}")))
+    config = transformers.AutoConfig.for_model(
+        name, **FAMILIES[name](random.Random(f"{name}{seed}"))
+    )
     torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
