@@ -37,8 +37,8 @@ class Request:
     seed: int
 
 
-def points(request: Request) -> list[MeasurePoint]:
-    """The product in option order; combinations that cannot run are said on stderr and left out,
+def points(request: Request, gpu: str) -> list[MeasurePoint]:
+    """The product in option order, for the profile named ``gpu``; combinations that cannot run are said on stderr and left out,
     unless none can.
     """
     architectures = [load_architecture(m) for m in request.models]
@@ -65,7 +65,7 @@ def points(request: Request) -> list[MeasurePoint]:
                         realisation=request.realisation,  # type: ignore[arg-type]
                         threads=request.threads,
                         seed=request.seed,
-                        gpu=request.gpu or request.device,
+                        gpu=gpu,
                     )
                     for context in request.contexts
                     for batch in request.batches
@@ -86,7 +86,7 @@ def run(
     if not output.parent.is_dir():
         raise ConfigError(f"the folder {output.parent} does not exist")
     hardware = load_hardware(request.gpu) if request.gpu else None
-    todo = points(request)
+    todo = points(request, hardware.name if hardware else request.device)
     by_name = {p.architecture.name: p.architecture for p in todo}
     if hardware is None:
         click.echo(
