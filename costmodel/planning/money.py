@@ -1,0 +1,58 @@
+"""Watts and dollars of a fleet.
+
+Power: decode follows ``costmodel.power``; a prefilling GPU draws about 0.90 of its TDP and an idle one about
+0.11 (80 W of 700 W on H100 and H200 hosts, as other planners take them). Rent usually includes
+power: a power price adds to it only where the user names one.
+"""
+
+from dataclasses import dataclass
+
+from costmodel.hardware import HardwareProfile
+from costmodel.planning.fleet import Outcome
+from costmodel.planning.spec import Money
+from costmodel.power import decode_power_w
+
+PREFILL_FRACTION = 0.90
+IDLE_FRACTION = 0.11
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """US dollars per hour (low, mid, high), None without a price; mean watts of all GPUs."""
+
+    usd_per_hour: tuple[float, float, float] | None
+    watts: float | None
+
+
+def rent_usd_per_hour(hardware: HardwareProfile, gpus: int) -> tuple[float, float, float] | None:
+    """Rent of so many GPUs."""
+    price = hardware.price_usd_per_hour
+    return None if price is None else (price[0] * gpus, price[1] * gpus, price[2] * gpus)
+
+
+def fleet_watts(hardware: HardwareProfile, outcome: Outcome, per_engine: int) -> float | None:
+    """Mean draw of the whole fleet over the run."""
+    if hardware.tdp_w is None or outcome.span_s <= 0:
+        return None
+    total = outcome.span_s * outcome.replicas
+    idle = max(0.0, total - outcome.prefill_s - outcome.decode_s)
+    decode_w = decode_power_w(hardware, outcome.kv_occupancy)
+    assert decode_w is not None
+    joules = (
+        outcome.prefill_s * PREFILL_FRACTION * hardware.tdp_w
+        + outcome.decode_s * float(decode_w)
+        + idle * IDLE_FRACTION * hardware.tdp_w
+    )
+    return joules / outcome.span_s * per_engine
+
+
+def fleet_cost(
+    hardware: HardwareProfile, outcome: Outcome, per_engine: int, money: Money
+) -> Cost:
+    """Rent of ``per_engine`` GPUs for each simulated engine, and power where it is paid apart."""
+    watts = fleet_watts(hardware, outcome, per_engine)
+    usd = rent_usd_per_hour(hardware, outcome.replicas * per_engine)
+    if usd is not None and money.power_usd_per_kwh is not None and watts is not None:
+        power = watts / 1000.0 * money.pue * money.power_usd_per_kwh
+        usd = (usd[0] + power, usd[1] + power, usd[2] + power)
+    return Cost(usd_per_hour=usd, watts=watts)

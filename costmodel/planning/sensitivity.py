@@ -1,0 +1,118 @@
+"""What would change the answer: load, lengths, kernel efficiency, prices.
+
+Every simulated candidate is asked again in closed form under each scenario, and scaled by its own ratio of
+simulated to closed-form replicas. That is an estimate; it says which changes deserve a plan of
+their own.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil, inf, isfinite
+from typing import TYPE_CHECKING, Any
+
+from costmodel.planning.candidate import Candidate, screen
+from costmodel.planning.requests import Requests
+from costmodel.planning.steps import Estimate
+
+if TYPE_CHECKING:
+    from costmodel.planning.spec import PlanSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scenario:
+    """One change. Factors multiply; ``estimate`` is the end of the kernel-time interval."""
+
+    name: str
+    rate: float = 1.0
+    lengths: float = 1.0
+    outputs: float = 1.0
+    estimate: Estimate = "mid"
+
+
+SCENARIOS = (
+    Scenario(name="as planned"),
+    Scenario(name="half the rate", rate=0.5),
+    Scenario(name="twice the rate", rate=2.0),
+    Scenario(name="four times the rate", rate=4.0),
+    Scenario(name="lengths x 0.5", lengths=0.5),
+    Scenario(name="lengths x 2", lengths=2.0),
+    Scenario(name="answers x 1.5", outputs=1.5),
+    Scenario(name="kernels at the fast end", estimate="low"),
+    Scenario(name="kernels at the slow end", estimate="high"),
+)
+
+
+def needed_replicas(
+    candidate: Candidate, spec: "PlanSpec", requests: Requests, scenario: Scenario
+) -> float:
+    """Replicas in closed form, as a fraction; infinite where the candidate no longer fits."""
+    changed = requests
+    if scenario.lengths != 1.0:
+        changed = changed.lengthened(scenario.lengths)
+    if scenario.outputs != 1.0:
+        changed = changed.with_outputs(scenario.outputs)
+    screened = screen(candidate, spec, changed, scenario.estimate)
+    if screened.parts is None or not isfinite(changed.rate_per_s):
+        return inf
+    if screened.parts.alone.broken(spec.slo, changed.input_tokens, changed.output_tokens):
+        return inf
+    return changed.rate_per_s * scenario.rate / screened.parts.bound.rate_per_s
+
+
+def sensitivities(
+    rows: Sequence[Mapping[str, Any]], needs: Sequence[Mapping[str, float]], max_gpus: int
+) -> list[dict[str, Any]]:
+    """The cheapest plan under each scenario and with each price at its low and high end.
+
+    ``rows`` are feasible simulated rows and ``needs`` their replicas by scenario.
+    """
+    out = []
+    first = _best(rows, [_usd(r, n, "as planned", max_gpus) for r, n in zip(rows, needs, strict=True)])
+    for scenario in SCENARIOS[1:]:
+        usd = [_usd(r, n, scenario.name, max_gpus) for r, n in zip(rows, needs, strict=True)]
+        out.append(_entry(scenario.name, rows, usd, first))
+    for gpu in dict.fromkeys(r["gpu"] for r in rows):
+        for end in ("low", "high"):
+            usd = [
+                r[f"usd_per_hour_{end}"] if r["gpu"] == gpu else r["usd_per_hour"] for r in rows
+            ]
+            usd = [inf if x is None else x for x in usd]
+            out.append(_entry(f"{gpu} at its {end} price", rows, usd, first))
+    return out
+
+
+def _usd(row: Mapping[str, Any], need: Mapping[str, float], name: str, max_gpus: int) -> float:
+    if name == "as planned":
+        return row["usd_per_hour"] if row["usd_per_hour"] is not None else inf
+    if row["usd_per_hour"] is None or not isfinite(need[name]):
+        return inf
+    gap = row["replicas"] / max(need["as planned"], 1e-12)
+    replicas = max(1, ceil(need[name] * gap - 1e-9))
+    gpus = replicas * row["gpus"] // row["replicas"]
+    return row["usd_per_hour"] / row["gpus"] * gpus if gpus <= max_gpus else inf
+
+
+def _best(rows: Sequence[Mapping[str, Any]], usd: Sequence[float]) -> int | None:
+    order = sorted(range(len(rows)), key=lambda i: (usd[i], rows[i]["rank"] or 0))
+    return order[0] if order and isfinite(usd[order[0]]) else None
+
+
+def _entry(
+    name: str, rows: Sequence[Mapping[str, Any]], usd: Sequence[float], first: int | None
+) -> dict[str, Any]:
+    best = _best(rows, usd)
+    return {
+        "scenario": name,
+        "flips": best != first,
+        "cheapest": None if best is None else _label(rows[best]),
+        "usd_per_hour": None if best is None else usd[best],
+        "first_usd_per_hour": None if first is None or not isfinite(usd[first]) else usd[first],
+        "basis": "closed form scaled by the simulated gap" if "price" not in name else "simulated",
+    }
+
+
+def _label(row: Mapping[str, Any]) -> str:
+    tp = f" tp={row['tp']}" if row["tp"] > 1 else ""
+    return f"{row['model']} {row['method_spec']} on {row['gpu']}{tp}"
+
+
