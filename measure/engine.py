@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import embedding, linear, rms_norm, silu
 
 from costmodel.architecture import Architecture, Layer
-from costmodel.errors import NotApplicableError
+from costmodel.errors import ConfigError, NotApplicableError
 from costmodel.mixers import Attention
 from costmodel.mlps import DenseMLP
 from measure.methods.base import AbstractLayerCache
@@ -202,6 +202,7 @@ class Decoder:
     ) -> None:
         check_supported(architecture)
         numerics = numerics or Numerics()
+        self.n_positions = n_positions
         self.architecture = architecture
         self.weights = weights
         self.mixers = [x.mixers[0] for x in architecture.layers]
@@ -229,6 +230,10 @@ class Decoder:
         weights = self.weights
         position = 0 if first else caches[0].n_tokens
         end = position + tokens.shape[1]
+        if end > self.n_positions:
+            raise ConfigError(
+                f"the decoder was built for {self.n_positions} positions and is asked for {end}"
+            )
         x = embedding(tokens, weights.embedding)
         for mixer, layer, cache in zip(self.mixers, weights.layers, caches, strict=True):
             assert isinstance(mixer, Attention)

@@ -3,22 +3,26 @@
 Started as ``python -m measure.worker FD``; of no use on its own.
 """
 
+import ctypes
 import importlib
 import os
 import pickle
 import resource
+import signal
 import sys
 from pathlib import Path
 
 from costmodel.errors import LccostError
 from measure.environment import available_memory_bytes
 
+_PR_SET_PDEATHSIG = 1
 #: What PyTorch's allocators say when memory runs out (as RuntimeError on a CPU).
 _OOM_WORDS = ("can't allocate memory", "not enough memory", "out of memory")
 
 
 def main() -> None:
     """Serve the one call."""
+    _die_with_parent()
     # Libraries print where they like; only the file carries the result.
     with os.fdopen(int(sys.argv[1]), "wb") as result:
         function, arguments, limit_memory = pickle.load(sys.stdin.buffer)
@@ -45,6 +49,12 @@ def call(
         return ("oom" if oom else "error"), None, f"{type(error).__name__}: {text[:1000]}"
     except (ValueError, TypeError, ArithmeticError, LookupError, AttributeError, OSError) as error:
         return "error", None, f"{type(error).__name__}: {error}"
+
+
+def _die_with_parent() -> None:
+    """Ask the kernel to end this process when its parent is killed (Linux; elsewhere nothing)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def _limit_memory() -> None:

@@ -30,7 +30,8 @@ def quantise(x: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor, Tensor]:
     scale = ((high - low) / levels).to(x.dtype)
     # A constant group has scale 0: every code is 0 and the value is its zero point.
     step = torch.where(scale == 0, 1.0, scale.float())
-    codes = groups.sub_(zero).div_(step).round_().clamp_(0, levels).to(torch.uint8)
+    # The first operation makes the copy that the others change: x may be fp32 already.
+    codes = (groups - zero).div_(step).round_().clamp_(0, levels).to(torch.uint8)
     return _pack(codes.flatten(-2), bits), scale.squeeze(-1), zero.squeeze(-1)
 
 

@@ -12,7 +12,7 @@ import torch
 from measure.canary import canary_s
 from measure.microbenchmarks import attention, dense, kivi
 from measure.microbenchmarks.bench import Bench
-from measure.microbenchmarks.plan import FULL, QUICK
+from measure.microbenchmarks.plan import FULL, QUICK, Plan
 from measure.progress import progress
 
 _PER_DTYPE = {
@@ -26,8 +26,12 @@ _PER_DTYPE = {
 
 def run(quick: bool, threads: int) -> dict[str, Any]:
     """Measure everything; curves, peaks and the canary as plain data."""
+    return run_plan(QUICK if quick else FULL, threads)
+
+
+def run_plan(plan: Plan, threads: int) -> dict[str, Any]:
+    """Measure what ``plan`` says."""
     torch.set_num_threads(threads)
-    plan = QUICK if quick else FULL
     bench = Bench(plan, threads)
     before = canary_s()
     with (

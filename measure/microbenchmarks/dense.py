@@ -29,9 +29,10 @@ def stream(bench: Bench) -> None:
         seconds, spread = bench.hot(call)
         points.append((float(n_bytes), seconds / n_bytes, spread))
     bench.results.add(curve_name("stream"), points)
-    buffers = bench.rotating("fp32", 2**24)
+    elements = bench.plan.pool_bytes // 32  # an eighth of the pool at a time
+    buffers = bench.rotating("fp32", elements)
     seconds, _ = bench.hot(lambda: next(buffers).sum())
-    bench.results.saw_cold_bytes(2**26 / seconds)
+    bench.results.saw_cold_bytes(4 * elements / seconds)
     seconds, spread = bench.hot(partial(torch.ones(64).add, 1.0))
     bench.results.add(curve_name("dispatch"), [(1.0, seconds, spread)])
 

@@ -1,0 +1,156 @@
+"""The bridge: what runnable methods hold and multiply equals what the cost model predicts.
+
+For every method with a twin, on a two-layer decoder, after the prompt and after every step: bytes
+of the storages themselves equal the predicted state to the byte, and the FLOPs that torch's counter
+sees equal the predicted executed FLOPs.
+"""
+
+import numpy as np
+import pytest
+import torch
+
+from costmodel.architecture import Architecture, Layer
+from costmodel.engines import load_engine
+from costmodel.methods.parse import parse_method
+from costmodel.mixers import Attention
+from costmodel.mlps import DenseMLP
+from costmodel.operation import Operations
+from costmodel.workload import Point
+from measure.engine import TORCH_DTYPES, Decoder, random_weights
+from measure.flops import count_flops
+from measure.methods import build_layer_cache, runnable_names
+
+torch.set_num_threads(1)  # tiny tensors: a second thread only waits
+
+SIZE, D, F, V = 32, 64, 96, 50
+HEADS = {"mha": (4, 4), "gqa": (4, 2), "mqa": (4, 1)}
+#: Every runnable method, with the parameters that change what it holds.
+METHODS = {
+    "full": ["full"],
+    "kivi": [
+        "kivi:bits=2,residual_tokens=32",
+        "kivi:bits=4,residual_tokens=64",
+        "kivi:bits=2,group=8,residual_tokens=16",
+        "kivi:bits=4,group=16,residual_tokens=32",
+    ],
+}
+SPECS = [(name, spec) for name, specs in METHODS.items() for spec in specs]
+#: Around groups (8, 16, 32) and residuals (16, 32, 64), once and twice.
+CONTEXTS = (1, 7, 8, 15, 16, 17, 31, 32, 33, 62, 64, 65, 95, 127, 129)
+STEPS = 4
+
+
+def decoder_architecture(kind: str) -> Architecture:
+    n_heads, n_kv_heads = HEADS[kind]
+    mixer = Attention(n_heads=n_heads, n_kv_heads=n_kv_heads, head_dim=SIZE, v_head_dim=SIZE)
+    layer = Layer(mixers=(mixer,), mlps=(DenseMLP(d_ff=F),), other_parameters=2 * D)
+    return Architecture(
+        name=kind,
+        hub_id=kind,
+        family="llama",
+        d_model=D,
+        vocab_size=V,
+        layers=(layer, layer),
+        other_parameters=D,
+        tied_embeddings=True,
+    )
+
+
+def point(batch: int, prompt: int, cached: int, dtype: str) -> Point:
+    return Point(
+        batch=float(batch),
+        prompt_tokens=float(prompt),
+        cached_tokens=float(cached),
+        reserved_tokens=float(cached),
+        dtype=dtype,
+        kv_dtype=dtype,
+        level="ideal",
+        engine=load_engine("torch"),
+    )
+
+
+def predicted_bytes(model: Architecture, spec: str, at: Point) -> float:
+    stack = parse_method(spec)
+    return sum(float(stack.state(g, at).device) for g in model.mixer_groups)
+
+
+def build_caches(model: Architecture, spec: str, batch: int, dtype: str, reserve_tokens: int = 0):
+    return [
+        build_layer_cache(
+            parse_method(spec),
+            layer.mixers[0],
+            batch=batch,
+            dtype=TORCH_DTYPES[dtype],
+            device=torch.device("cpu"),
+            reserve_tokens=reserve_tokens,
+        )
+        for layer in model.layers
+    ]
+
+
+def test_every_twin_is_covered():
+    assert set(METHODS) == set(runnable_names())
+
+
+@pytest.mark.parametrize(("name", "spec"), SPECS, ids=[s for _, s in SPECS])
+@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize(("batch", "dtype"), [(1, "bf16"), (3, "fp32")])
+def test_storages_equal_the_predicted_state(name, spec, kind, batch, dtype):
+    model = decoder_architecture(kind)
+    weights = random_weights(model, TORCH_DTYPES[dtype], torch.device("cpu"))
+    decoder = Decoder(model, weights, n_positions=max(CONTEXTS) + STEPS + 1)
+    for context in CONTEXTS:
+        caches = build_caches(model, spec, batch, dtype)
+        decoder.prefill(torch.zeros(batch, context, dtype=torch.long), caches)
+        for cached in range(context, context + STEPS + 1):
+            held = sum(c.storage_bytes for c in caches)
+            assert held == predicted_bytes(model, spec, point(batch, context, cached, dtype))
+            assert {c.n_tokens for c in caches} == {cached}
+            decoder.decode(torch.zeros(batch, 1, dtype=torch.long), caches)
+
+
+@pytest.mark.parametrize(("name", "spec"), SPECS, ids=[s for _, s in SPECS])
+def test_reserved_storages_stay_and_hold_the_predicted_state(name, spec):
+    model = decoder_architecture("gqa")
+    room = max(CONTEXTS) + STEPS
+    decoder = Decoder(
+        model, random_weights(model, torch.bfloat16, torch.device("cpu")), n_positions=room
+    )
+    caches = build_caches(model, spec, 2, "bf16", reserve_tokens=room)
+    storage = sum(c.storage_bytes for c in caches)
+    for context in CONTEXTS:
+        for c in caches:
+            c.clear()
+        decoder.prefill(torch.zeros(2, context, dtype=torch.long), caches)
+        for cached in range(context, context + STEPS):
+            held = sum(c.held_bytes for c in caches)
+            assert held == predicted_bytes(model, spec, point(2, context, cached, "bf16"))
+            decoder.decode(torch.zeros(2, 1, dtype=torch.long), caches)
+    assert sum(c.storage_bytes for c in caches) == storage
+
+
+def executed_flops(model: Architecture, mixing: Operations, tokens: float, batch: int) -> float:
+    """Mixing of all layers, all matrices on ``tokens`` rows, and the head on the last of each."""
+    matrices = sum(2.0 * x.n_in * x.n_out * count for x, count in model.linear_groups)
+    mixed = sum(float(np.asarray(op.count * op.counted_flops)) for op in mixing)
+    return model.n_layers * mixed + tokens * matrices + batch * 2.0 * D * V
+
+
+@pytest.mark.parametrize(("name", "spec"), SPECS, ids=[s for _, s in SPECS])
+@pytest.mark.parametrize("kind", HEADS)
+def test_counted_flops_equal_the_prediction(name, spec, kind):
+    model = decoder_architecture(kind)
+    (group,) = model.mixer_groups
+    batch, stack = 2, parse_method(spec)
+    decoder = Decoder(
+        model, random_weights(model, torch.float32, torch.device("cpu")), n_positions=140
+    )
+    for context in (5, 40, 130):
+        caches = build_caches(model, spec, batch, "fp32")
+        prompt = torch.zeros(batch, context, dtype=torch.long)
+        at = point(batch, context, context, "fp32")
+        counted = count_flops(lambda p=prompt, c=caches: decoder.prefill(p, c))
+        tokens = float(batch * context)
+        assert counted == executed_flops(model, stack.prefill(group, at), tokens, batch)
+        counted = count_flops(lambda p=prompt, c=caches: decoder.decode(p[:, :1], c))
+        assert counted == executed_flops(model, stack.decode(group, at), float(batch), batch)

@@ -1,0 +1,111 @@
+"""A calibration, in miniature: it writes a profile that loads and prices everything that is run."""
+
+import dataclasses
+import tomllib
+from pathlib import Path
+
+import pytest
+import tomli_w
+
+from costmodel.errors import MeasurementError, NotApplicableError
+from costmodel.hardware import load_hardware
+from costmodel.predict import Model, Options
+from costmodel.registry import load_architecture, model_names
+from measure import calibrate as module
+from measure.calibrate import calibrate, profile_table, write_atomically
+from measure.isolation import Outcome
+from measure.microbenchmarks import run_plan
+from measure.microbenchmarks.plan import FULL, QUICK
+
+DEMO = Path(module.__file__).parent / "data" / "demo-decoder.json"
+MINIATURE = dataclasses.replace(
+    QUICK,
+    seconds=0.001,
+    pool_bytes=2**25,
+    gemm_shapes=((320, 192),),
+    rows=(1, 64),
+    head_dims=(32,),
+    groups=(1, 2),
+    decode_tokens=(100, 400),
+    prefill_tokens=(100, 300),
+    kivi_tokens=(200, 400),
+    quantise_tokens=(200,),
+    append_heads=(1, 4),
+    layer=(96, 160, 3, 1, 32),
+    layer_rows=(1, 64),
+    stream_bytes=(2**12, 2**16),
+)
+ENVIRONMENT = {
+    "id": "e", "cpu": "A CPU", "cpu_vendor": "V", "memory_bytes": 2**34,
+    "last_level_cache_bytes": 2**25, "versions": {"torch": "2"},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def found():
+    return run_plan(MINIATURE, 1)
+
+
+def table(found, **changes):
+    arguments = {"name": "mine", "quick": True, "threads": 1, "date": "2026-01-01", **changes}
+    return profile_table(found, ENVIRONMENT, **arguments)
+
+
+def test_the_profile_loads_and_names_its_sources(found, tmp_path):
+    path = tmp_path / "mine.toml"
+    write_atomically(path, tomli_w.dumps(table(found)))
+    profile = load_hardware(path)
+    assert (profile.name, profile.is_cpu) == ("mine", True)
+    assert set(profile.peak_flops_per_s) == {"bf16", "fp32"}
+    assert profile.calibration["date"] == "2026-01-01"
+    for name in ("peak_flops_per_s", "hbm_bytes_per_s", "memory_bytes", "curves"):
+        assert profile.sources[name]
+    assert all(y > 0 for curve in profile.curves.values() for y in curve.y)
+
+
+@pytest.mark.parametrize("method", ["full", "kivi:bits=2", "kivi:bits=4"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_everything_the_engine_runs_has_a_curve(found, tmp_path, method, dtype):
+    path = tmp_path / "mine.toml"
+    write_atomically(path, tomli_w.dumps(table(found)))
+    model = Model.of(
+        load_architecture(DEMO), method, load_hardware(path), Options(dtype=dtype, engine="torch")
+    )
+    for phase, operations in model.operations(1, 1000, 8).items():
+        time = model.times(operations, decode=phase == "decode")
+        assert time.bases == {"calibrated"}, phase
+
+
+def test_no_calibration_shape_is_a_models(request):
+    shapes = {s for plan in (QUICK, FULL) for s in plan.gemm_shapes}
+    for name in (*model_names(), DEMO):
+        model = load_architecture(name)
+        used = {(x.n_out, x.n_in) for x, _ in model.linear_groups}
+        used.add((model.vocab_size, model.d_model))
+        assert not shapes & used, name
+        heads = {
+            (m.n_kv_heads, m.head_dim)
+            for m in (g.mixer for g in model.mixer_groups)
+            if m.KIND == "attention"
+        }
+        assert not heads & {(QUICK.kv_heads, d) for d in FULL.head_dims}, name
+
+
+def test_a_failed_calibration_leaves_the_old_profile(tmp_path, monkeypatch):
+    path = tmp_path / "mine.toml"
+    path.write_text("old")
+    crash = Outcome(status="crashed", message="ended by signal SIGSEGV")
+    monkeypatch.setattr(module, "run_isolated", lambda *a, **k: crash)
+    with pytest.raises(MeasurementError, match="SIGSEGV"):
+        calibrate("cpu", quick=True, output=path)
+    assert path.read_text() == "old"
+    with pytest.raises(NotApplicableError, match="tpu"):
+        calibrate("tpu", output=path)
+
+
+def test_the_file_is_named_profile(found, tmp_path, monkeypatch):
+    done = Outcome(status="ok", value=found)
+    monkeypatch.setattr(module, "run_isolated", lambda *a, **k: done)
+    path = calibrate("cpu", quick=True, output=tmp_path / "deep" / "My CPU_1.toml")
+    assert tomllib.loads(path.read_text())["name"] == "my-cpu-1"
+    assert [p.name for p in path.parent.iterdir()] == ["My CPU_1.toml"]
