@@ -1,0 +1,1 @@
+"""Fitting kernel families from tables of measured kernels, and the families that ship."""

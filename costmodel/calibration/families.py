@@ -1,0 +1,254 @@
+"""Fit every family of a table, judge it on rows it has not seen, and write it down.
+
+Judging: rows are split into seeded halves; each half is predicted by a fit of the other, for
+``JUDGING_SEEDS`` splits. Those predictions give the error and the interval. The parameters
+written are of a fit to all rows, which no reported error uses.
+
+A family with few rows starts from what its kin taught: the pooled fit of all families of its
+class of implementation and variant, with half the spread of the prior.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from costmodel.calibration.fit import Floats, fit_parameters, halves, narrowed
+from costmodel.calibration.tables import FamilyKey, Rows
+from costmodel.errors import ConfigError
+from costmodel.hardware import HardwareProfile, load_hardware
+from costmodel.kernels.families import Interval
+from costmodel.kernels.kinds import KernelKind, kernel_class, kernel_kind
+
+#: Families below this many rows start from their kin.
+FEW_ROWS = 24
+#: Share of the prior's spread that is left after kin have taught.
+KIN_SHARE = 0.5
+#: A family below this many rows is not written: nothing could be held out.
+LEAST_ROWS = 4
+#: Seeded splits that judge a family.
+JUDGING_SEEDS = (0, 1, 2)
+#: Rows a class of predicted time needs for a scatter of its own, and the most classes.
+CLASS_ROWS = 20
+MOST_CLASSES = 4
+#: Rows by which a class's scatter is drawn to its family's, and the least scatter believed.
+SHRINKING_ROWS = 5.0
+LEAST_SCATTER = 0.01
+#: Quantiles of the scaled deviation that an interval spans: the narrowest that still holds four
+#: in five of other rows.
+INTERVAL_QUANTILES = (0.085, 0.915)
+
+Devices = Mapping[str, HardwareProfile]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Fitted:
+    """One family: parameters of all rows, and predictions of each row by fits without it.
+
+    held_out_s has one row per judging seed.
+    """
+
+    key: FamilyKey
+    parameters: Mapping[str, float]
+    rows: Rows
+    held_out_s: Floats
+    roofline_s: Floats
+
+
+def fit_families(
+    tables: Sequence[Rows],
+    devices: Devices | None = None,
+    *,
+    seeds: Sequence[int] = JUDGING_SEEDS,
+    starts: int = 3,
+) -> list[Fitted]:
+    """Fit and judge families of one kind. ``devices`` overrides profiles by hardware name."""
+    kinds = {rows.key.kind for rows in tables}
+    if len(kinds) != 1:
+        raise ConfigError(f"expected families of one kind, got {', '.join(sorted(kinds))}")
+    kind = kernel_kind(kinds.pop())
+    fitter = _Fitter(kind, devices or {}, starts)
+    final = fitter.fit(tables)
+    held_out = [np.empty((len(seeds), len(rows))) for rows in tables]
+    for s, seed in enumerate(seeds):
+        first = [halves(len(rows), seed + 7 * i) for i, rows in enumerate(tables)]
+        for masks in (first, [~mask for mask in first]):
+            fitted = fitter.fit([r.where(m) for r, m in zip(tables, masks, strict=True)])
+            for i, (rows, mask) in enumerate(zip(tables, masks, strict=True)):
+                held_out[i][s, ~mask] = fitter.predict(rows.where(~mask), fitted[i])
+    return [
+        Fitted(
+            rows.key,
+            {**kind.structure(rows.key.kernel, rows.key.variant), **final[i]},
+            rows,
+            held_out[i],
+            np.asarray(kind.roofline_s(fitter.device(rows), rows.shape, rows.key.variant)),
+        )
+        for i, rows in enumerate(tables)
+    ]
+
+
+class _Fitter:
+    """Fits of one kind, with the rule for families with few rows."""
+
+    def __init__(self, kind: KernelKind, devices: Devices, starts: int) -> None:
+        self.kind = kind
+        self.devices = devices
+        self.starts = starts
+
+    def device(self, rows: Rows) -> HardwareProfile:
+        name = rows.key.hardware
+        return self.devices[name] if name in self.devices else load_hardware(name)
+
+    def item(self, rows: Rows) -> tuple[Rows, HardwareProfile, Mapping[str, float]]:
+        return rows, self.device(rows), self.kind.structure(rows.key.kernel, rows.key.variant)
+
+    def predict(self, rows: Rows, values: Mapping[str, float]) -> Floats:
+        _, device, structure = self.item(rows)
+        parameters = self.kind.build({**structure, **values})
+        seconds = self.kind.time_s(parameters, device, rows.shape, rows.key.variant, False)
+        return np.asarray(seconds, dtype=np.float64)
+
+    def fit(self, families: Sequence[Rows]) -> list[dict[str, float]]:
+        kin: dict[tuple[str, str], dict[str, float]] = {}
+        out = []
+        for rows in families:
+            priors = self.kind.priors(rows.key.kernel, rows.key.variant)
+            if 2 * len(rows) < FEW_ROWS or len(rows) < FEW_ROWS // 2:
+                group = (kernel_class(rows.key.kernel), rows.key.variant)
+                if group not in kin:
+                    kin[group] = self._pooled(families, group)
+                priors = narrowed(priors, kin[group], KIN_SHARE)
+            out.append(fit_parameters(self.kind, [self.item(rows)], priors, starts=self.starts))
+        return out
+
+    def _pooled(self, families: Sequence[Rows], group: tuple[str, str]) -> dict[str, float]:
+        members = [
+            r for r in families if (kernel_class(r.key.kernel), r.key.variant) == group and len(r)
+        ]
+        priors: dict[str, Any] = {}
+        for rows in members:
+            priors |= self.kind.priors(rows.key.kernel, rows.key.variant)
+        return fit_parameters(
+            self.kind, [self.item(r) for r in members], priors, starts=self.starts
+        )
+
+
+def errors_percent(predicted: Floats, observed: Floats) -> dict[str, float]:
+    """MAPE, median, p90 and bias of predictions, in percent of what was observed."""
+    relative = (predicted / observed - 1.0) * 100.0
+    size = np.abs(relative)
+    return {
+        "mape": float(size.mean()),
+        "median": float(np.median(size)),
+        "p90": float(np.percentile(size, 90)),
+        "bias": float(relative.mean()),
+    }
+
+
+def intervals_of(predicted: Sequence[Floats], observed: Sequence[Floats]) -> list[Interval]:
+    """One interval per family of a kind, from predictions of rows that their fits had not seen.
+
+    A family's scatter s is the mean |log(observed / predicted)| in classes of predicted time
+    (launch-bound, middling and large calls scatter differently), drawn towards the family's mean by
+    ``SHRINKING_ROWS`` rows. The quantiles of log(observed / predicted) / s are taken over all
+    families of the kind together, where they are stable.
+    """
+    scatters = [_scatter(p, o) for p, o in zip(predicted, observed, strict=True)]
+    scaled = []
+    for p, o, (edges, s) in zip(predicted, observed, scatters, strict=True):
+        scaled.append((np.log(o / p) / s[np.searchsorted(edges, p, side="right")]).ravel())
+    low, high = np.quantile(np.concatenate(scaled), INTERVAL_QUANTILES)
+    return [
+        Interval(
+            tuple(edges.tolist()),
+            tuple(np.exp(min(low, 0.0) * s).tolist()),
+            tuple(np.exp(max(high, 0.0) * s).tolist()),
+        )
+        for edges, s in scatters
+    ]
+
+
+def _scatter(predicted: Floats, observed: Floats) -> tuple[Floats, Floats]:
+    """Upper edges of the classes of predicted time, and the scatter in each."""
+    size = np.abs(np.log(observed / predicted))
+    n_classes = int(np.clip(predicted.shape[-1] // CLASS_ROWS, 1, MOST_CLASSES))
+    edges = np.quantile(predicted, [i / n_classes for i in range(1, n_classes)])
+    which = np.searchsorted(edges, predicted, side="right")
+    mean = max(float(size.mean()), LEAST_SCATTER)
+    weight = SHRINKING_ROWS * len(predicted)  # every row counts once per judging seed
+    scatter = [
+        (size[which == c].sum() + weight * mean) / ((which == c).sum() + weight)
+        for c in range(n_classes)
+    ]
+    return np.asarray(edges), np.asarray(scatter)
+
+
+def covered_percent(interval: Interval, predicted: Floats, observed: Floats) -> tuple[float, float]:
+    """(share of rows inside an interval, median of (high - low) / mid), both in percent."""
+    low, high = interval.factors(predicted)
+    inside = (observed >= predicted * low) & (observed <= predicted * high)
+    return float(inside.mean() * 100.0), float(np.median(np.asarray(high) - low) * 100.0)
+
+
+def judged_intervals(fitted: Sequence[Fitted]) -> list[tuple[float, float]]:
+    """Coverage and width, per family, of intervals from half the rows judged on the other half."""
+    coverage = np.zeros((len(fitted), 4))
+    width = np.zeros((len(fitted), 4))
+    for s in range(4):
+        masks = [halves(len(f.rows), 101 + s) for f in fitted]
+        intervals = intervals_of(
+            [f.held_out_s[:, m] for f, m in zip(fitted, masks, strict=True)],
+            [f.rows.observed_s[m] for f, m in zip(fitted, masks, strict=True)],
+        )
+        for i, (f, m, interval) in enumerate(zip(fitted, masks, intervals, strict=True)):
+            judged = covered_percent(interval, f.held_out_s[:, ~m], f.rows.observed_s[~m])
+            coverage[i, s], width[i, s] = judged
+    return list(zip(coverage.mean(axis=1).tolist(), width.mean(axis=1).tolist(), strict=True))
+
+
+def as_tables(fitted: Sequence[Fitted], source: str) -> list[dict[str, Any]]:
+    """Families of one kind as the tables that ``costmodel/data/families`` holds."""
+    intervals = intervals_of([f.held_out_s for f in fitted], [f.rows.observed_s for f in fitted])
+    judged = judged_intervals(fitted)
+    return [
+        _as_table(f, interval, judgement, source)
+        for f, interval, judgement in zip(fitted, intervals, judged, strict=True)
+    ]
+
+
+def _as_table(
+    fitted: Fitted, interval: Interval, judged: tuple[float, float], source: str
+) -> dict[str, Any]:
+    rows, predicted = fitted.rows, fitted.held_out_s
+    roofline = errors_percent(fitted.roofline_s, rows.observed_s)
+    held_out = errors_percent(predicted, np.broadcast_to(rows.observed_s, predicted.shape)) | {
+        "roofline_mape": roofline["mape"],
+        "roofline_median": roofline["median"],
+        "roofline_p90": roofline["p90"],
+        "coverage": judged[0],
+        "interval_width": judged[1],
+    }
+    return {
+        "kernel": fitted.key.kernel,
+        "engine": fitted.key.engine,
+        "hardware": fitted.key.hardware,
+        "generation": load_hardware(fitted.key.hardware).generation,
+        "variant": fitted.key.variant,
+        "n_rows": len(rows),
+        "source": source,
+        "parameters": {k: _rounded(v) for k, v in fitted.parameters.items()},
+        "ranges": {k: [float(v.min()), float(v.max())] for k, v in rows.shape.items()},
+        "held_out_percent": {k: round(v, 1) for k, v in held_out.items()},
+        "interval": {
+            "edges_s": [_rounded(v) for v in interval.edges_s],
+            "low": [_rounded(v) for v in interval.low],
+            "high": [_rounded(v) for v in interval.high],
+        },
+    }
+
+
+def _rounded(value: float) -> float:
+    """Four significant digits: more would only be noise."""
+    return float(f"{value:.4g}")

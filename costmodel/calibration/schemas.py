@@ -1,0 +1,285 @@
+"""Columns of the tables of measured kernels, and how a row becomes a shape.
+
+One schema per table form. ``read`` turns one record (texts by column) into the family it belongs
+to, the shape its kind's model reads, and seconds; it raises ``ConfigError`` with the reason when
+the row cannot be used.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from costmodel.errors import ConfigError, UnknownNameError
+from costmodel.hardware import resolve_gpu
+
+Record = Mapping[str, str]
+#: (kind, variant, hardware, engine, kernel), shape, seconds
+Row = tuple[tuple[str, str, str, str, str], dict[str, float], float]
+#: (kind, variant), shape
+Read = tuple[str, str, dict[str, float]]
+
+
+@dataclass(frozen=True, slots=True)
+class Schema:
+    """One table form.
+
+    required   columns without which it is another form
+    kinds      operation kinds its rows become
+    shape_of   record -> (kind, variant, shape)
+    kernel     column that names the kernel
+    """
+
+    name: str
+    kinds: tuple[str, ...]
+    required: frozenset[str]
+    shape_of: Callable[[Record], Read]
+    kernel: str = "kernel"
+
+    def read(self, record: Record, device: str | None) -> Row:
+        """Return one record as (family, shape, seconds)."""
+        kind, variant, shape = self.shape_of(record)
+        microseconds = number(record, "latency_us")
+        if microseconds <= 0:
+            raise ConfigError(f"latency_us: expected a time above 0, got {microseconds:g}")
+        hardware = device or _hardware(record)
+        engine = text(record, "framework").lower() or "unknown"
+        kernel = text(record, self.kernel).lower()
+        return (kind, variant, hardware, engine, kernel), shape, microseconds * 1e-6
+
+
+def text(record: Record, column: str) -> str:
+    """Return a cell, stripped; "" where the column is absent."""
+    return (record.get(column) or "").strip()
+
+
+def number(record: Record, column: str, default: float | None = None) -> float:
+    """Read a finite number; ``default`` where the cell is empty; else ``ConfigError``."""
+    cell = text(record, column)
+    if not cell and default is not None:
+        return default
+    try:
+        value = float(cell)
+    except ValueError:
+        raise ConfigError(f"{column}: expected a number, got {cell!r}") from None
+    if not math.isfinite(value):
+        raise ConfigError(f"{column}: expected a finite number, got {cell!r}")
+    return value
+
+
+def count(record: Record, column: str, default: float | None = None) -> float:
+    """Read a whole number of at least 1."""
+    value = number(record, column, default)
+    if value < 1 or value != int(value):
+        raise ConfigError(f"{column}: expected a whole number of at least 1, got {value:g}")
+    return value
+
+
+def _hardware(record: Record) -> str:
+    for column in ("hw", "device"):
+        name = text(record, column)
+        if name:
+            try:
+                return resolve_gpu(name)
+            except UnknownNameError:
+                continue
+    raise ConfigError(
+        f"no known GPU in hw={text(record, 'hw')!r}, device={text(record, 'device')!r}"
+    )
+
+
+_DTYPES = {
+    "bfloat16": "bf16", "bf16": "bf16", "float16": "fp16", "fp16": "fp16", "half": "fp16",
+    "fp8": "fp8", "float8_e4m3fn": "fp8", "fp8_e4m3": "fp8", "fp8_block": "fp8_block",
+}  # fmt: skip
+
+
+def dtype(record: Record, column: str) -> str:
+    """Read a data type into this project's spelling; ``ConfigError`` for one without a model."""
+    cell = text(record, column).lower()
+    if cell not in _DTYPES:
+        known = ", ".join(sorted(set(_DTYPES.values())))
+        raise ConfigError(f"{column}: no kernel model for {cell!r}; known: {known}")
+    return _DTYPES[cell]
+
+
+def _gemm(record: Record) -> Read:
+    variant = dtype(record, "dtype")
+    shape = {name: count(record, name) for name in ("m", "n", "k")}
+    return "gemm", "bf16" if variant == "fp16" else variant, shape
+
+
+def _attention(record: Record) -> Read:
+    heads, kv_heads = count(record, "Hq"), count(record, "Hkv")
+    if heads % kv_heads:
+        raise ConfigError(f"Hq: expected a multiple of Hkv {kv_heads:g}, got {heads:g}")
+    shape = {
+        "batch": count(record, "batch"),
+        "n_heads": heads,
+        "n_kv_heads": kv_heads,
+        "head_dim": count(record, "D"),
+        "element_bytes": 1.0 if dtype(record, "kv_dtype").startswith("fp8") else 2.0,
+        "window": max(number(record, "window", 0.0), 0.0),
+    }
+    op = text(record, "op")
+    if op == "decode_attn":
+        return "decode_attention", "", shape | {"kv_len": count(record, "kv_len")}
+    if op in ("prefill_attn", "encoder_attn"):
+        more = {"q_len": count(record, "q_len"), "causal": float(op == "prefill_attn")}
+        return "prefill_attention", "", shape | more
+    raise ConfigError(f"op: expected decode_attn, prefill_attn or encoder_attn, got {op!r}")
+
+
+def _mla(record: Record) -> Read:
+    variant = "fp8" if dtype(record, "kv_cache_dtype").startswith("fp8") else "bf16"
+    shape = {
+        "batch": count(record, "batch_size"),
+        "n_heads": count(record, "num_heads"),
+        "element_bytes": 1.0 if variant == "fp8" else 2.0,
+    }
+    phase = text(record, "phase")
+    if phase == "decode":
+        return "mla_decode_attention", variant, shape | {"kv_len": count(record, "kv_len")}
+    if phase == "prefill":
+        return "mla_prefill_attention", variant, shape | {"q_len": count(record, "kv_len")}
+    raise ConfigError(f"phase: expected decode or prefill, got {phase!r}")
+
+
+def _linear(record: Record) -> Read:
+    """Gated DeltaNet and KDA: heads and head sizes into bytes per token and per state.
+
+    q and k have the key heads, v and the output the value heads (KDA: all alike, and a gate as
+    wide as k); states are fp32, activations 2 bytes. A verify step stores one state per drafted
+    token.
+    """
+    heads_k, heads_v = count(record, "num_k_heads"), count(record, "num_v_heads")
+    dim_k, dim_v = count(record, "head_k_dim"), count(record, "head_v_dim")
+    seq = count(record, "seq_len")
+    phase = text(record, "phase")
+    step = phase in ("generation", "verify")
+    shape = {"batch": count(record, "batch_size"), "seq_len": seq}
+    channels = 2.0 * heads_k * dim_k + heads_v * dim_v
+    if "conv" in text(record, "kernel_source"):
+        taps = count(record, "d_conv", 4.0)
+        state = channels * (taps - 1.0) * 2.0
+        more = {"token_bytes": channels * 4.0, "state_bytes": state * (2.0 if step else 1.0)}
+        return "scan", "conv_step" if step else "conv_prefill", shape | more
+    gates = heads_k * dim_k if text(record, "op_name") == "kda" else 0.0
+    token = (heads_k * dim_k + heads_v * dim_k + 2.0 * heads_v * dim_v + gates) * 2.0
+    state = heads_v * dim_k * dim_v * 4.0
+    states = 1.0 + seq if step else 2.0
+    more = {"token_bytes": token, "state_bytes": state * states}
+    return "scan", "scan_step" if step else "scan_prefill", shape | more
+
+
+def _moe(record: Record) -> Read:
+    variant = dtype(record, "moe_dtype")
+    experts = count(record, "num_experts")
+    routing = text(record, "distribution") or "balanced"
+    routing = "0" if routing == "balanced" else routing
+    shape = {
+        "tokens": count(record, "num_tokens"),
+        "hidden": count(record, "hidden_size"),
+        "inner": count(record, "inter_size") / count(record, "moe_tp_size"),
+        "top_k": count(record, "topk"),
+        "n_experts": experts,
+        "local_experts": experts / count(record, "moe_ep_size"),
+        "skew": number({"exponent": routing.removeprefix("power_law_")}, "exponent", 0.0),
+    }
+    return "moe_gemm", variant, shape
+
+
+def _collective(record: Record) -> Read:
+    operation = text(record, "op_name")
+    if operation not in ("all_reduce", "all_gather"):
+        raise ConfigError(f"op_name: expected all_reduce or all_gather, got {operation!r}")
+    cell = text(record, "nccl_dtype") or text(record, "allreduce_dtype")
+    width = {"int8": 1.0, "half": 2.0, "float16": 2.0, "bfloat16": 2.0, "float32": 4.0}.get(cell)
+    if width is None:
+        raise ConfigError(f"nccl_dtype, allreduce_dtype: no element size known for {cell!r}")
+    shape = {
+        "message_bytes": count(record, "message_size") * width,
+        "n_gpus": count(record, "num_gpus"),
+    }
+    return "collective", operation, shape
+
+
+#: hidden, q rank, head size without rope, value head size, index heads, by architecture.
+#: config.json of deepseek-ai/DeepSeek-V3.2 and zai-org/GLM-5.
+_DSA_DIMENSIONS = {
+    "deepseekv32forcausallm": (7168.0, 1536.0, 128.0, 128.0, 64.0),
+    "glmmoedsaforcausallm": (6144.0, 2048.0, 192.0, 256.0, 32.0),
+}
+
+
+def _sparse(record: Record) -> Read:
+    architecture = text(record, "architecture").lower()
+    if architecture not in _DSA_DIMENSIONS:
+        known = ", ".join(_DSA_DIMENSIONS)
+        raise ConfigError(f"architecture: no dimensions known for {architecture!r}; known: {known}")
+    hidden, q_rank, nope, value, index_heads = _DSA_DIMENSIONS[architecture]
+    module = text(record, "op_name")
+    decode = "generation" in module
+    step = number(record, "step", 0.0)
+    kernel = text(record, "kernel_source")
+    shape = {
+        "batch": count(record, "batch_size"),
+        "q_len": 1.0 if decode else count(record, "isl"),
+        "prefix": max(step, 0.0),
+        "n_heads": count(record, "num_heads"),
+        "hidden": hidden,
+        "q_rank": q_rank,
+        "nope_dim": nope,
+        "value_dim": value,
+        "index_heads": index_heads,
+        "has_index": float("skip_indexer" not in module),
+        "dense": float("dense" in kernel),
+        "weight_bytes": 1.0 if dtype(record, "gemm_type").startswith("fp8") else 2.0,
+        "element_bytes": 1.0 if dtype(record, "kv_cache_dtype").startswith("fp8") else 2.0,
+    }
+    return "sparse_attention", "generation" if decode else "context", shape
+
+
+SCHEMAS = (
+    Schema("gemm", ("gemm",), frozenset({"m", "n", "k", "dtype", "latency_us"}), _gemm),
+    Schema(
+        "attention",
+        ("decode_attention", "prefill_attention"),
+        frozenset({"op", "batch", "q_len", "kv_len", "Hq", "Hkv", "D", "latency_us"}),
+        _attention,
+    ),
+    Schema(
+        "mla",
+        ("mla_decode_attention", "mla_prefill_attention"),
+        frozenset({"phase", "kv_cache_dtype", "num_heads", "batch_size", "kv_len", "mla_dtype"}),
+        _mla,
+        "kernel_source",
+    ),
+    Schema(
+        "linear_attention",
+        ("scan",),
+        frozenset({"phase", "num_k_heads", "head_k_dim", "num_v_heads", "head_v_dim", "seq_len"}),
+        _linear,
+        "kernel_source",
+    ),
+    Schema(
+        "moe",
+        ("moe_gemm",),
+        frozenset({"moe_dtype", "num_tokens", "hidden_size", "inter_size", "topk", "num_experts"}),
+        _moe,
+        "kernel_source",
+    ),
+    Schema(
+        "sparse_attention",
+        ("sparse_attention",),
+        frozenset({"op_name", "architecture", "num_heads", "batch_size", "isl", "gemm_type"}),
+        _sparse,
+        "kernel_source",
+    ),
+    Schema(
+        "collectives",
+        ("collective",),
+        frozenset({"op_name", "num_gpus", "message_size", "latency_us"}),
+        _collective,
+        "kernel_source",
+    ),
+)

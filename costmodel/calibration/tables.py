@@ -1,0 +1,199 @@
+"""Read tables of measured kernels: columns into shapes, bad rows reported and left out.
+
+A table is a CSV file with one measured call per row. Column names are those of the published
+tables (see ``SCHEMAS``); a few other spellings are understood. Rows are never repaired: a row that
+cannot be read, or is faster than the device can be, is reported with its line and left out.
+"""
+
+import csv
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from costmodel.calibration.schemas import SCHEMAS, Schema
+from costmodel.errors import ConfigError
+from costmodel.hardware import HardwareProfile, load_hardware
+from costmodel.kernels.kinds import kernel_kind
+from costmodel.kernels.physics import cache_bytes, cache_bytes_per_s
+
+#: A call can be this much faster than the physical limit before its row is called impossible
+#: (clock boost above the datasheet clock, rounding).
+LIMIT_TOLERANCE = 0.95
+#: A call this much slower than any launch cost plus a tenth of the roofline rates is doubtful.
+DOUBTFUL_FACTOR = 300.0
+#: A family of which more rows than this share are impossible is left out as a whole.
+MOST_IMPOSSIBLE = 0.2
+#: Launch cost no measured kernel exceeds by itself.
+LONGEST_LAUNCH_S = 2e-3
+
+
+@dataclass(frozen=True, slots=True)
+class FamilyKey:
+    """Which kernel family a row belongs to."""
+
+    kind: str
+    variant: str
+    hardware: str
+    engine: str
+    kernel: str
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """A row that was left out: its line in the file and why."""
+
+    line: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rows:
+    """Measured calls of one family: shapes, seconds, and where they stand."""
+
+    key: FamilyKey
+    shape: Mapping[str, NDArray[np.float64]]
+    observed_s: NDArray[np.float64]
+    lines: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.observed_s)
+
+    def where(self, mask: NDArray[np.bool_]) -> "Rows":
+        """Return the rows a mask selects."""
+        shape = {name: column[mask] for name, column in self.shape.items()}
+        return Rows(self.key, shape, self.observed_s[mask], self.lines[mask])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Table:
+    """A whole table: its families and what was left out."""
+
+    path: str
+    families: tuple[Rows, ...]
+    rejected: tuple[Rejected, ...]
+    source: str
+
+    def __len__(self) -> int:
+        return sum(len(rows) for rows in self.families)
+
+
+def read_table(path: str | Path, *, kind: str | None = None, device: str | None = None) -> Table:
+    """Read one CSV file.
+
+    ``kind`` says which schema to use where the columns fit several; ``device`` names the GPU of
+    every row (else the table's own column does). Raises ``ConfigError`` when the file cannot be
+    read at all or no schema fits its columns; bad rows are in ``rejected``.
+    """
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            records = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ConfigError(f"{path}: cannot be read as a CSV table: {error}") from error
+    if not records:
+        raise ConfigError(f"{path}: the table has no rows")
+    schema = find_schema(records[0], kind, str(path))
+    grouped: dict[FamilyKey, list[tuple[int, dict[str, float], float]]] = {}
+    rejected: list[Rejected] = []
+    for line, record in enumerate(records, start=2):
+        try:
+            key, shape, seconds = schema.read(record, device)
+        except ConfigError as error:
+            rejected.append(Rejected(line, str(error)))
+            continue
+        grouped.setdefault(FamilyKey(*key), []).append((line, shape, seconds))
+    families = []
+    for family, items in sorted(grouped.items(), key=lambda kv: str(kv[0])):
+        rows, bad = checked(_rows(family, items))
+        rejected += bad
+        if len(rows):
+            families.append(rows)
+    sources = sorted({(r.get("source") or "").split(":")[0] for r in records} - {""})
+    return Table(
+        str(path), tuple(families), tuple(sorted(rejected, key=_by_line)), "; ".join(sources)
+    )
+
+
+def find_schema(columns: Iterable[str], kind: str | None, where: str) -> Schema:
+    """Find the schema whose columns a table has; ``ConfigError`` names what is missing."""
+    have = {c for c in columns if c}
+    candidates = [s for s in SCHEMAS if kind in (None, s.name, *s.kinds)]
+    if not candidates:
+        names = ", ".join(s.name for s in SCHEMAS)
+        raise ConfigError(f"{where}: unknown kind {kind!r}; known: {names}")
+    fitting = [s for s in candidates if s.required <= have]
+    if fitting:
+        return max(fitting, key=lambda s: len(s.required))
+    nearest = min(candidates, key=lambda s: len(s.required - have))
+    missing = ", ".join(sorted(nearest.required - have))
+    raise ConfigError(
+        f"{where}: expected the columns of a kernel table; nearest is {nearest.name!r}, "
+        f"which lacks: {missing}"
+    )
+
+
+def _by_line(rejected: Rejected) -> int:
+    return rejected.line
+
+
+def _rows(key: FamilyKey, items: Sequence[tuple[int, dict[str, float], float]]) -> Rows:
+    names = items[0][1]
+    shape = {name: np.array([item[1][name] for item in items]) for name in names}
+    return Rows(
+        key,
+        shape,
+        np.array([item[2] for item in items]),
+        np.array([item[0] for item in items], dtype=np.int64),
+    )
+
+
+def checked(rows: Rows, device: HardwareProfile | None = None) -> tuple[Rows, list[Rejected]]:
+    """Split off the rows no device could have run, and those whose unit must be wrong.
+
+    A replayed row may beat DRAM with what the cache holds, but not the peak FLOP rate nor the
+    cache's rate. A time hundreds of times above launch cost plus slow roofline rates is taken
+    for a unit error (ns or ms).
+    """
+    hardware = device or load_hardware(rows.key.hardware)
+    kind = kernel_kind(rows.key.kind)
+    work = kind.work(hardware, rows.shape, rows.key.variant)
+    n_bytes = np.asarray(work.n_bytes)
+    # What the cache cannot hold has to come from DRAM in every run.
+    from_dram = np.maximum(n_bytes - cache_bytes(hardware), 0.0) / hardware.hbm_bytes_per_s
+    fastest = np.maximum(
+        np.asarray(work.flops) / work.peak_flops_per_s,
+        np.maximum(from_dram, n_bytes / cache_bytes_per_s(hardware)),
+    )
+    roofline = kind.roofline_s(hardware, rows.shape, rows.key.variant)
+    too_fast = rows.observed_s < LIMIT_TOLERANCE * fastest
+    too_slow = rows.observed_s > DOUBTFUL_FACTOR * roofline + 50 * LONGEST_LAUNCH_S
+    bad = [
+        Rejected(
+            int(line),
+            f"impossible: {seconds * 1e6:.4g} us, but {hardware.name} needs at least "
+            f"{limit * 1e6:.4g} us (is the unit microseconds?)",
+        )
+        for line, seconds, limit in zip(
+            rows.lines[too_fast], rows.observed_s[too_fast], fastest[too_fast], strict=True
+        )
+    ]
+    bad += [
+        Rejected(
+            int(line),
+            f"doubtful: {seconds:.4g} s is hundreds of times what the work needs "
+            "(is the unit microseconds?)",
+        )
+        for line, seconds in zip(rows.lines[too_slow], rows.observed_s[too_slow], strict=True)
+    ]
+    if too_fast.mean() > MOST_IMPOSSIBLE:
+        # So many cannot be slips of single rows: the columns do not describe these calls.
+        reason = (
+            f"{int(too_fast.sum())} of {len(rows)} rows of {rows.key.kernel!r} on {hardware.name} "
+            "are impossibly fast: their columns do not describe what ran"
+        )
+        rest = rows.lines[~(too_fast | too_slow)]
+        bad += [Rejected(int(line), reason) for line in rest]
+        return rows.where(np.zeros(len(rows), dtype=np.bool_)), bad
+    return rows.where(~(too_fast | too_slow)), bad

@@ -1,0 +1,63 @@
+"""Write fitted families as TOML: one file per kind, one table per family."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from costmodel.kernels.kinds import kernel_kind
+
+HEAD = """\
+# Kernel families of kind {kind}, fitted by `python -m costmodel.calibration`; do not edit.
+# Parameters: docstring of costmodel/kernels/{module}. Rates scale with the datasheet of the GPU.
+# held_out_percent: errors on rows no fit had seen (both halves of {n_splits} seeded splits), beside
+# those of the datasheet roofline; coverage, interval_width: of intervals judged on unseen rows.
+# The parameters themselves are of a fit to all rows. interval: factors by class of predicted time.
+# Table: {source}
+# Rows were left out where a device could not have run them: {n_rejected}.
+"""
+
+
+def sha256(path: Path) -> str:
+    """Hash of a table's bytes, hexadecimal."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def toml_document(
+    kind: str,
+    families: Sequence[Mapping[str, Any]],
+    *,
+    fitted: str,
+    source: str,
+    n_rejected: int,
+    n_splits: int,
+) -> str:
+    """The text of one family file."""
+    module = kernel_kind(kind).time_s.__module__.rpartition(".")[2]
+    head = HEAD.format(
+        kind=kind, module=f"{module}.py", n_splits=n_splits, source=source, n_rejected=n_rejected
+    )
+    parts = [head, f'kind = "{kind}"', f'fitted = "{fitted}"', ""]
+    for family in families:
+        parts += ["[[family]]", *_lines(family), ""]
+    return "\n".join(parts)
+
+
+def _lines(table: Mapping[str, Any]) -> list[str]:
+    return [f"{key} = {toml_value(value)}" for key, value in table.items()]
+
+
+def toml_value(value: Any) -> str:
+    """A TOML value: text, number, list, or a table in one line."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+        return f'"{escaped}"'
+    if isinstance(value, float):
+        return repr(value)
+    if isinstance(value, int):
+        return str(value)
+    if isinstance(value, Mapping):
+        return "{ " + ", ".join(f"{k} = {toml_value(v)}" for k, v in value.items()) + " }"
+    return "[" + ", ".join(toml_value(v) for v in value) + "]"

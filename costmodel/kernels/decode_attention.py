@@ -1,0 +1,217 @@
+"""Seconds of one decode step's attention over a KV cache, from physical parameters.
+
+One query per sequence attends L = min(kv_len, window) cached tokens. Thread blocks (CTAs) are
+units of work, not FLOPs: with ``g`` query heads per KV head, S SMs and kv = 2 L D e bytes per
+sequence and KV head,
+
+    units     U = batch * kv heads * ceil(g / 64)
+    splits    s = clip(S o_s / U, 1, min(L / block, s_max))      the cache is split along L
+    per CTA   c = kv / (s r) + t_cta
+    compute   waves(U s / (S o)) c
+    memory    batch * kv heads * kv * (miss / (e_b bw) + hit / (h bw))
+    time      t0 + t_combine [s > 1] + longer + u shorter + queries and outputs
+
+Some kernels (FlashAttention-2) do not split a cache whose KV heads have one query head each
+(``split_single_head`` 0): a long single-head cache then streams through one CTA. fp8 caches add a
+start-up cost, and their CTAs stream at another rate because they convert what they read.
+
+What is ignored: page tables, the append of the new token, tensor-core time (two FLOPs per byte
+and query head: it shows only above some 64 query heads per KV head).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from costmodel.hardware import HardwareProfile
+from costmodel.kernels.kinds import KernelKind, Shape, Work, kernel_class
+from costmodel.kernels.physics import (
+    Prior,
+    cache_bytes,
+    clock_ratio,
+    limited,
+    miss_fraction,
+    overlapped,
+    tensor_peak,
+    units,
+    waves,
+)
+from costmodel.operation import Array
+
+#: Query heads of one KV head that one CTA packs into a tile of rows.
+PACKED_HEADS = 64.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeAttentionParameters:
+    """One kernel family of decode attention.
+
+    launch_s             start of the kernel, t0
+    bandwidth_fraction   attained share of DRAM bandwidth, e_b
+    stream_bytes_per_s   what one CTA streams at 1.8 GHz, r
+    fp8_stream_ratio     the same for an fp8 cache, against r
+    cta_s                fixed cost of a CTA, t_cta
+    wave_rounding        0 perfect sharing .. 1 whole waves
+    ctas_per_unit        CTAs resident on one SM, o
+    split_ctas_per_unit  CTAs per SM the splits aim at, o_s
+    max_splits           most splits of one cache, s_max
+    block_tokens         fewest tokens of a split
+    combine_s            kernel that joins the splits
+    fp8_s                extra start of an fp8 cache
+    cache_rate_ratio     last-level cache against DRAM bandwidth, h
+    cache_fraction       share of the last-level cache that holds a replayed KV cache
+    unhidden_fraction    share of the shorter activity that nothing hides, u
+    split_single_head    1: caches of single-head groups are split too; 0: never
+    """
+
+    launch_s: float
+    bandwidth_fraction: float
+    stream_bytes_per_s: float
+    fp8_stream_ratio: float
+    cta_s: float
+    wave_rounding: float
+    ctas_per_unit: float
+    split_ctas_per_unit: float
+    max_splits: float
+    block_tokens: float
+    combine_s: float
+    fp8_s: float
+    cache_rate_ratio: float
+    cache_fraction: float
+    unhidden_fraction: float
+    split_single_head: float = 1.0
+
+
+PRIORS: dict[str, Prior] = {
+    "launch_s": Prior(8e-6, 0.4, 1e-6, 4e-5, "start of the kernel"),
+    "bandwidth_fraction": Prior(0.93, 0.05, 0.5, 1.0, "attained share of DRAM bandwidth"),
+    "stream_bytes_per_s": Prior(6e10, 0.7, 2e9, 5e11, "one CTA's stream at 1.8 GHz"),
+    "fp8_stream_ratio": Prior(0.6, 0.5, 0.1, 2.0, "fp8 stream against that"),
+    "cta_s": Prior(2.2e-6, 0.6, 1e-8, 2e-5, "fixed cost of a CTA"),
+    "wave_rounding": Prior(0.4, 0.5, 0.02, 1.0, "0 perfect sharing, 1 whole waves"),
+    "ctas_per_unit": Prior(1.2, 0.4, 0.5, 8.0, "CTAs resident on one SM"),
+    "split_ctas_per_unit": Prior(1.0, 0.3, 0.3, 4.0, "CTAs per SM the splits aim at"),
+    "max_splits": Prior(30.0, 0.6, 4.0, 256.0, "most splits of one cache"),
+    "block_tokens": Prior(120.0, 0.5, 32.0, 1024.0, "fewest tokens of a split"),
+    "combine_s": Prior(2e-6, 0.5, 1e-8, 1.2e-5, "kernel that joins the splits"),
+    "fp8_s": Prior(1.5e-6, 0.8, 1e-9, 1e-5, "extra start of an fp8 cache"),
+    "cache_rate_ratio": Prior(2.0, 0.4, 1.0, 8.0, "last-level cache against DRAM bandwidth"),
+    "cache_fraction": Prior(0.8, 0.3, 0.1, 1.5, "cache share that holds a replayed KV cache"),
+    "unhidden_fraction": Prior(0.3, 0.5, 0.001, 1.0, "share of the shorter activity not hidden"),
+}
+
+
+def decode_attention_time_s(
+    parameters: DecodeAttentionParameters,
+    device: HardwareProfile,
+    batch: Array,
+    kv_len: Array,
+    n_heads: Array,
+    n_kv_heads: Array,
+    head_dim: Array,
+    element_bytes: Array = 2.0,
+    *,
+    v_head_dim: Array | None = None,
+    window: Array = 0.0,
+    cold: bool = True,
+) -> Array:
+    """Seconds of one layer's decode attention. Shape: that of the arguments broadcast.
+
+    ``element_bytes`` is of the stored cache (2 or 1); ``v_head_dim`` defaults to ``head_dim``;
+    ``window`` 0 means none. ``cold`` False predicts a row of a replayed table.
+    """
+    p = parameters
+    tokens = np.asarray(kv_len, dtype=np.float64)
+    if np.any(window):
+        tokens = np.where(np.asarray(window) > 0, np.minimum(tokens, window), tokens)
+    group = np.asarray(n_heads, dtype=np.float64) / n_kv_heads
+    n_units = np.asarray(batch, dtype=np.float64) * n_kv_heads * np.ceil(group / PACKED_HEADS)
+    width = head_dim + (head_dim if v_head_dim is None else v_head_dim)
+    kv_bytes = tokens * (width * np.asarray(element_bytes, dtype=np.float64))
+    total_bytes = batch * n_kv_heads * kv_bytes
+    is_fp8 = np.less(element_bytes, 1.5)
+    splits, combined = _splits(p, device, n_units, tokens, group)
+
+    stream = p.stream_bytes_per_s * clock_ratio(device) * np.where(is_fp8, p.fp8_stream_ratio, 1.0)
+    sms = units(device)
+    rounds = waves(n_units * splits / (sms * p.ctas_per_unit), p.wave_rounding)
+    ctas = rounds * (kv_bytes / (splits * stream) + p.cta_s)
+
+    bandwidth = device.hbm_bytes_per_s
+    miss: Array = np.float64(1.0)
+    if not cold:
+        miss = miss_fraction(total_bytes, p.cache_fraction * cache_bytes(device))
+    per_byte = miss / p.bandwidth_fraction + (1.0 - miss) / p.cache_rate_ratio
+    memory = total_bytes * (per_byte / bandwidth)
+    # Queries, outputs (2 bytes each) and the fp32 partial outputs of the splits stay in the cache.
+    partial = np.where(splits > 1.0, 8.0 * splits, 0.0)
+    rows = batch * n_heads * (width / 2.0) * (4.0 + partial) / (bandwidth * p.cache_rate_ratio)
+    seconds = (
+        p.launch_s
+        + np.where(combined, p.combine_s, 0.0)
+        + np.where(is_fp8, p.fp8_s, 0.0)
+        + overlapped(ctas, memory, p.unhidden_fraction)
+        + rows
+    )
+    flops = 2.0 * batch * n_heads * width * tokens
+    return limited(seconds, flops, tensor_peak(device, "bf16"), total_bytes, device, cold)
+
+
+def _splits(
+    p: DecodeAttentionParameters,
+    device: HardwareProfile,
+    n_units: Array,
+    tokens: Array,
+    group: Array,
+) -> tuple[Array, NDArray[np.bool_]]:
+    """Count the splits per cache, and say where the kernel that joins splits runs."""
+    wanted = np.minimum(units(device) * p.split_ctas_per_unit / n_units, tokens / p.block_tokens)
+    splits = np.maximum(np.minimum(wanted, p.max_splits), 1.0)
+    if p.split_single_head:
+        return splits, np.asarray(splits > 1.0)
+    return np.where(group > 1.0, splits, 1.0), np.asarray(group > 1.0)
+
+
+def _time(
+    parameters: DecodeAttentionParameters,
+    device: HardwareProfile,
+    shape: Shape,
+    variant: str,
+    cold: bool,
+) -> Array:
+    return decode_attention_time_s(
+        parameters,
+        device,
+        *(shape[name] for name in SHAPE[:6]),
+        v_head_dim=shape.get("v_head_dim"),
+        window=shape.get("window", 0.0),
+        cold=cold,
+    )
+
+
+def _work(device: HardwareProfile, shape: Shape, variant: str) -> Work:
+    window = np.asarray(shape.get("window", 0.0))
+    tokens = np.where(window > 0, np.minimum(shape["kv_len"], window), shape["kv_len"])
+    width = shape["head_dim"] + shape.get("v_head_dim", shape["head_dim"])
+    pairs = shape["batch"] * tokens
+    n_bytes = pairs * shape["n_kv_heads"] * width * shape["element_bytes"]
+    flops = 2.0 * pairs * shape["n_heads"] * width
+    return Work(flops, tensor_peak(device, "bf16"), n_bytes)
+
+
+def _structure(kernel: str, variant: str) -> dict[str, float]:
+    return {"split_single_head": float(kernel_class(kernel) != "fa2")}
+
+
+SHAPE = ("batch", "kv_len", "n_heads", "n_kv_heads", "head_dim", "element_bytes", "window")
+KIND = KernelKind(
+    name="decode_attention",
+    parameters=DecodeAttentionParameters,
+    shape=SHAPE,
+    variants=("",),
+    priors=lambda kernel, variant: PRIORS,
+    structure=_structure,
+    time_s=_time,
+    work=_work,
+)

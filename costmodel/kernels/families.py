@@ -1,0 +1,260 @@
+"""The fitted kernel families that ship, and which of them answers for a device and an engine.
+
+``costmodel/data/families/<kind>.toml`` holds one table per family: the kernel of one engine on one
+GPU, its parameters with units in their names, the rows and shapes they were fitted on, and the
+error on rows no fit had seen. A profile can carry families of its own (``calibrate`` writes them);
+they go first.
+
+Nearest wins: the same GPU before the same generation before another one, then the kernel asked
+for, its class of implementation, the engine. What is not a family of this GPU and engine is
+*transferred*: its rates scale with the datasheet, its interval widens.
+"""
+
+import functools
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from importlib import resources
+from typing import Any, Literal
+
+import numpy as np
+
+from costmodel.hardware import HardwareProfile
+from costmodel.kernels.kinds import KernelKind, kernel_class, kernel_kind
+from costmodel.operation import Array
+
+Basis = Literal["calibrated", "transferred"]
+
+#: Generations in the order of their distance from one another.
+_ORDER = ("volta", "turing", "ampere", "ada", "hopper", "blackwell", "blackwell-ultra")
+#: How much the logarithm of an interval's factors widens. Measured on the shipped families: the
+#: other engine's family of the same GPU errs by 1.5 times a family's own error, that of another
+#: generation by 3 times; another GPU of the same generation was published as 1.3 to 1.6 times.
+WIDER_ENGINE = 1.5
+WIDER_SAME_GENERATION = 1.5
+WIDER_OTHER_GENERATION = 3.0
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """Factors on a prediction that held most unseen rows, by class of predicted time.
+
+    ``edges_s`` are the upper ends of all classes but the last.
+    """
+
+    edges_s: tuple[float, ...]
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+
+    def factors(self, seconds: Array) -> tuple[Array, Array]:
+        """(low, high) factor for each predicted time."""
+        if not self.edges_s:
+            return np.float64(self.low[0]), np.float64(self.high[0])
+        i = np.searchsorted(np.asarray(self.edges_s), seconds, side="right")
+        return np.asarray(self.low)[i], np.asarray(self.high)[i]
+
+    def wider(self, factor: float) -> "Interval":
+        """The same interval with its logarithm stretched."""
+        return Interval(
+            self.edges_s,
+            tuple(v**factor for v in self.low),
+            tuple(v**factor for v in self.high),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """One fitted family, as asked for.
+
+    basis       "calibrated" on this very GPU and engine, else "transferred"
+    distance    0 same GPU, 1 same generation, 2 another generation
+    ranges      shapes covered by the rows: column -> (least, most)
+    held_out    error on unseen rows, in percent: mape, median, p90, bias, roofline_mape, n
+    """
+
+    kind: KernelKind
+    variant: str
+    kernel: str
+    engine: str
+    hardware: str
+    generation: str
+    parameters: Any
+    interval: Interval
+    n_rows: int
+    ranges: Mapping[str, tuple[float, float]]
+    held_out: Mapping[str, float]
+    source: str
+    basis: Basis = "calibrated"
+    distance: int = 0
+
+    def time_s(
+        self, device: HardwareProfile, shape: Mapping[str, Array], *, cold: bool = True
+    ) -> tuple[Array, Array, Array]:
+        """(low, mid, high) seconds of one run; a cold low is never below the roofline."""
+        mid = self.kind.time_s(self.parameters, device, shape, self.variant, cold)
+        low, high = self.interval.factors(mid)
+        least = mid * low
+        if cold:
+            least = np.maximum(least, self.kind.roofline_s(device, shape, self.variant))
+        return np.minimum(least, mid), mid, mid * high
+
+    def extrapolated(self, shape: Mapping[str, Array]) -> Array:
+        """1.0 where a shape lies outside what the rows covered, else 0.0."""
+        outside: Array = np.float64(0.0)
+        for name, (least, most) in self.ranges.items():
+            if name in shape:
+                value = np.asarray(shape[name], dtype=np.float64)
+                outside = np.maximum(outside, np.where((value < least) | (value > most), 1.0, 0.0))
+        return outside
+
+
+@functools.cache
+def shipped_families(kind: str) -> tuple[Family, ...]:
+    """All families of a kind that ship; none where there is no file."""
+    file = resources.files("costmodel").joinpath(f"data/families/{kind}.toml")
+    if not file.is_file():
+        return ()
+    document = tomllib.loads(file.read_text("utf-8"))
+    return tuple(family_from_table(kind, row) for row in document["family"])
+
+
+def family_from_table(kind: str, row: Mapping[str, Any]) -> Family:
+    """Build a family from its TOML table."""
+    model = kernel_kind(kind)
+    interval = row["interval"]
+    return Family(
+        kind=model,
+        variant=row["variant"],
+        kernel=row["kernel"],
+        engine=row["engine"],
+        hardware=row["hardware"],
+        generation=row["generation"],
+        parameters=model.build(row["parameters"]),
+        interval=Interval(
+            tuple(interval["edges_s"]), tuple(interval["low"]), tuple(interval["high"])
+        ),
+        n_rows=row["n_rows"],
+        ranges={name: (ends[0], ends[1]) for name, ends in row["ranges"].items()},
+        held_out=row["held_out_percent"],
+        source=row["source"],
+    )
+
+
+def load_family(
+    kind: str,
+    engine: str,
+    hardware: HardwareProfile,
+    *,
+    variant: str = "",
+    kernel: str = "",
+    within: Mapping[str, float] | None = None,
+) -> Family | None:
+    """The family nearest to a device and an engine; None where no family of the kind ships.
+
+    Parameters
+    ----------
+    kind
+        Operation kind, such as ``gemm``.
+    engine
+        Engine name; "" takes any.
+    variant
+        Data type or phase the family must be of; its first variant where none fits is not taken.
+    kernel
+        Kernel name as a table writes it; "" takes the engine's most measured kernel.
+    within
+        Shape values the family should have been measured at, such as ``element_bytes: 1.0``.
+
+    Returns
+    -------
+    Family
+        With ``basis``, ``distance`` and an interval widened where it is transferred.
+    """
+    families = [f for f in _own_families(kind, hardware) if f.variant == variant]
+    families += [f for f in shipped_families(kind) if f.variant == variant]
+    if not families:
+        return None
+    best = min(families, key=lambda f: _rank(f, engine, hardware, kernel, within or {}))
+    distance = _distance(best, hardware)
+    wider = (1.0, WIDER_SAME_GENERATION, WIDER_OTHER_GENERATION)[distance]
+    same_engine = engine in ("", best.engine) and (not kernel or _kernel_distance(best, kernel) < 2)
+    if not same_engine:
+        wider *= WIDER_ENGINE
+    basis: Basis = "calibrated" if distance == 0 and same_engine else "transferred"
+    interval = best.interval if wider == 1.0 else best.interval.wider(wider)
+    return replace(best, basis=basis, distance=distance, interval=interval)
+
+
+def _rank(
+    family: Family,
+    engine: str,
+    hardware: HardwareProfile,
+    kernel: str,
+    within: Mapping[str, float],
+) -> tuple[float, ...]:
+    outside = 0.0
+    for name, value in within.items():
+        least, most = family.ranges.get(name, (value, value))
+        outside += not least <= value <= most
+    return (
+        _distance(family, hardware),
+        _generations_apart(family.generation, hardware.generation),
+        _kernel_distance(family, kernel),
+        outside,
+        engine not in ("", family.engine),
+        -family.n_rows,
+    )
+
+
+def _distance(family: Family, hardware: HardwareProfile) -> int:
+    if family.hardware == hardware.name:
+        return 0
+    return 1 if family.generation == hardware.generation else 2
+
+
+def _generations_apart(a: str, b: str) -> float:
+    if a in _ORDER and b in _ORDER:
+        return abs(_ORDER.index(a) - _ORDER.index(b))
+    return 0.0 if a == b else len(_ORDER)
+
+
+def _kernel_distance(family: Family, kernel: str) -> int:
+    if not kernel or family.kernel == kernel.lower():
+        return 0
+    return 1 if kernel_class(family.kernel) == kernel_class(kernel) else 2
+
+
+def _own_families(kind: str, hardware: HardwareProfile) -> list[Family]:
+    """Families a profile carries: ``[families."<kind>/<variant>"]``, plain numbers."""
+    out = []
+    for name, numbers in hardware.families.items():
+        own_kind, _, variant = name.partition("/")
+        if own_kind != kind:
+            continue
+        ranges: dict[str, tuple[float, float]] = {}
+        for key, value in numbers.items():
+            if key.startswith("least_") and f"most_{key[6:]}" in numbers:
+                ranges[key[6:]] = (value, numbers[f"most_{key[6:]}"])
+        model = kernel_kind(kind)
+        out.append(
+            Family(
+                kind=model,
+                variant=variant,
+                kernel="",
+                engine="",
+                hardware=hardware.name,
+                generation=hardware.generation,
+                parameters=model.build(numbers),
+                interval=Interval(
+                    (), (numbers.get("interval_low", 0.8),), (numbers.get("interval_high", 1.25),)
+                ),
+                n_rows=int(numbers.get("n_rows", 0)),
+                ranges=ranges,
+                held_out={
+                    k.removeprefix("held_out_"): v
+                    for k, v in numbers.items()
+                    if k.startswith("held_out_")
+                },
+                source=hardware.calibration.get("table", "calibration of this profile"),
+            )
+        )
+    return out

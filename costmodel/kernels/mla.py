@@ -1,0 +1,251 @@
+"""Seconds of multi-head latent attention, from physical parameters.
+
+Decode: every head attends one shared latent of 512 + 64 elements per token, so the cache is read
+once for up to 64 heads and the tensor cores matter: per CTA and token max(576 e / r,
+2 R (576 + 512) / rate) with R rows of heads. The rest is as in decode attention.
+
+Prefill: either expanded (192-wide keys and 128-wide values per head) or, in some kernels,
+absorbed: the decode form over a prompt, 3.4 times the FLOPs (``absorbed`` 1). The rest is as in
+prefill attention.
+
+What is ignored: the up-projections around it, which are dense products of their own.
+"""
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from costmodel.hardware import HardwareProfile
+from costmodel.kernels.kinds import KernelKind, Shape, Work, kernel_class
+from costmodel.kernels.physics import (
+    Prior,
+    cache_bytes,
+    clock_ratio,
+    limited,
+    miss_fraction,
+    overlapped,
+    tensor_peak,
+    units,
+    waves,
+)
+from costmodel.kernels.prefill_attention import PRIORS as PREFILL_PRIORS
+from costmodel.kernels.prefill_attention import (
+    PrefillAttentionParameters,
+    prefill_attention_time_s,
+)
+from costmodel.operation import Array
+
+#: Heads one CTA takes, and the least rows an instruction needs.
+PACKED_HEADS = 64.0
+MIN_ROWS = 16.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MlaDecodeParameters:
+    """One kernel family of latent decode attention.
+
+    launch_s            start of the kernel
+    bandwidth_fraction  attained share of DRAM bandwidth
+    tensor_fraction     attained share of the dense peak
+    stream_bytes_per_s  what one CTA streams at 1.8 GHz
+    cta_s               fixed cost of a CTA
+    wave_rounding       0 perfect sharing .. 1 whole waves
+    ctas_per_unit       CTAs resident on one SM, and what the splits aim at
+    max_splits          most splits of one cache
+    block_tokens        fewest tokens of a split
+    combine_s           kernel that joins the splits
+    cache_rate_ratio    last-level cache against DRAM bandwidth
+    cache_fraction      share of the last-level cache that holds a replayed KV cache
+    unhidden_fraction   share of the shorter activity that nothing hides
+    """
+
+    launch_s: float
+    bandwidth_fraction: float
+    tensor_fraction: float
+    stream_bytes_per_s: float
+    cta_s: float
+    wave_rounding: float
+    ctas_per_unit: float
+    max_splits: float
+    block_tokens: float
+    combine_s: float
+    cache_rate_ratio: float
+    cache_fraction: float
+    unhidden_fraction: float
+
+
+DECODE_PRIORS: dict[str, Prior] = {
+    "launch_s": Prior(9e-6, 0.5, 1e-6, 5e-5, "start of the kernel"),
+    "bandwidth_fraction": Prior(0.9, 0.1, 0.3, 1.0, "attained share of DRAM bandwidth"),
+    "tensor_fraction": Prior(0.6, 0.3, 0.1, 1.0, "attained share of the dense peak"),
+    "stream_bytes_per_s": Prior(6e10, 0.7, 2e9, 5e11, "one CTA's stream at 1.8 GHz"),
+    "cta_s": Prior(2.5e-6, 0.6, 1e-8, 2e-5, "fixed cost of a CTA"),
+    "wave_rounding": Prior(0.4, 0.5, 0.02, 1.0, "0 perfect sharing, 1 whole waves"),
+    "ctas_per_unit": Prior(1.0, 0.3, 0.3, 4.0, "CTAs resident on one SM"),
+    "max_splits": Prior(30.0, 0.6, 4.0, 256.0, "most splits of one cache"),
+    "block_tokens": Prior(120.0, 0.5, 32.0, 1024.0, "fewest tokens of a split"),
+    "combine_s": Prior(2e-6, 0.6, 1e-8, 2e-5, "kernel that joins the splits"),
+    "cache_rate_ratio": Prior(2.0, 0.4, 1.0, 8.0, "last-level cache against DRAM bandwidth"),
+    "cache_fraction": Prior(0.8, 0.3, 0.1, 1.5, "cache share that holds a replayed KV cache"),
+    "unhidden_fraction": Prior(0.3, 0.5, 0.001, 1.0, "share of the shorter activity not hidden"),
+}
+#: An fp8 latent may first be converted to bf16 as a whole, at a fraction of the bandwidth.
+FP8_DECODE_PRIORS = DECODE_PRIORS | {
+    "bandwidth_fraction": Prior(0.5, 0.9, 0.01, 1.0, "attained share of DRAM bandwidth"),
+}
+
+
+def mla_decode_time_s(
+    parameters: MlaDecodeParameters,
+    device: HardwareProfile,
+    batch: Array,
+    kv_len: Array,
+    n_heads: Array,
+    element_bytes: Array = 2.0,
+    *,
+    latent_dim: float = 512.0,
+    rope_dim: float = 64.0,
+    cold: bool = True,
+) -> Array:
+    """Seconds of one layer's latent decode attention. Shape: that of the arguments broadcast."""
+    p = parameters
+    tokens = np.asarray(kv_len, dtype=np.float64)
+    heads = np.asarray(n_heads, dtype=np.float64)
+    key_dim = latent_dim + rope_dim
+    peak = tensor_peak(device, "bf16")
+    sms = units(device)
+    n_units = batch * np.ceil(heads / PACKED_HEADS)
+    wanted = np.minimum(sms * p.ctas_per_unit / n_units, tokens / p.block_tokens)
+    splits = np.maximum(np.minimum(wanted, p.max_splits), 1.0)
+    rows = np.minimum(np.ceil(heads / MIN_ROWS) * MIN_ROWS, PACKED_HEADS)
+    stream = key_dim * element_bytes / (p.stream_bytes_per_s * clock_ratio(device))
+    products = 2.0 * rows * (key_dim + latent_dim) * sms / (peak * p.tensor_fraction)
+    rounds = waves(n_units * splits / (sms * p.ctas_per_unit), p.wave_rounding)
+    ctas = rounds * (tokens / splits * np.maximum(stream, products) + p.cta_s)
+    total_bytes = batch * tokens * (key_dim * np.asarray(element_bytes, dtype=np.float64))
+    bandwidth = device.hbm_bytes_per_s
+    miss: Array = np.float64(1.0)
+    if not cold:
+        miss = miss_fraction(total_bytes, p.cache_fraction * cache_bytes(device))
+    memory = total_bytes * (
+        (miss / p.bandwidth_fraction + (1.0 - miss) / p.cache_rate_ratio) / bandwidth
+    )
+    partial = np.where(splits > 1.0, 8.0 * splits, 0.0) + 4.0
+    outputs = batch * heads * latent_dim * partial / (bandwidth * p.cache_rate_ratio)
+    seconds = (
+        p.launch_s
+        + np.where(splits > 1.0, p.combine_s, 0.0)
+        + overlapped(ctas, memory, p.unhidden_fraction)
+        + outputs
+    )
+    flops = 2.0 * batch * heads * tokens * (key_dim + latent_dim)
+    return limited(seconds, flops, peak, total_bytes, device, cold)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MlaPrefillParameters(PrefillAttentionParameters):
+    """Prefill attention's parameters, and whether the kernel runs the absorbed form."""
+
+    absorbed: float = 0.0
+
+
+def mla_prefill_time_s(
+    parameters: MlaPrefillParameters,
+    device: HardwareProfile,
+    batch: Array,
+    q_len: Array,
+    n_heads: Array,
+    element_bytes: Array = 2.0,
+    *,
+    key_dim: float = 192.0,
+    value_dim: float = 128.0,
+    latent_dim: float = 512.0,
+    rope_dim: float = 64.0,
+    kv_len: Array | None = None,
+    cold: bool = True,
+) -> Array:
+    """Seconds of one layer's latent prefill attention. Shape: that of the arguments broadcast."""
+    heads = np.asarray(n_heads, dtype=np.float64)
+    dims = (key_dim, value_dim)
+    kv_heads: Array = heads
+    if parameters.absorbed:
+        dims, kv_heads = (latent_dim + rope_dim, latent_dim), np.float64(1.0)
+    return prefill_attention_time_s(
+        parameters,
+        device,
+        batch,
+        q_len,
+        heads,
+        kv_heads,
+        dims[0],
+        element_bytes,
+        v_head_dim=dims[1],
+        kv_len=kv_len,
+        cold=cold,
+    )
+
+
+def _decode_time(
+    parameters: MlaDecodeParameters,
+    device: HardwareProfile,
+    shape: Shape,
+    variant: str,
+    cold: bool,
+) -> Array:
+    args = (shape[name] for name in DECODE_SHAPE)
+    return mla_decode_time_s(parameters, device, *args, cold=cold)
+
+
+def _decode_work(device: HardwareProfile, shape: Shape, variant: str) -> Work:
+    pairs = shape["batch"] * np.asarray(shape["kv_len"], dtype=np.float64)
+    flops = 2.0 * pairs * shape["n_heads"] * (576.0 + 512.0)
+    return Work(flops, tensor_peak(device, "bf16"), pairs * 576.0 * shape["element_bytes"])
+
+
+def _prefill_time(
+    parameters: MlaPrefillParameters,
+    device: HardwareProfile,
+    shape: Shape,
+    variant: str,
+    cold: bool,
+) -> Array:
+    args = (shape[name] for name in PREFILL_SHAPE)
+    return mla_prefill_time_s(parameters, device, *args, cold=cold)
+
+
+def _prefill_work(device: HardwareProfile, shape: Shape, variant: str) -> Work:
+    q = np.asarray(shape["q_len"], dtype=np.float64)
+    flops = 2.0 * shape["batch"] * shape["n_heads"] * (192.0 + 128.0) * q * (q + 1.0) / 2.0
+    n_bytes = shape["batch"] * q * (shape["n_heads"] * (192.0 + 128.0) * 2.0 + 576.0 * 2.0)
+    return Work(flops, tensor_peak(device, "bf16"), n_bytes)
+
+
+def _prefill_structure(kernel: str, variant: str) -> dict[str, float]:
+    known = {f.name for f in fields(MlaPrefillParameters)}
+    absorbs = kernel_class(kernel) == "fa3"
+    chosen = {"tile_rows": 128.0, "packs_heads": float(absorbs), "fits_rows": 0.0}
+    return {k: v for k, v in chosen.items() if k in known} | {"absorbed": float(absorbs)}
+
+
+DECODE_SHAPE = ("batch", "kv_len", "n_heads", "element_bytes")
+PREFILL_SHAPE = ("batch", "q_len", "n_heads", "element_bytes")
+DECODE_KIND = KernelKind(
+    name="mla_decode_attention",
+    parameters=MlaDecodeParameters,
+    shape=DECODE_SHAPE,
+    variants=("bf16", "fp8"),
+    priors=lambda kernel, variant: FP8_DECODE_PRIORS if variant == "fp8" else DECODE_PRIORS,
+    structure=lambda kernel, variant: {},
+    time_s=_decode_time,
+    work=_decode_work,
+)
+PREFILL_KIND = KernelKind(
+    name="mla_prefill_attention",
+    parameters=MlaPrefillParameters,
+    shape=PREFILL_SHAPE,
+    variants=("bf16", "fp8"),
+    priors=lambda kernel, variant: PREFILL_PRIORS,
+    structure=_prefill_structure,
+    time_s=_prefill_time,
+    work=_prefill_work,
+)

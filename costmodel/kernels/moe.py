@@ -1,0 +1,236 @@
+"""Seconds of a mixture of experts' matrix products, from physical parameters.
+
+T tokens choose k of E experts; this GPU holds E_l experts of inner size I in a model of width H.
+Two grouped products run one after the other, gate and up (N = 2 I, K = H), then down (N = H,
+K = I). Each hit expert with L tokens needs ceil(L / R) tiles of R rows and 128 columns; with S SMs
+
+    per CTA   K max(2 R 128 S / (e_c peak), 128 a / r) + t_tile
+    compute   waves(tiles * N / 128 / S) per CTA
+    memory    (hit experts' weights + activations) / (e_b bw)
+    time      t0 + sum over both of (longer + u shorter) + t_expert hit + t_row assigned
+
+R is the power of two next to the mean load, from 16 to ``tile_rows``: libraries pick it so.
+
+Routing. Even: every expert is chosen alike (random routing: some get none). ``skew`` a > 0: loads
+follow a power law with exponent a, up to 0.8 T per expert, and this GPU is the busiest one, as in
+the published tables. Activations of all T k assignments pass DRAM, also those of experts that
+other GPUs hold: the published kernels keep their rows and skip the products.
+
+What is ignored: the router, shared experts (dense products of their own), exchange between GPUs.
+"""
+
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+
+from costmodel.hardware import HardwareProfile
+from costmodel.kernels.kinds import KernelKind, Shape, Work, peak_of
+from costmodel.kernels.physics import (
+    Prior,
+    clock_ratio,
+    element_bytes,
+    limited,
+    overlapped,
+    tensor_peak,
+    units,
+    waves,
+)
+from costmodel.operation import Array
+
+#: Columns of a tile; fewest rows of a tile.
+TILE_COLUMNS = 128.0
+MIN_TILE_ROWS = 16.0
+#: Most tokens one expert gets under a power law, as a share of all.
+LARGEST_SHARE = 0.8
+#: Classes of experts by load under a power law: the upper 1/2, 1/4, 1/8 ... of them.
+N_QUANTILES = 9
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MoeParameters:
+    """One kernel family of grouped expert products.
+
+    launch_s            start of the kernels (sorting, two products, activation, sum), t0
+    bandwidth_fraction  attained share of DRAM bandwidth, e_b
+    tensor_fraction     attained share of the dense peak, e_c
+    stream_bytes_per_s  what one SM streams from the cache at 1.8 GHz, r
+    tile_rows           most rows of a tile
+    tile_s              prologue and epilogue of one tile, t_tile
+    wave_rounding       0 perfect sharing .. 1 whole waves
+    expert_s            more per expert hit
+    row_s               more per assignment: permutation and weighted sum
+    unhidden_fraction   share of the shorter of compute and memory that nothing hides, u
+    eager_s             host time per call; only in tables made without a captured graph
+    """
+
+    launch_s: float
+    bandwidth_fraction: float
+    tensor_fraction: float
+    stream_bytes_per_s: float
+    tile_rows: float
+    tile_s: float
+    wave_rounding: float
+    expert_s: float
+    row_s: float
+    unhidden_fraction: float
+    eager_s: float = 0.0
+
+
+PRIORS: dict[str, Prior] = {
+    "launch_s": Prior(3e-5, 0.6, 2e-6, 4e-4, "start of the kernels"),
+    "bandwidth_fraction": Prior(0.8, 0.15, 0.2, 1.0, "attained share of DRAM bandwidth"),
+    "tensor_fraction": Prior(0.5, 0.35, 0.08, 1.0, "attained share of the dense peak"),
+    "stream_bytes_per_s": Prior(8e10, 0.6, 5e9, 1e12, "one SM from the cache, at 1.8 GHz"),
+    "tile_rows": Prior(100.0, 0.4, 16.0, 256.0, "most rows of a tile"),
+    "tile_s": Prior(1.5e-6, 0.6, 1e-8, 2e-5, "prologue and epilogue of a tile"),
+    "wave_rounding": Prior(0.4, 0.5, 0.02, 1.0, "0 perfect sharing, 1 whole waves"),
+    "expert_s": Prior(5e-8, 1.2, 1e-10, 5e-6, "more per expert hit"),
+    "row_s": Prior(1e-9, 1.2, 1e-11, 1e-7, "more per assignment"),
+    "unhidden_fraction": Prior(0.3, 0.5, 0.001, 1.0, "share of the shorter activity not hidden"),
+    "eager_s": Prior(2e-6, 2.0, 1e-7, 1e-3, "host time per call, no captured graph"),
+}
+
+
+def experts_hit(tokens: Array, top_k: Array, n_experts: Array) -> Array:
+    """Share of experts that get at least one token when k of E are chosen evenly.
+
+    1 - (1 - k / E)^T.
+    """
+    share = np.minimum(np.asarray(top_k, dtype=np.float64) / n_experts, 1.0 - 1e-12)
+    hit: Array = -np.expm1(np.asarray(tokens, dtype=np.float64) * np.log1p(-share))
+    return hit
+
+
+def loads(
+    tokens: Array, top_k: Array, n_experts: Array, local_experts: Array, skew: Array
+) -> list[tuple[Array, Array]]:
+    """Classes of this GPU's experts that are hit: (how many, tokens each).
+
+    Even routing is one class. Under a power law x^-a on [1, 0.8 T] experts are classes at its
+    quantiles, scaled so that all loads add up to T k, and this GPU is the busiest of E / E_l: its
+    load is the mean plus sqrt(2 ln(E / E_l)) standard deviations of a GPU's load.
+    """
+    t, k, e, local = (
+        np.asarray(v, dtype=np.float64) for v in (tokens, top_k, n_experts, local_experts)
+    )
+    hit = local * experts_hit(t, k, e)
+    mean = t * k * local / e
+    even: list[tuple[Array, Array]] = [(hit, mean / np.maximum(hit, 1e-9))]
+    if not np.any(skew):
+        return even
+    skewed = np.asarray(skew) > 0
+    a = np.where(skewed, np.maximum(skew, 1.0 + 1e-6), 1.1)
+    low = np.maximum(LARGEST_SHARE * t, 1.0) ** (1.0 - a)
+    edges = [*np.exp2(-np.arange(N_QUANTILES, dtype=np.float64)).tolist(), 0.0]
+    shares = [wide - narrow for wide, narrow in itertools.pairwise(edges)]
+    middles = [(wide + narrow) / 2.0 for wide, narrow in itertools.pairwise(edges)]
+    values = [(low + tail * (1.0 - low)) ** (1.0 / (1.0 - a)) for tail in middles]
+    first = sum((w * x for w, x in zip(shares, values, strict=True)), np.float64(0.0))
+    second = sum((w * x * x for w, x in zip(shares, values, strict=True)), np.float64(0.0))
+    per_expert = t * k / e
+    relative = np.maximum(second / (first * first) - 1.0, 0.0)
+    # Spread of a GPU's load: of the experts it happens to hold, and of counting whole tokens.
+    spread = np.sqrt(local * per_expert * per_expert * relative + mean)
+    busiest = mean + spread * np.sqrt(2.0 * np.log(np.maximum(e / local, 1.0)))
+    busiest = np.minimum(busiest, np.minimum(t * k, t * local))
+    factor = busiest / np.maximum(mean, 1e-12)
+    out: list[tuple[Array, Array]] = [(np.where(skewed, 0.0, n), load) for n, load in even]
+    for w, x in zip(shares, values, strict=True):
+        load = np.minimum(per_expert * factor * x / first, t)
+        n = local * w * -np.expm1(-load)
+        out.append((np.where(skewed, n, 0.0), load / np.maximum(-np.expm1(-load), 1e-12)))
+    return out
+
+
+def moe_time_s(
+    parameters: MoeParameters,
+    device: HardwareProfile,
+    tokens: Array,
+    hidden: Array,
+    inner: Array,
+    top_k: Array,
+    n_experts: Array,
+    local_experts: Array,
+    dtype: str = "bf16",
+    *,
+    skew: Array = 0.0,
+    cold: bool = True,
+) -> Array:
+    """Seconds of one layer's routed experts on one GPU. Shape: that of the arguments broadcast.
+
+    ``inner`` is this GPU's share of the experts' inner size; ``skew`` the exponent of power-law
+    routing with this GPU the busiest, 0 for even routing.
+    """
+    p = parameters
+    width = element_bytes(dtype)
+    peak = tensor_peak(device, "fp8" if width == 1.0 else dtype)
+    classes = loads(tokens, top_k, n_experts, local_experts, skew)
+    hit: Array = sum((n for n, _ in classes), np.float64(0.0))
+    assigned: Array = sum((n * load for n, load in classes), np.float64(0.0))
+    mean = assigned / np.maximum(hit, 1e-9)
+    rows = np.clip(np.exp2(np.ceil(np.log2(np.maximum(mean, 1.0)))), MIN_TILE_ROWS, p.tile_rows)
+    tiles: Array = sum((n * np.ceil(load / rows) for n, load in classes), np.float64(0.0))
+    passed = np.asarray(tokens, dtype=np.float64) * top_k
+    seconds = p.launch_s + p.expert_s * hit + p.row_s * passed
+    for columns, depth in ((2.0 * inner, hidden), (hidden, inner)):
+        compute = _product_s(p, device, (rows, tiles), (columns, depth), peak, width)
+        moved = hit * columns * depth * width + passed * (columns + depth) * 2.0
+        memory = moved / (p.bandwidth_fraction * device.hbm_bytes_per_s)
+        seconds = seconds + overlapped(compute, memory, p.unhidden_fraction)
+    if not cold and p.eager_s:
+        seconds = np.maximum(seconds, p.eager_s)
+    weights = 3.0 * hidden * inner * width
+    return limited(seconds, 6.0 * hidden * inner * assigned, peak, hit * weights, device, cold)
+
+
+def _product_s(
+    p: MoeParameters,
+    device: HardwareProfile,
+    tiling: tuple[Array, Array],
+    size: tuple[Array, Array],
+    peak: float,
+    width: float,
+) -> Array:
+    rows, tiles = tiling
+    columns, depth = size
+    sms = units(device)
+    stream = p.stream_bytes_per_s * clock_ratio(device)
+    per_k = np.maximum(
+        2.0 * rows * TILE_COLUMNS * sms / (p.tensor_fraction * peak),
+        TILE_COLUMNS * (width / stream),
+    )
+    ctas = tiles * np.ceil(columns / TILE_COLUMNS)
+    seconds: Array = waves(ctas / sms, p.wave_rounding) * (depth * per_k + p.tile_s)
+    return seconds
+
+
+def _time(
+    parameters: MoeParameters, device: HardwareProfile, shape: Shape, variant: str, cold: bool
+) -> Array:
+    dtype = "fp8" if variant.startswith("fp8") else variant
+    tokens, hidden, inner, top_k, n_experts, local = (shape[name] for name in SHAPE[:6])
+    sizes = (tokens, hidden, inner, top_k, n_experts, local)
+    return moe_time_s(parameters, device, *sizes, dtype, skew=shape["skew"], cold=cold)
+
+
+def _work(device: HardwareProfile, shape: Shape, variant: str) -> Work:
+    share = np.asarray(shape["local_experts"], dtype=np.float64) / shape["n_experts"]
+    assigned = shape["tokens"] * shape["top_k"] * share
+    hit = shape["local_experts"] * experts_hit(shape["tokens"], shape["top_k"], shape["n_experts"])
+    weights = 3.0 * shape["hidden"] * shape["inner"] * element_bytes(variant)
+    flops = 6.0 * shape["hidden"] * shape["inner"] * assigned
+    return Work(flops, peak_of(device, variant), np.minimum(hit, assigned) * weights)
+
+
+SHAPE = ("tokens", "hidden", "inner", "top_k", "n_experts", "local_experts", "skew")
+KIND = KernelKind(
+    name="moe_gemm",
+    parameters=MoeParameters,
+    shape=SHAPE,
+    variants=("bf16", "fp8", "fp8_block"),
+    priors=lambda kernel, variant: PRIORS,
+    structure=lambda kernel, variant: {},
+    time_s=_time,
+    work=_work,
+)
