@@ -2,6 +2,8 @@
 sums.
 """
 
+from dataclasses import replace
+
 from costmodel.architecture import Layer
 from costmodel.families.common import Model, read_basics, read_layer_types, read_tied, read_top_k
 from costmodel.hf_config import ConfigReader
@@ -25,7 +27,11 @@ def build(c: ConfigReader, model_type: str, wrapper: ConfigReader | None = None)
     if own is not None:
         rates = {kind: own.integer(kind, default=rates[kind]) for kind in rates}
     types = _layer_types(c, n_layers)
-    mixers = {kind: _mixer(c, kind, rates.get(kind, 0)) for kind in set(types)}
+    streams = c.integer("hc_mult")
+    mixers = {
+        kind: replace(_mixer(c, kind, rates.get(kind, 0)), streams=streams, stream_width=d)
+        for kind in set(types)
+    }
     n = c.integer("n_routed_experts", "num_local_experts")
     width = c.integer("moe_intermediate_size")
     # The checkpoint's shared expert is one MLP of that width, whatever n_shared_experts says.
@@ -39,7 +45,6 @@ def build(c: ConfigReader, model_type: str, wrapper: ConfigReader | None = None)
         raise c.error("n_shared_experts", "1", c.raw("n_shared_experts"))
     read_layer_types(c, n_layers, ("hash_moe", "moe"), "mlp_layer_types")
     c.ignore("num_hash_layers", "expert_dtype", "hc_sinkhorn_iters")
-    streams = c.integer("hc_mult")
     mixing = (2 + streams) * streams
     hyper = Linear(
         name="hyper_connection",
@@ -53,14 +58,23 @@ def build(c: ConfigReader, model_type: str, wrapper: ConfigReader | None = None)
         kind: Layer(mixers=(mixer,), mlps=(moe,), linears=(hyper, hyper), other_parameters=2 * d)
         for kind, mixer in mixers.items()
     }
+    stack = [layers[t] for t in types]
+    collapse = Linear(
+        name="hyper_head",
+        n_in=streams * d,
+        n_out=streams,
+        role="mixer",
+        quantisable=False,
+        bias=streams + 1,
+    )
+    stack[-1] = replace(stack[-1], linears=(*stack[-1].linears, collapse))
     return Model(
         d_model=d,
         vocab_size=basics.vocab_size,
-        layers=tuple(layers[t] for t in types),
-        other_parameters=d + streams * streams * d + streams + 1,
+        layers=tuple(stack),
+        other_parameters=d,
         tied_embeddings=read_tied(c, wrapper, default=False),
         max_context_tokens=basics.max_context_tokens,
-        notes=("mixing the hyper-connection streams (2 n^2 d FLOPs per block) is not counted",),
     )
 
 

@@ -110,12 +110,16 @@ def _gemma4(c: ConfigReader, wrapper: ConfigReader | None) -> Model:
         layers.append(cache[kind, shares])
     rows = c.integer("vocab_size_per_layer_input", default=262_144)
     embedding = basics.vocab_size * d + per_layer * n_layers * rows
-    projection = per_layer * n_layers * d + per_layer if per_layer else 0
+    if per_layer:  # one projection feeds all layers; it is counted with the first
+        project = Linear(
+            name="per_layer_model_projection", n_in=d, n_out=per_layer * n_layers, role="mlp"
+        )
+        layers[0] = replace(layers[0], linears=(*layers[0].linears, project))
     return Model(
         d_model=d,
         vocab_size=basics.vocab_size,
         layers=tuple(layers),
-        other_parameters=d + projection,
+        other_parameters=d + per_layer,
         embedding_parameters=embedding,
         tied_embeddings=read_tied(c, wrapper, default=True),
         max_context_tokens=basics.max_context_tokens,

@@ -50,6 +50,8 @@ class CompressedAttention(AbstractMixer):
     ratio          m; 0 for window-only layers
     index_heads, index_dim, top_k   the index of sparse layers; 0 heads without one
     o_groups, o_rank   block-diagonal first half of the output projection
+    streams        residual streams of the block, each ``stream_width`` wide: hyper-connections mix
+                   them with an n x n matrix at both of the block's sums; 1 without
     """
 
     KIND: ClassVar[str] = "compressed_attention"
@@ -66,6 +68,8 @@ class CompressedAttention(AbstractMixer):
     index_heads: int = 0
     index_dim: int = 0
     top_k: int = 0
+    streams: int = 1
+    stream_width: int = 0
 
     @property
     def sparse(self) -> bool:
@@ -209,7 +213,8 @@ class CompressedAttention(AbstractMixer):
             },
             formula="4 h N per pair: window, and floor((t+1)/m) entries, at most top-k",
         )
-        return (*self._index_operations(point, phase="prefill"), attention)
+        index = self._index_operations(point, phase="prefill")
+        return (*index, attention, *self._stream_operations(point, point.batch * s))
 
     def decode(self, point: Point) -> Operations:
         """Read the window and the chosen entries once."""
@@ -239,7 +244,31 @@ class CompressedAttention(AbstractMixer):
             },
             formula="read B (min(T, W) + entries) h b once; 4 h N FLOPs each",
         )
-        return (*self._index_operations(point, phase="decode"), attention)
+        index = self._index_operations(point, phase="decode")
+        return (*index, attention, *self._stream_operations(point, point.batch))
+
+    def _stream_operations(self, point: Point, tokens: Array) -> Operations:
+        """Collapse, expand and mix the residual streams, before and after both of the block's
+        parts.
+        """
+        n, d = self.streams, self.stream_width
+        if n == 1:
+            return ()
+        moved = tokens * (3.0 * n * d * point.element_bytes)
+        return (
+            Operation(
+                name="hyper_connection_mix",
+                kind="elementwise",
+                count=2.0,
+                flops=tokens * (2.0 * n * n * d),
+                vector_flops=tokens * (4.0 * n * d),
+                activation_bytes=moved,
+                transient_bytes=moved,
+                launches=3,
+                dtype=point.dtype,
+                formula="2 n^2 d FLOPs per token and sum; n streams read twice and written",
+            ),
+        )
 
     def _index_operations(self, point: Point, *, phase: Literal["prefill", "decode"]) -> Operations:
         """Scores of the compressed index keys, and the top-k entries."""

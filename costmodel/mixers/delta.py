@@ -18,7 +18,13 @@ import numpy as np
 
 from costmodel.errors import NotApplicableError
 from costmodel.mixers.base import AbstractMixer, Linear
-from costmodel.mixers.recurrent import convolution, fixed_state_bytes, gated_norm, scan
+from costmodel.mixers.recurrent import (
+    convolution,
+    fixed_state_bytes,
+    gated_norm,
+    runs_in_torch,
+    scan,
+)
 from costmodel.operation import Array, Operations
 from costmodel.workload import Point
 
@@ -119,7 +125,10 @@ class DeltaRule(AbstractMixer):
         c, dk, dv = float(CHUNK_TOKENS), float(self.key_dim), float(self.value_dim)
         n_chunks = np.ceil(point.prompt_tokens / c)
         padded = point.batch * n_chunks * c
-        per_token = self.n_value_heads * (6 * c * dk + 4 * c * dv + c * c / 3 + 6 * dk * dv)
+        intra = 6 * c * dk + 4 * c * dv + c * c / 3
+        if runs_in_torch(point):  # triangular solves or elementwise scores in place of matmuls
+            intra = 4 * c * dk + 2 * c * dv if self.form == "gdn" else 2 * c * dk + 4 * c * dv
+        per_token = self.n_value_heads * (intra + 6 * dk * dv)
         b = point.element_bytes
         # chunk states, the triangular inverse, and the transformed keys and values
         written = point.batch * n_chunks * (self.state_elements * b) + padded * (
@@ -135,7 +144,9 @@ class DeltaRule(AbstractMixer):
 
     def decode(self, point: Point) -> Operations:
         """Convolution, one recurrence step and gated norm."""
-        return self._operations(point, prefill=False)
+        # transformers' torch code does a step with elementwise products and sums
+        executed = np.float64(0.0) if runs_in_torch(point) else None
+        return self._operations(point, prefill=False, executed=executed)
 
     def _operations(
         self,

@@ -68,9 +68,10 @@ class Lightning(AbstractMixer):
 
     def prefill(self, point: Point) -> Operations:
         """Blocked linear attention and gated norm."""
-        c = float(self.block_tokens)
-        padded = point.batch * np.ceil(point.prompt_tokens / c) * c
-        executed = padded * (4.0 * c * self.width + 4.0 * self.state_elements)
+        s, c = point.prompt_tokens, float(self.block_tokens)
+        n_full = np.floor(s / c)
+        inside = n_full * c * c + (s - n_full * c) ** 2  # the last block may be shorter
+        executed = point.batch * (4.0 * inside * self.width + 4.0 * s * self.state_elements)
         return self._operations(point, prefill=True, executed=executed)
 
     def decode(self, point: Point) -> Operations:

@@ -17,7 +17,13 @@ import numpy as np
 
 from costmodel.errors import NotApplicableError
 from costmodel.mixers.base import AbstractMixer, Linear
-from costmodel.mixers.recurrent import convolution, fixed_state_bytes, gated_norm, scan
+from costmodel.mixers.recurrent import (
+    convolution,
+    fixed_state_bytes,
+    gated_norm,
+    runs_in_torch,
+    scan,
+)
 from costmodel.operation import Array, Operations
 from costmodel.workload import Point
 
@@ -96,17 +102,24 @@ class Mamba2(AbstractMixer):
         padded = point.batch * n_chunks * c
         states = point.batch * n_chunks * (4.0 * e * n)
         scores = point.batch * n_chunks * (4.0 * g * c * c)
+        executed = padded * (2.0 * c * n * g + 2.0 * c * e + 4.0 * e * n)
+        if runs_in_torch(point):  # groups repeated to heads; all chunk states against all
+            executed = padded * (2.0 * c * n * self.n_heads + 2.0 * c * e + 4.0 * e * n)
+            executed = executed + point.batch * (n_chunks + 1) ** 2 * (2.0 * e * n)
         return self._operations(
             point,
             prefill=True,
-            executed=padded * (2.0 * c * n * g + 2.0 * c * e + 4.0 * e * n),
+            executed=executed,
             workspace=2 * (states + scores),
             transient=states + scores,
         )
 
     def decode(self, point: Point) -> Operations:
         """Convolution, one recurrence step and gated norm."""
-        return self._operations(point, prefill=False)
+        readout = point.batch * (2.0 * self.d_inner * self.d_state)
+        return self._operations(
+            point, prefill=False, executed=readout if runs_in_torch(point) else None
+        )
 
     def _operations(
         self,

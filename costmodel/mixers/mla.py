@@ -192,12 +192,15 @@ class MLA(AbstractMixer):
         t = point.cached_tokens
         read = self.attended(t)
         per_token = 2.0 * (2 * self.kv_lora_rank + self.qk_rope_head_dim) * self.n_heads
+        executed = self.attended(t + 1) * per_token
+        if point.engine.kv_growth == "cat":  # transformers attends to expanded, masked heads
+            executed = (t + 1) * (2.0 * (self.qk_head_dim + self.v_head_dim) * self.n_heads)
         latent = self.latent_bytes(point)
         attention = Operation(
             name="mla_attention",
             kind="mla_decode_attention",
             flops=point.batch * read * per_token,
-            executed_flops=point.batch * self.attended(t + 1) * per_token,
+            executed_flops=point.batch * executed,
             state_bytes=point.batch * (read + 1) * latent,
             activation_bytes=point.batch
             * (self.n_heads * (2 * self.kv_lora_rank + self.qk_rope_head_dim))
@@ -272,6 +275,7 @@ class MLA(AbstractMixer):
             executed_pairs=square if point.level == "reference" else pairs,
             key_bytes=self.index_bytes(point),
             new_keys=0.0 if prefill else 1.0,
+            eager_weights=True,
         )
 
 

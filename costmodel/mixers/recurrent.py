@@ -6,7 +6,8 @@ dtype: kernel - 1 of them (``fixed_state_layout`` "exact"), or kernel ("transfor
 FLOPs. ``flops`` counts the convolution (2 k per channel) and the matmuls with the state that the
 recurrence itself needs: 2 per state element for the outer-product update, for the readout and for
 the delta rule's prediction. Decay, gates, exp and softplus are elementwise (``vector_flops``).
-``executed_flops`` of a prompt counts the chunked matmul form that kernels run instead.
+``executed_flops`` of a prompt counts the chunked matmul form that kernels run instead; with the
+engine "transformers" it is what torch's flop counter counts in the model's own torch code.
 
 Shape of ``scan_prefill`` and ``scan_step``: batch, q_len (1 for a step), n_heads, head_dim,
 d_state, chunk (tokens per chunk; 1 without chunks), state_bytes (fp32 state, whole batch), tokens
@@ -25,9 +26,14 @@ from costmodel.workload import Point
 STATE_ELEMENT_BYTES = 4.0
 
 
+def runs_in_torch(point: Point) -> bool:
+    """Whether the engine runs transformers' own loops: its layout, and its matmuls, count."""
+    return point.engine.fixed_state_layout == "transformers"
+
+
 def conv_columns(point: Point, kernel: int) -> int:
     """Convolution columns an engine keeps."""
-    return kernel if point.engine.fixed_state_layout == "transformers" else kernel - 1
+    return kernel if runs_in_torch(point) else kernel - 1
 
 
 def fixed_state_bytes(
@@ -46,11 +52,15 @@ def convolution(point: Point, *, channels: int, kernel: int, prefill: bool) -> O
     q_len = point.prompt_tokens if prefill else np.float64(1.0)
     tokens = point.batch * q_len
     columns = conv_columns(point, kernel) * channels * point.element_bytes
+    computed = q_len
+    if runs_in_torch(point):  # its padding is computed too
+        computed = q_len + (kernel - 1) if prefill else np.float64(2.0)
     moved = tokens * (2.0 * channels * point.element_bytes)
     return Operation(
         name="causal_conv1d",
         kind="elementwise",
         flops=tokens * (2.0 * kernel * channels),
+        executed_flops=point.batch * computed * (2.0 * kernel * channels),
         vector_flops=tokens * (4.0 * channels),
         state_bytes=point.batch * columns * (1.0 if prefill else 2.0),
         activation_bytes=moved,

@@ -33,20 +33,24 @@ def index_operations(
     executed_pairs: Array,
     key_bytes: float,
     new_keys: Array,
+    eager_weights: bool = False,
 ) -> Operations:
     """Scoring and selection of one layer.
 
     candidates  keys a query at the end is scored against, per sequence
     pairs       query-candidate pairs that causality allows; ``executed_pairs`` what runs
     key_bytes   of one index key; ``new_keys`` keys written besides those read
+    eager_weights  whether the eager implementation weighs scores with a matmul
     """
     queries: Array = point.prompt_tokens if phase == "prefill" else np.float64(1.0)
+    # the eager path weighs the heads' scores with a matmul, kernels while they score
+    weighing = 2.0 * n_heads if point.level == "reference" and eager_weights else 0.0
     scores = point.batch * (queries * candidates) * 4.0
     score = Operation(
         name="index_score",
         kind="mla_prefill_attention" if phase == "prefill" else "mla_decode_attention",
         flops=point.batch * pairs * (2.0 * n_heads * head_dim),
-        executed_flops=point.batch * executed_pairs * (2.0 * n_heads * head_dim),
+        executed_flops=point.batch * executed_pairs * (2.0 * n_heads * head_dim + weighing),
         vector_flops=point.batch * pairs * (2.0 * n_heads),
         state_bytes=point.batch * (candidates + new_keys) * key_bytes,
         activation_bytes=point.batch * queries * (n_heads * (head_dim + 1) * point.element_bytes),
