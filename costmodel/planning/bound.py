@@ -55,10 +55,10 @@ def bound_of(load: Load, steps: StepTable, pool: float) -> Bound:
     mixing = steps.mixing_s(load.prompt_tokens, load.cached_tokens) + load.before_s
     per_prompt = float(mixing.mean())
     if n_steps == 0.0:
-        prefill = per_prompt + tokens * steps.token_s(steps.chunk_tokens) / steps.chunk_tokens
-        kv = prefill * float(load.peak_bytes.mean()) / pool
+        alone = per_prompt + tokens * steps.token_s(steps.chunk_tokens) / steps.chunk_tokens
+        kv = alone * float(load.peak_bytes.mean()) / pool
         return Bound(
-            rate_per_s=1.0 / prefill, batch=0.0, prefill_s=prefill, decode_s=0.0, kv_s=kv,
+            rate_per_s=1.0 / alone, batch=0.0, prefill_s=alone, decode_s=0.0, kv_s=kv,
             memory_binds=False,
         )
     weight = load.decode_steps / load.decode_steps.sum()
@@ -144,4 +144,5 @@ def unloaded(load: Load, steps: StepTable) -> Unloaded:
 
 def _decode_alone(steps: StepTable, moved: np.ndarray) -> np.ndarray:
     j = np.maximum(np.searchsorted(np.array(steps.knots), moved, side="right") - 1, 0)
-    return np.array(steps.base[1])[j] + np.array(steps.slope[1])[j] * moved
+    alone: np.ndarray = np.array(steps.base[1])[j] + np.array(steps.slope[1])[j] * moved
+    return alone

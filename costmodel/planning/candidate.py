@@ -15,9 +15,10 @@ from costmodel.planning.bound import Bound, Unloaded, bound_of, unloaded
 from costmodel.planning.evidence import GivenUp, given_up
 from costmodel.planning.load import Load, load_of, pool_bytes
 from costmodel.planning.parallel import Parallel
+from costmodel.planning.pricing import Estimate, StepBuilder
 from costmodel.planning.requests import Requests
 from costmodel.planning.spec import Grid, PlanSpec
-from costmodel.planning.steps import Estimate, StepBuilder, StepTable, build_steps
+from costmodel.planning.steps import StepTable, build_steps
 from costmodel.predict import Model, Options
 from costmodel.registry import load_architecture
 from costmodel.units import GIB, format_bytes

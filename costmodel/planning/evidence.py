@@ -1,7 +1,7 @@
 """What a plan gives up in accuracy, and whether the floor lets it pass.
 
-Evidence is ``costmodel.quality``'s. Here it is asked at the workload's own prompt lengths, and, only where
-the user allows it, taken from another model of the same attention type and size class.
+Evidence is ``costmodel.quality``'s. Here it is asked at the workload's own prompt lengths, and,
+only where the user allows it, taken from another model of the same attention type and size class.
 """
 
 from collections.abc import Iterable

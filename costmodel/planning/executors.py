@@ -1,7 +1,7 @@
 """Where candidates are evaluated: here, in local processes, or on a Ray cluster.
 
-All three take the same tasks and give the same answers. A worker that dies loses nothing: what it was
-doing runs again elsewhere.
+All three take the same tasks and give the same answers. A worker that dies loses nothing: what it
+was doing runs again elsewhere.
 """
 
 import os
@@ -24,7 +24,7 @@ _RESTARTS = 3
 
 
 class Inline:
-    """This process; for small plans and tests."""
+    """In this process; for small plans and tests."""
 
     def __init__(self, spec: PlanSpec, requests: Requests) -> None:
         set_context(spec, requests)

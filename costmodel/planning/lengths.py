@@ -9,8 +9,8 @@
     {distribution = "lognormal_pareto", mean = 1500, sigma = 0.9, tail_share = 0.05,
      minimum = 16384, alpha = 1.2, maximum = 131072}
 
-Between two rows of a CDF lengths are uniform. Inputs of real services are near a lognormal body with
-a Pareto tail and outputs near an exponential (ServeGen, arXiv 2505.09999).
+Between two rows of a CDF lengths are uniform. Inputs of real services are near a lognormal body
+with a Pareto tail and outputs near an exponential (ServeGen, arXiv 2505.09999).
 """
 
 import itertools
@@ -72,7 +72,8 @@ class Lengths:
             tail = rng.random(n) < p["tail_share"]
             drawn = np.where(tail, _pareto(p, n, rng), _lognormal(p["mean"], p["sigma"], n, rng))
         low = 1.0 if self.kind == "lognormal_pareto" else p.get("minimum", 1.0)
-        return np.round(np.clip(drawn, max(1.0, low), p.get("maximum", float(MAX_TOKENS))))
+        high = p.get("maximum", float(MAX_TOKENS))
+        return np.asarray(np.round(np.clip(drawn, max(1.0, low), high)), dtype=np.float64)
 
 
 def _lognormal(mean: float, sigma: float, n: int, rng: np.random.Generator) -> Floats:

@@ -1,9 +1,9 @@
-"""What each request asks of one replica under one method: tokens to prefill, memory held, bytes read.
+"""What each request asks of a replica under a method: tokens to prefill, state held, bytes read.
 
-A request's state grows along a straight line from the end of its prompt to its last token. The line is
-drawn through the two exact ends of the method's own state formula and lifted over whatever lies
-above it between them (a quantiser's residual, a window that fills), so it never promises
-memory that the method would need.
+A request's state grows along a straight line from the end of its prompt to its last token. The line
+is drawn through the two exact ends of the method's own state formula and lifted over whatever lies
+above it between them (a quantiser's residual, a window that fills), so it never promises memory
+that the method would need.
 """
 
 from dataclasses import dataclass
@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from costmodel.memory import memory_of, state_of
+from costmodel.planning.pricing import StepBuilder
 from costmodel.planning.requests import Requests
-from costmodel.planning.steps import StepBuilder
 from costmodel.predict import Model
 
 Floats = NDArray[np.float64]
@@ -139,10 +139,9 @@ def _held(
 
 
 def pool_bytes(model: Model, longest_prompt: float, longest_output: float, max_batch: int) -> float:
-    """Bytes per GPU left for state: capacity less weights, what the engine reserves, and the largest
-    transient of the longest prompt or of a full decode batch, as ``predict`` counts them.
+    """Bytes per GPU left for state: capacity less weights, what the engine reserves, and the
+    largest transient of the longest prompt or of a full decode batch, as ``predict`` counts them.
     """
-    one = np.float64(1.0)
     capacity = model.run.hardware.memory_bytes * model.options.memory_fraction
 
     def transient(batch: float, prompt: float, output: float) -> float:
@@ -157,4 +156,4 @@ def pool_bytes(model: Model, longest_prompt: float, longest_output: float, max_b
         return float(np.max(np.maximum(after_prompt, after_last)))
 
     fixed = max(transient(1.0, longest_prompt, longest_output), transient(max_batch, 1.0, 1.0))
-    return capacity - float(fixed * one)
+    return capacity - fixed

@@ -3,8 +3,8 @@
     TTFT  first token - arrival, queue included          E2E  last token - arrival
     TPOT  (E2E - TTFT) / (n - 1) of one request          ITL  every gap between consecutive tokens
 
-Intervals are 95 % percentile intervals of a block bootstrap: consecutive requests are alike (they share
-a queue), so whole blocks of them are drawn, not single ones.
+Intervals are 95 % percentile intervals of a block bootstrap: consecutive requests are alike (they
+share a queue), so whole blocks of them are drawn, not single ones.
 """
 
 from collections.abc import Iterable
@@ -182,7 +182,9 @@ def checks(found: Measured, slo: Slo) -> list[Check]:
     if slo.attainment is not None:
         share = float(np.mean(meets_all(found, slo)))
         out.append(
-            Check(key="attainment", value=share, limit=slo.attainment, holds=share >= slo.attainment)
+            Check(
+                key="attainment", value=share, limit=slo.attainment, holds=share >= slo.attainment
+            )
         )
     return out
 

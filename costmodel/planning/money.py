@@ -1,8 +1,8 @@
 """Watts and dollars of a fleet.
 
-Power: decode follows ``costmodel.power``; a prefilling GPU draws about 0.90 of its TDP and an idle one about
-0.11 (80 W of 700 W on H100 and H200 hosts, as other planners take them). Rent usually includes
-power: a power price adds to it only where the user names one.
+Power: decode follows ``costmodel.power``; a prefilling GPU draws about 0.90 of its TDP and an idle
+one about 0.11 (80 W of 700 W on H100 and H200 hosts, as other planners take them). Rent usually
+includes power: a power price adds to it only where the user names one.
 """
 
 from dataclasses import dataclass

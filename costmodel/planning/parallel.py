@@ -1,7 +1,7 @@
 """Parallelism inside one replica beyond tensor parallelism.
 
-Tensor parallelism is priced by the cost model itself (KV heads replicate where there are fewer than GPUs).
-The others reshape the tables of one tensor-parallel group.
+Tensor parallelism is priced by the cost model itself (KV heads replicate where there are fewer than
+GPUs). The others reshape the tables of one tensor-parallel group.
 
 pp  Pipeline. In steady state as many micro-batches as stages are in flight, so an iteration over n
     sequences takes one micro-batch of n / pp through all stages, each as slow as the one with most

@@ -1,8 +1,8 @@
 """From a checked plan file to ranked answers.
 
 1. Every candidate is screened: does it fit, is it accurate enough, what is its closed-form best?
-2. In order of their best cost, candidates are simulated in waves. One whose *best* case costs more than
-   a plan already found that gives up no more accuracy is not simulated; it is listed.
+2. In order of their best cost, candidates are simulated in waves. One whose *best* case costs
+   more than a plan already found that gives up no more accuracy is not simulated; it is listed.
 3. What holds is ranked by cost, then by accuracy given up, then by GPUs.
 
 Waves have a fixed size, so answers do not depend on the number of processes.

@@ -1,14 +1,14 @@
 """One engine with continuous batching, moved from event to event.
 
 Every iteration takes one token of each decoding sequence and, with what is left of
-``chunk_tokens``, prompts in order of arrival, the first of them in chunks. A prompt is admitted when the
-pool has room for its state; when decoding sequences outgrow the pool, the one admitted
+``chunk_tokens``, prompts in order of arrival, the first of them in chunks. A prompt is admitted
+when the pool has room for its state; when decoding sequences outgrow the pool, the one admitted
 last is put back to the front of the queue and later recomputed. Admission and preemption are vLLM's
 (first come first served, recompute, the last admitted goes first).
 
 Between two events nothing but the lengths changes: iterations then follow one another in closed
-form. With a = D(n, R) and R growing by R1 per iteration, m of them take m a + b m (m - 1) / 2, b the
-slope of D times R1. An event is a finished sequence, a new request, a full pool or a knot of D.
+form. With a = D(n, R) and R growing by R1 per iteration, m of them take m a + b m (m - 1) / 2, b
+the slope of D times R1. An event is a finished sequence, a new request, a full pool or a knot of D.
 """
 
 from array import array
@@ -23,22 +23,21 @@ from costmodel.planning.work import Work
 
 class Replica:
     """State of one replica. Sums over the decoding sequences are straight lines in the iteration
-    counter ``step``: R = r0 + r1 step (bytes moved), and h0 + h1 step (bytes reserved, with those of
-    the prompt in work).
+    counter ``step``: R = r0 + r1 step (bytes moved), and h0 + h1 step (bytes reserved, with those
+    of the prompt in work).
     """
 
     __slots__ = (
-        "admitted", "current", "decode_s", "end", "epoch", "finishing", "first_gap_s", "gap_counts",
-        "gap_slope", "gap_starts", "h0", "h1", "held_byte_s", "joined", "m", "mixed", "n",
-        "n_preempted", "outstanding", "peak_bytes", "pool", "prefill_s", "progress", "r0", "r1",
-        "ready", "stamp", "step", "steps", "t", "waiting", "work",
+        "admitted", "current", "decode_s", "end", "epoch", "finishing", "first_gap_s",
+        "gap_counts", "gap_slope", "gap_starts", "h0", "h1", "held_byte_s", "joined", "m", "mixed",
+        "n", "n_preempted", "outstanding", "peak_bytes", "pool", "prefill_s", "progress", "r0",
+        "r1", "ready", "stamp", "step", "steps", "t", "waiting", "work",
     )  # fmt: skip
 
     def __init__(self, steps: StepTable, pool: float, work: Work) -> None:
         self.steps, self.pool, self.work = steps, pool * (1 + 1e-12), work
-        self.t, self.end = 0.0, inf
+        self.t, self.end, self.mixed = 0.0, inf, False
         self.m = self.step = self.n = self.outstanding = self.stamp = self.n_preempted = 0
-        self.mixed = False
         self.r0 = self.r1 = self.h0 = self.h1 = 0.0
         self.waiting: deque[int] = deque()
         self.current, self.progress = -1, 0
@@ -116,10 +115,9 @@ class Replica:
                 self._leave(i)
                 work.finish_s[i] = now
                 self.outstanding -= 1
-        if self.ready:
-            for i in self.ready:
-                self._join(i, now)
-            self.ready = []
+        for i in self.ready:
+            self._join(i, now)
+        self.ready = []
         self.m = 0
         return before - self.outstanding
 
@@ -195,8 +193,6 @@ class Replica:
         """Give the iteration's free tokens to prompts: (tokens, seconds of mixing)."""
         steps, work, waiting = self.steps, self.work, self.waiting
         budget = steps.chunk_tokens - self.n
-        if self.n == 0 and budget < 1:
-            budget = 1
         i, tokens, seconds = self.current, 0, 0.0
         while budget > 0:
             if i < 0:
@@ -236,15 +232,9 @@ class Replica:
     def _mixed(self, now: float, tokens: int, chunks_s: float) -> None:
         """One iteration that carries prompt tokens."""
         steps, n = self.steps, self.n
-        if n:
-            decode = steps.decode_s(n, self.r0 + self.r1 * self.step)
-            time = decode + steps.token_s(n + tokens) - steps.token_s(n)
-        else:
-            decode = 0.0
-            time = steps.alone_s + steps.token_s(tokens)
-        time += steps.floor_s + chunks_s
-        if time < steps.host_s:
-            time = steps.host_s
+        moved = self.r0 + self.r1 * self.step
+        time = steps.mixed_s(n, moved, tokens, chunks_s)
+        decode = steps.decode_s(n, moved) if n else 0.0
         self.mixed, self.m, self.end = True, 1, now + time
         self.decode_s += decode
         self.prefill_s += time - decode

@@ -44,13 +44,14 @@ class Requests:
         if n == 0:
             raise ConfigError(f"{self.name}: expected at least one request, got none")
         if any(a.shape != (n,) for a in arrays):
-            raise ConfigError(f"{self.name}: expected arrays of one length, got {[a.size for a in arrays]}")
+            sizes = [a.size for a in arrays]
+            raise ConfigError(f"{self.name}: expected arrays of one length, got {sizes}")
         if not all(np.all(np.isfinite(a)) for a in arrays):
             raise ConfigError(f"{self.name}: expected finite numbers")
         if np.any(np.diff(self.arrival_s) < 0):
             raise ConfigError(f"{self.name}: expected arrival times that never decrease")
         if np.any(self.input_tokens < 1) or np.any(self.output_tokens < 1):
-            raise ConfigError(f"{self.name}: expected at least 1 input and 1 output token per request")
+            raise ConfigError(f"{self.name}: expected at least 1 input and 1 output token each")
         if np.any(self.prefix_tokens < 0) or np.any(self.prefix_tokens >= self.input_tokens):
             raise ConfigError(f"{self.name}: expected 0 <= prefix_tokens < input_tokens")
 

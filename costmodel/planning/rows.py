@@ -15,7 +15,8 @@ KEYS = (
     "usd_per_million_tokens", "usd_per_million_input_tokens", "usd_per_million_output_tokens",
     "energy_j_per_token", "ttft_p50_s", "ttft_p99_s", "tpot_p50_s", "tpot_p95_s", "itl_p95_s",
     "itl_p99_s", "e2e_p99_s", "intervals", "goodput_rps", "throughput_rps", "output_tokens_per_s",
-    "kv_occupancy", "kv_peak", "n_preempted", "headroom", "max_rate_per_s", "breaks_first", "binds",
+    "kv_occupancy", "kv_peak", "largest_share",
+    "n_preempted", "headroom", "max_rate_per_s", "breaks_first", "binds",
     "binding", "checks", "fragile", "accuracy_drop_points", "accuracy_source", "accuracy_analogy",
     "bound_replicas", "bound_gap", "holds", "answered_by", "price_date", "basis",
 )  # fmt: skip
@@ -131,6 +132,7 @@ def simulated_row(
         "kv_occupancy": outcome.kv_occupancy,
         "kv_peak": outcome.peak_occupancy,
         "n_preempted": outcome.n_preempted,
+        "largest_share": float(parts.load.peak_bytes.max()) / parts.pool,
         "binds": binds(screened),
         "binding": binding(screened),
         "checks": [

@@ -1,8 +1,9 @@
 """The fewest replicas that hold, and how much more they would take.
 
-Percentiles are not monotone in the number of replicas (a router spreads the long prompts differently
-each time), so a plan counts only where it holds at n *and* at n + 1. The search gallops up from the
-closed-form bound, halves the last interval to find an edge, and then checks both sides of it.
+Percentiles are not monotone in the number of replicas (a router spreads the long prompts
+differently each time), so a plan counts only where it holds at n *and* at n + 1. The search gallops
+up from the closed-form bound, halves the last interval to find an edge, and then checks both sides
+of it.
 """
 
 from dataclasses import dataclass, replace

@@ -1,8 +1,8 @@
 """What would change the answer: load, lengths, kernel efficiency, prices.
 
-Every simulated candidate is asked again in closed form under each scenario, and scaled by its own ratio of
-simulated to closed-form replicas. That is an estimate; it says which changes deserve a plan of
-their own.
+Every simulated candidate is asked again in closed form under each scenario, and scaled by its own
+ratio of simulated to closed-form replicas. That is an estimate; it says which changes deserve a
+plan of their own.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,8 +11,8 @@ from math import ceil, inf, isfinite
 from typing import TYPE_CHECKING, Any
 
 from costmodel.planning.candidate import Candidate, screen
+from costmodel.planning.pricing import Estimate
 from costmodel.planning.requests import Requests
-from costmodel.planning.steps import Estimate
 
 if TYPE_CHECKING:
     from costmodel.planning.spec import PlanSpec
@@ -67,10 +67,13 @@ def sensitivities(
     ``rows`` are feasible simulated rows and ``needs`` their replicas by scenario.
     """
     out = []
-    first = _best(rows, [_usd(r, n, "as planned", max_gpus) for r, n in zip(rows, needs, strict=True)])
+
+    def costs(name: str) -> list[float]:
+        return [_usd(r, n, name, max_gpus) for r, n in zip(rows, needs, strict=True)]
+
+    first = _best(rows, costs("as planned"))
     for scenario in SCENARIOS[1:]:
-        usd = [_usd(r, n, scenario.name, max_gpus) for r, n in zip(rows, needs, strict=True)]
-        out.append(_entry(scenario.name, rows, usd, first))
+        out.append(_entry(scenario.name, rows, costs(scenario.name), first))
     for gpu in dict.fromkeys(r["gpu"] for r in rows):
         for end in ("low", "high"):
             usd = [

@@ -67,7 +67,8 @@ class Slo:
         flat = np.full(input_tokens.shape, self.tightest("ttft"))
         if self.ttft_s_per_1k_tokens is None:
             return flat
-        return np.minimum(flat, self.scaled_ttft_s(input_tokens))
+        limit: Floats = np.minimum(flat, self.scaled_ttft_s(input_tokens))
+        return limit
 
     def scaled_ttft_s(self, input_tokens: Floats) -> Floats:
         """The limit that grows with the prompt."""

@@ -1,7 +1,7 @@
 """``plan.toml``: every key checked, every problem reported at once, with its line.
 
-``read_plan`` returns a :class:`PlanSpec`; ``PlanSpec.table`` is what was read, so that a result can be run
-again from its own output.
+``read_plan`` returns a :class:`PlanSpec`; ``PlanSpec.table`` is what was read, so that a result can
+be run again from its own output.
 """
 
 import re
@@ -151,12 +151,13 @@ def _with_line(problem: str, raw: bytes) -> str:
     key = problem.partition(":")[0]
     section, _, name = key.partition(".")
     current = ""
+    pattern = rf"\s*{re.escape(name.split('.')[0])}\s*[.=]"
     for number, line in enumerate(raw.decode("utf-8", "replace").splitlines(), start=1):
         if head := re.match(r"\s*\[\s*([A-Za-z_]+)", line):
             current = head[1]
             if current == section and not name:
                 return f"line {number}: {problem}"
-        elif name and current == section and re.match(rf"\s*{re.escape(name.split('.')[0])}\s*[.=]", line):
+        elif name and current == section and re.match(pattern, line):
             return f"line {number}: {problem}"
     return problem
 

@@ -76,7 +76,8 @@ def _reader(first: bytes, path: Path) -> tuple[str, Callable[[Path], Iterator[Ro
         return "csv", _own
     raise ConfigError(
         f"{path}:1: expected a Mooncake jsonl line or one of the csv headers "
-        "'TIMESTAMP,ContextTokens,GeneratedTokens', 'Timestamp,...,Request tokens,Response tokens', "
+        "'TIMESTAMP,ContextTokens,GeneratedTokens', "
+        "'Timestamp,...,Request tokens,Response tokens', "
         f"'arrival_s,input_tokens,output_tokens[,prefix_tokens]', got {short(text)}"
     )
 
@@ -251,7 +252,8 @@ def _checked(
     signed: bool = False,
 ) -> Row:
     """A plausible request. ``signed``: times count from the first line, so a negative one is
-    reported as reversed order."""
+    reported as reversed order.
+    """
     if not math.isfinite(seconds) or (seconds < 0 and not signed):
         raise _bad(path, number, f"expected a time of at least 0, got {seconds:g} s")
     for name, value in (("input", prompt), ("output", output)):

@@ -1,7 +1,7 @@
 """What runs in a worker process: one candidate at a time, by name.
 
-The plan and its requests travel once per process (``set_context``); tasks carry only candidates. A task
-builds what it needs again if another process screened the candidate: that takes well under the
+The plan and its requests travel once per process (``set_context``); tasks carry only candidates. A
+task builds what it needs again if another process screened the candidate: that takes well under the
 time of one simulation, and a task lost with its process can run anywhere else.
 """
 
@@ -61,7 +61,7 @@ def screen_task(candidate: Candidate) -> dict[str, Any]:
 
 
 def answer_task(candidate: Candidate) -> dict[str, Any]:
-    """The row with the fewest replicas that hold; or the fullest fleet allowed, and what it misses."""
+    """The row with the fewest replicas that hold; else the largest fleet, and what it misses."""
     spec, _ = _plan()
     screened, search = _search(candidate)
     assert search is not None
@@ -106,7 +106,9 @@ def sensitivity_task(candidate: Candidate, scenarios: tuple[Scenario, ...]) -> d
     return {s.name: needed_replicas(candidate, spec, requests, s) for s in scenarios}
 
 
-def curve_task(candidate: Candidate, replicas: int, factors: tuple[float, ...]) -> list[dict[str, Any]]:
+def curve_task(
+    candidate: Candidate, replicas: int, factors: tuple[float, ...]
+) -> list[dict[str, Any]]:
     """Latency against rate, for the picture: whole simulations at fractions of the load."""
     _, search = _search(candidate)
     assert search is not None

@@ -45,7 +45,8 @@ def read_demand(
     scale = f.number("scale", unit="a factor", low=1e-6, high=1e6)
     growth = f.number("growth", unit="a factor", low=1e-3, high=1e3)
     arrivals = _arrivals(f, kind)
-    prefix = _value(f, "prefix_cache", lambda x: read_prefix_cache(_text(x)), 0.0)
+    off: float | None = 0.0
+    prefix = _value(f, "prefix_cache", lambda x: read_prefix_cache(_text(x)), off)
     lengths = {k: _lengths(f, k, kind, folder) for k in ("input_tokens", "output_tokens")}
     factors = _factors(f)
     n_requests = f.whole("requests", unit="requests", low=10, high=20_000_000)
@@ -79,7 +80,7 @@ def read_demand(
 
 
 def _users_rate(f: Fields) -> float:
-    """users x active fraction x requests per user and minute / 60 x peak factor."""
+    """Multiply users x active fraction x requests per user and minute / 60 x peak factor."""
     users = f.number("users", unit="users", low=1, high=1e10) or 1.0
     active = f.number("active_fraction", unit="a share", low=1e-9, high=1.0)
     per_minute = f.number(
@@ -91,7 +92,7 @@ def _users_rate(f: Fields) -> float:
 
 
 def _arrivals(f: Fields, kind: Kind) -> Arrivals:
-    default = Arrivals(kind="trace") if kind in ("trace", "concurrency") else Arrivals(kind="poisson")
+    default = Arrivals(kind="trace" if kind in ("trace", "concurrency") else "poisson")
     arrivals = _value(f, "arrivals", lambda x: read_arrivals(_text(x)), default)
     if kind == "concurrency" and "arrivals" in f.table:
         f.problem("arrivals", "a concurrency has none: each answer brings the next request")
@@ -119,9 +120,9 @@ def _factors(f: Fields) -> dict[str, float]:
     if value is None:
         return {}
     rows = value if isinstance(value, dict) else {"*": value}
-    unit = "a factor"
+    named = isinstance(value, dict)
     return {
-        str(k): f.check_number(f"{key}.{k}" if isinstance(value, dict) else key, v, unit, 0.1, 100.0)
+        str(k): f.check_number(f"{key}.{k}" if named else key, v, "a factor", 0.1, 100.0)
         for k, v in rows.items()
     }
 

@@ -50,80 +50,100 @@ def load(arrival: list[float], prompt: list[int], output: list[int], **changes: 
     )
 
 
-def step_by_step(load: Load, steps: StepTable, pool: float) -> tuple[np.ndarray, np.ndarray, list[float], int]:
+class Loop:
     """The same engine, one iteration after another and one sequence after another."""
-    n = load.size
-    first, finish = [math.inf] * n, [math.inf] * n
-    last: dict[int, float] = {}
-    gaps: list[float] = []
-    generated = [0] * n
-    waiting: list[int] = []
-    running: list[int] = []  # decoding, in order of admission
-    partial: tuple[int, int] | None = None
-    now, coming, preempted = 0.0, 0, 0
 
-    def after(i: int) -> float:
+    def __init__(self, work: Load, steps: StepTable, pool: float) -> None:
+        self.work, self.steps, self.pool = work, steps, pool
+        n = work.size
+        self.first, self.finish = [math.inf] * n, [math.inf] * n
+        self.generated = [0] * n
+        self.last: dict[int, float] = {}
+        self.gaps: list[float] = []
+        self.waiting: list[int] = []
+        self.running: list[int] = []  # decoding, in order of admission
+        self.partial: tuple[int, int] | None = None
+        self.now, self.coming, self.preempted = 0.0, 0, 0
+
+    def run(self) -> "Loop":
+        work = self.work
+        while self.coming < work.size or self.waiting or self.running or self.partial:
+            if not (self.waiting or self.running or self.partial):
+                self.now = max(self.now, work.arrival_s[self.coming])
+            while self.coming < work.size and work.arrival_s[self.coming] <= self.now:
+                self.waiting.append(self.coming)
+                self.coming += 1
+            self.iterate(self.make_room())
+        return self
+
+    def after(self, i: int) -> float:
         """State once this iteration has added its token."""
-        return load.held_bytes[i] + load.held_slope[i] * generated[i]
+        return float(self.work.held_bytes[i] + self.work.held_slope[i] * self.generated[i])
 
-    while coming < n or waiting or running or partial:
-        if not waiting and not running and not partial:
-            now = max(now, load.arrival_s[coming])
-        while coming < n and load.arrival_s[coming] <= now:
-            waiting.append(coming)
-            coming += 1
+    def reserved(self) -> float:
+        return sum(map(self.after, self.running)) + (
+            self.after(self.partial[0]) if self.partial else 0.0
+        )
+
+    def make_room(self) -> bool:
         crowded = False
-        while sum(map(after, running)) + (after(partial[0]) if partial else 0.0) > pool:
+        while self.reserved() > self.pool:
             crowded = True
-            preempted += 1
+            self.preempted += 1
             # The prompt in work, if any, was admitted last.
-            if partial:
-                waiting.insert(0, partial[0])
-                partial = None
+            if self.partial:
+                self.waiting.insert(0, self.partial[0])
+                self.partial = None
             else:
-                waiting.insert(0, running.pop())
-        budget = steps.chunk_tokens - len(running)
-        reserved = sum(map(after, running)) + (after(partial[0]) if partial else 0.0)
-        tokens, mixing, ready = 0, 0.0, []
+                self.waiting.insert(0, self.running.pop())
+        return crowded
+
+    def prompts(self, crowded: bool) -> tuple[int, float, list[int]]:
+        """(tokens, seconds of mixing, prompts that are done with this iteration)."""
+        budget = self.steps.chunk_tokens - len(self.running)
+        reserved, tokens, mixing, ready = self.reserved(), 0, 0.0, []
         while budget > 0:
-            if partial is None:
-                if crowded or not waiting or len(running) + len(ready) >= steps.max_batch:
+            if self.partial is None:
+                full = len(self.running) + len(ready) >= self.steps.max_batch
+                if crowded or not self.waiting or full:
                     break
-                i = waiting[0]
-                need = after(i)
-                if reserved + need + load.held_slope[i] > pool:
+                i = self.waiting[0]
+                if reserved + self.after(i) + self.work.held_slope[i] > self.pool:
                     break
-                waiting.pop(0)
-                reserved += need
-                partial = (i, 0)
-            i, done = partial
-            target = int(load.prompt_tokens[i]) + generated[i]
+                reserved += self.after(self.waiting.pop(0))
+                self.partial = (i, 0)
+            i, done = self.partial
+            target = int(self.work.prompt_tokens[i]) + self.generated[i]
             c = min(budget, target - done)
-            mixing += steps.chunk_s(done, c)
+            mixing += self.steps.chunk_s(done, c)
             tokens, budget = tokens + c, budget - c
-            partial = (i, done + c)
+            self.partial = (i, done + c)
             if done + c == target:
                 ready.append(i)
-                partial = None
+                self.partial = None
+        return tokens, mixing, ready
+
+    def iterate(self, crowded: bool) -> None:
+        work, running = self.work, self.running
+        tokens, mixing, ready = self.prompts(crowded)
         moved = sum(
-            load.moved_bytes[i] + load.moved_slope[i] * (generated[i] - 1) for i in running
+            work.moved_bytes[i] + work.moved_slope[i] * (self.generated[i] - 1) for i in running
         )
         if tokens:
-            now += steps.mixed_s(len(running), moved, tokens, mixing)
+            self.now += self.steps.mixed_s(len(running), moved, tokens, mixing)
         else:
-            now += steps.decode_s(len(running), moved)
+            self.now += self.steps.decode_s(len(running), moved)
         for i in [*running, *ready]:
-            generated[i] += 1
-            if i in last:
-                gaps.append(now - last[i])
+            self.generated[i] += 1
+            if i in self.last:
+                self.gaps.append(self.now - self.last[i])
             else:
-                first[i] = now
-            last[i] = now
-        for i in [i for i in [*running, *ready] if generated[i] == load.output_tokens[i]]:
-            finish[i] = now
-            (running if i in running else ready).remove(i)
-        running += ready
-    return np.array(first), np.array(finish), gaps, preempted
+                self.first[i] = self.now
+            self.last[i] = self.now
+        for i in [*running, *ready]:
+            if self.generated[i] == work.output_tokens[i]:
+                self.finish[i] = self.now
+        self.running = [i for i in [*running, *ready] if self.finish[i] == math.inf]
 
 
 CASES = [
@@ -148,18 +168,18 @@ def test_events_equal_the_loop_over_iterations(case: dict[str, float], seed: int
         arrival - arrival[0], rng.integers(1, 300, n).tolist(), rng.integers(1, 120, n).tolist()
     )
     steps = table(**options)  # type: ignore[arg-type]
-    first, finish, gaps, preempted = step_by_step(work, steps, pool)
+    loop = Loop(work, steps, pool).run()
     found = simulate(work, steps, pool, 1)
-    np.testing.assert_allclose(found.first_s, first, rtol=1e-9)
-    np.testing.assert_allclose(found.finish_s, finish, rtol=1e-9)
-    starts, first_gap, growth, m, sequences = found.gaps
+    np.testing.assert_allclose(found.first_s, loop.first, rtol=1e-9)
+    np.testing.assert_allclose(found.finish_s, loop.finish, rtol=1e-9)
+    _, first_gap, growth, m, sequences = found.gaps
     each = [
         gap
         for a, b, count, k in zip(first_gap, growth, m, sequences, strict=True)
         for gap in np.repeat(a + b * np.arange(count), k)
     ]
-    np.testing.assert_allclose(sorted([*each, *found.stalls[1]]), sorted(gaps), rtol=1e-8)
-    assert found.n_preempted == preempted
+    np.testing.assert_allclose(sorted([*each, *found.stalls[1]]), sorted(loop.gaps), rtol=1e-8)
+    assert found.n_preempted == loop.preempted
 
 
 def test_one_request_by_hand() -> None:

@@ -1,0 +1,220 @@
+"""A plan in words: what binds and what would move it, how far the closed form was off, what to
+run.
+"""
+
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from costmodel.errors import LccostError
+from costmodel.planning.plan import Plan
+from costmodel.planning.spec import PlanSpec
+
+Row = Mapping[str, Any]
+
+#: What each number means, printed once with every plan.
+DEFINITIONS = (
+    "TTFT: arrival to first token, queue included. TPOT: (E2E - TTFT) / (n - 1) of one request. "
+    "ITL: every gap between consecutive tokens. E2E: arrival to last token.",
+    "goodput: requests per second that meet every limit themselves.",
+    "KV use: mean share of the state pool; headroom: load that still holds, above the planned one.",
+)
+
+
+def verdict(plan: Plan) -> str:
+    """The answer in one sentence."""
+    if plan.feasible:
+        best = plan.feasible[0]
+        usd = "" if best["usd_per_hour"] is None else f", {best['usd_per_hour']:.2f} USD/h"
+        return (
+            f"{best['gpus']} x {best['gpu']} with {best['method_spec']} serve {best['model']}"
+            f"{usd}; it holds at {best['replicas']} and at {best['replicas'] + 1} replicas."
+        )
+    near = plan.nearest
+    if near is None:
+        return "No plan meets the objectives: every candidate is out before it is simulated."
+    return (
+        f"No plan meets the objectives. Nearest: {near['gpus']} x {near['gpu']} with "
+        f"{near['method_spec']}: {near['reason']}."
+    )
+
+
+def binding_sentences(rows: Sequence[Row]) -> list[str]:
+    """Per model and GPU: what binds without any method, and whether the methods help."""
+    out = []
+    keys = dict.fromkeys((r["model"], r["gpu"], r["tp"]) for r in rows if r["binding"])
+    for key in keys:
+        group = [r for r in rows if (r["model"], r["gpu"], r["tp"]) == key and r["binding"]]
+        base = next((r for r in group if r["method"] == "full"), group[0])
+        out.append(_binding(base, group))
+    return out
+
+
+def _binding(base: Row, group: Sequence[Row]) -> str:
+    b = base["binding"]
+    where = base["gpu"] + (f" tp={base['tp']}" if base["tp"] > 1 else "")
+    prefill, decode, pool = b["prefill_s"], b["decode_s"], b["kv_pool_s"]
+    text = (
+        f"Binds on {where} with {base['method_spec']}: {base['binds']} ({prefill:.3g} s of prefill "
+        f"and {decode:.3g} s of decode per request; it fills the whole KV pool for {pool:.3g} s)."
+    )
+    needs = {r["method_spec"]: _replicas(r) for r in group}
+    own = needs[base["method_spec"]]
+    fewer = {m: n for m, n in needs.items() if n is not None and own is not None and n < own}
+    if fewer:
+        least = min(fewer.values())
+        best = [m for m, n in fewer.items() if n == least]
+        text += f" {', '.join(best)}: {least} replicas instead of {own}."
+    elif len(group) > 1 and own is not None:
+        text += " No method here saves a replica"
+        if base["binds"] == "prefill":
+            text += (
+                ": prefill binds, and only fewer prompt tokens (prompt compression, a prefix "
+                "cache) or sparse prefill would move it."
+            )
+        else:
+            text += "."
+    return text
+
+
+def _replicas(row: Row) -> int | None:
+    value = row["replicas"] if row["feasible"] else row["bound_replicas"]
+    return None if value is None or (row["reason"] and not row["feasible"]) else int(value)
+
+
+def gap_sentence(rows: Sequence[Row]) -> str | None:
+    """How far the closed form alone would have been off."""
+    gaps = [r["bound_gap"] for r in rows if r["feasible"] and r["bound_gap"]]
+    if not gaps:
+        return None
+    best = next(r for r in rows if r["feasible"])
+    return (
+        f"Closed form said {best['bound_replicas']} replicas for rank 1, simulation needs "
+        f"{best['replicas']}; over all simulated plans {min(gaps):.2f} to {max(gaps):.2f} times."
+    )
+
+
+def tail_sentence(workload: Mapping[str, Any]) -> str | None:
+    """The length tail, where it explains a queue."""
+    mean, p99 = workload["input_tokens_mean"], workload["input_tokens_p99"]
+    if p99 < 3 * mean:
+        return None
+    return f"Length tail: the P99 prompt is {p99 / mean:.1f} times the mean of {mean:,.0f} tokens."
+
+
+def pool_sentence(row: Row, workload: Mapping[str, Any]) -> str | None:
+    """How much of the pool the longest request can take."""
+    share = row.get("largest_share")
+    if not share or share < 0.25:
+        return None
+    return (
+        f"On {row['gpu']} with {row['method_spec']} the longest request "
+        f"({workload['input_tokens_max']:,} prompt tokens) takes {share:.0%} of the KV pool."
+    )
+
+
+def assumptions(plan: Plan) -> list[str]:
+    """What a reader must know before trusting the numbers."""
+    spec = plan.spec
+    demand = spec.demand
+    out = [
+        "; ".join([f"workload {plan.workload['name']}", *plan.workload["notes"]]),
+        f"load x {demand.scale * demand.growth:g}; arrivals {demand.arrivals.kind}"
+        + (f" with CV {demand.arrivals.cv:g}" if demand.arrivals.kind == "gamma" else "")
+        + f"; seed {demand.seed}",
+        "continuous batching with chunked prefill, first come first served; a full pool preempts "
+        f"the request admitted last and recomputes it; router {spec.grid.router}",
+        f"at most {spec.grid.max_batch} sequences a batch, "
+        f"{spec.grid.memory_fraction:.0%} of the memory the driver reports",
+    ]
+    if demand.prefix_share is None:
+        out.append("prefix cache ideal: every block seen before is found, on whatever replica")
+    elif demand.prefix_share:
+        out.append(f"prefix cache: {demand.prefix_share:.0%} of every prompt is found")
+    else:
+        out.append("prefix cache off")
+    bases = sorted({r["basis"] for r in plan.rows if r["basis"]})
+    if "prior" in bases:
+        out.append(
+            "kernel times rest on a prior, not on measurements of these GPUs: run "
+            "`lccost calibrate`"
+        )
+    dates = sorted({r["price_date"] for r in plan.rows if r["price_date"]})
+    if dates:
+        file = spec.money.file
+        name = f"prices of {file}" if file else "bundled prices"
+        out.append(f"{name}, dated {', '.join(dates)}; the middle of each range")
+    if spec.money.power_usd_per_kwh is not None:
+        out.append(
+            f"power at {spec.money.power_usd_per_kwh:g} USD/kWh, PUE {spec.money.pue:g}, on top of "
+            "rent"
+        )
+    if any(r.get("accuracy_analogy") for r in plan.rows):
+        out.append("accuracy by analogy is from another model of the same attention and size class")
+    return out
+
+
+def deploy(row: Row, spec: PlanSpec) -> list[str]:
+    """Commands that start one replica of a plan and put the planned load on it."""
+    if row["engine"] not in ("vllm", "sglang"):
+        return []
+    model = _hub_id(str(row["model"]))
+    pool = row["pools"][0]
+    chunk = spec.grid.chunk_tokens or 8192
+    if row["engine"] == "sglang":
+        return [
+            f"python -m sglang.launch_server --model-path {model} --tp {row['tp']} "
+            f"--chunked-prefill-size {chunk} --max-running-requests {spec.grid.max_batch} "
+            f"--mem-fraction-static {spec.grid.memory_fraction:g}"
+        ]
+    serve = [
+        "vllm", "serve", model,
+        "--tensor-parallel-size", str(row["tp"]),
+        "--max-num-batched-tokens", str(chunk),
+        "--max-num-seqs", str(spec.grid.max_batch),
+        "--gpu-memory-utilization", f"{spec.grid.memory_fraction:g}",
+    ]  # fmt: skip
+    if pool["pp"] > 1:
+        serve += ["--pipeline-parallel-size", str(pool["pp"])]
+    if pool["ep"] > 1:
+        serve += ["--data-parallel-size", str(pool["ep"]), "--enable-expert-parallel"]
+    if row["method"] == "fp8_kv":
+        serve += ["--kv-cache-dtype", "fp8"]
+    if spec.demand.prefix_share == 0.0:
+        serve.append("--no-enable-prefix-caching")
+    return [shlex.join(serve), _load_test(model, spec)]
+
+
+def _load_test(model: str, spec: PlanSpec) -> str:
+    demand = spec.demand
+    if demand.trace is not None and demand.trace.suffix == ".jsonl":
+        return shlex.join(
+            [
+                "aiperf", "profile", "--model", model, "--endpoint-type", "completions",
+                "--streaming", "--url", "http://localhost:8000", "--input-file", str(demand.trace),
+                "--custom-dataset-type", "mooncake_trace", "--fixed-schedule",
+            ]
+        )  # fmt: skip
+    rate = demand.rate_per_s
+    args = ["vllm", "bench", "serve", "--model", model, "--dataset-name", "random"]
+    if demand.input_tokens is not None and demand.input_tokens.kind == "fixed":
+        args += ["--random-input-len", f"{demand.input_tokens.tokens[0]:.0f}"]
+    if demand.output_tokens is not None and demand.output_tokens.kind == "fixed":
+        args += ["--random-output-len", f"{demand.output_tokens.tokens[0]:.0f}"]
+    if demand.sessions is not None:
+        args += ["--max-concurrency", str(demand.sessions)]
+    elif rate is not None:
+        args += ["--request-rate", f"{rate * demand.scale * demand.growth:g}"]
+        if demand.arrivals.kind == "gamma":
+            args += ["--burstiness", f"{1 / demand.arrivals.cv**2:g}"]
+    args += ["--num-prompts", "1000", "--percentile-metrics", "ttft,tpot,itl,e2el"]
+    return shlex.join(args)
+
+
+def _hub_id(model: str) -> str:
+    from costmodel.registry import load_architecture
+
+    try:
+        return load_architecture(model).hub_id or model
+    except LccostError:
+        return model
