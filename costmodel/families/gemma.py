@@ -22,6 +22,12 @@ from costmodel.mixers.base import Linear
 from costmodel.mlps import MLP, DenseMLP, MoE
 
 
+_SHARED_NOTE = (
+    "layers that share a cache are priced for the whole prompt; transformers runs them for its last "
+    "token only"
+)
+
+
 def build(c: ConfigReader, model_type: str, wrapper: ConfigReader | None = None) -> Model:
     """Read a Gemma config."""
     generation = int(model_type.removeprefix("gemma")[:1] or 1)
@@ -123,6 +129,7 @@ def _gemma4(c: ConfigReader, wrapper: ConfigReader | None) -> Model:
         embedding_parameters=embedding,
         tied_embeddings=read_tied(c, wrapper, default=True),
         max_context_tokens=basics.max_context_tokens,
+        notes=(_SHARED_NOTE,) if n_shared else (),
     )
 
 

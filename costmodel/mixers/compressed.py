@@ -18,7 +18,8 @@ Prefill 4 h N FLOPs per pair; pairs are the window's and floor((t+1)/m) entries,
 Decode  min(T, W) tokens and the entries read once
 
 Source: transformers 5.23 ``models/deepseek_v4``. Ignored: softmax pooling of the compressor
-(elementwise).
+(elementwise). ``fp8`` entries are priced in the format of V3.2's latents (rotary part in 16 bits,
+one fp32 scale per 128 elements): inferred, engines may use other scales.
 """
 
 from dataclasses import dataclass, replace

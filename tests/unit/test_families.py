@@ -2,15 +2,22 @@
 
 import json
 import random
+import sys
 import warnings
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 from small_configs import FAMILIES
 
 from costmodel.architecture import Architecture
-from costmodel.errors import ConfigError, UnknownNameError, UnsupportedArchitectureError
+from costmodel.errors import (
+    ConfigError,
+    MissingExtraError,
+    UnknownNameError,
+    UnsupportedArchitectureError,
+)
 from costmodel.families import MODULES, WRAPPED, known_families
 from costmodel.mixers.attention import Attention
 from costmodel.registry import architecture_from_config, load_architecture, model_names
@@ -308,6 +315,45 @@ def test_full_ids_last_parts_and_aliases_resolve(spelling: str, name: str) -> No
 def test_unknown_names_get_near_matches() -> None:
     with pytest.raises(UnknownNameError, match=r"llama-3\.1-8b"):
         load_architecture("lama-3.1-8b")
+
+
+class FakeHub(ModuleType):
+    """huggingface_hub as far as lccost uses it."""
+
+    def __init__(self, answer: Path | Exception) -> None:
+        super().__init__("huggingface_hub")
+        self.answer = answer
+        self.asked: list[tuple[str, str]] = []
+
+    def hf_hub_download(self, repo: str, file: str) -> str:
+        self.asked.append((repo, file))
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return str(self.answer)
+
+
+def test_a_hub_id_is_fetched_only_when_it_is_not_bundled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA), "utf-8")
+    hub = FakeHub(tmp_path / "config.json")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    assert load_architecture("someone/new-model").hub_id == "someone/new-model"
+    load_architecture("meta-llama/Llama-3.1-8B")
+    assert hub.asked == [("someone/new-model", "config.json")]
+
+
+def test_offline_the_hub_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = FakeHub(OSError("we couldn't connect"))
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    with pytest.raises(UnknownNameError, match="couldn't connect"):
+        load_architecture("someone/new-model")
+
+
+def test_without_the_hub_extra_a_hub_id_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # type: ignore[arg-type]
+    with pytest.raises(MissingExtraError, match=r"lccost\[hub\]"):
+        load_architecture("someone/new-model")
 
 
 def test_a_path_and_its_folder_are_read(tmp_path: Path) -> None:
