@@ -13,7 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from costmodel.architecture import MixerGroup
 from costmodel.layout import Execution, decode_operations, prefill_operations
+from costmodel.methods.base import State
 from costmodel.operation import Array, Operations
 from costmodel.workload import Point
 
@@ -46,14 +48,20 @@ def state_of(run: Execution, point: Point) -> tuple[Array, Array, Array]:
     for group in run.mixer_groups:
         state = run.stack.state(group, point)
         device, host = device + state.device, host + state.host
-        if state.allocated is not None:
-            allocated = allocated + state.allocated
-        elif group.mixer.HAS_KV:
-            room = run.stack.state(group, point.at(_room_tokens(point))).device
-            allocated = allocated + np.maximum(state.device, room)
-        else:
-            allocated = allocated + state.device
+        allocated = allocated + _allocated(run, group, point, state)
     return device, host, allocated
+
+
+def _allocated(run: Execution, group: MixerGroup, point: Point, state: State) -> Array:
+    """What the method sets aside, or what the engine does where the method leaves it open."""
+    own = state.allocated
+    if own is not None and not np.any(np.isnan(own)):
+        return own
+    room = state.device
+    if group.mixer.HAS_KV:
+        more = run.stack.state(group, point.at(_room_tokens(point))).device
+        room = np.maximum(room, more)
+    return room if own is None else np.where(np.isnan(own), room, own)
 
 
 def _room_tokens(point: Point) -> Array:

@@ -55,7 +55,7 @@ class State:
 
     device     in GPU memory
     host       in host memory
-    allocated  GPU memory the implementation sets aside for it; None: equal to ``device``, rounded
+    allocated  GPU memory the implementation sets aside for it; None or NaN: ``device``, rounded
                to the engine's blocks
     """
 

@@ -201,8 +201,8 @@ def _either(method: AbstractMethod, group: MixerGroup, point: Point) -> State:
         return state
     native = _native_state(group, point).device
     allocated = None
-    if state.allocated is not None:
-        allocated = np.where(full, native, state.allocated)
+    if state.allocated is not None:  # NaN: the engine's own rule, as for any native cache
+        allocated = np.where(full, np.nan, state.allocated)
     return State(
         np.where(full, native, state.device), np.where(full, 0.0, state.host), allocated
     )
