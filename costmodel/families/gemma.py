@@ -21,10 +21,9 @@ from costmodel.mixers.attention import Attention
 from costmodel.mixers.base import Linear
 from costmodel.mlps import MLP, DenseMLP, MoE
 
-
 _SHARED_NOTE = (
-    "layers that share a cache are priced for the whole prompt; transformers runs them for its last "
-    "token only"
+    "layers that share a cache are priced for the whole prompt; transformers runs them for its "
+    "last token only"
 )
 
 
