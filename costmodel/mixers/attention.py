@@ -188,8 +188,9 @@ def prefill_attention(
 ) -> Operation:
     """A flash-style attention kernel over a prompt.
 
-    ``pairs`` are the useful query-key pairs per head and sequence. What torch's flop counter counts is
-    the full square (``reference`` level), whatever the kernel skips; ``executed_pairs`` overrides.
+    ``pairs`` are the useful query-key pairs per head and sequence. What torch's flop counter counts
+    is the full square (``reference`` level), whatever the kernel skips; ``executed_pairs``
+    overrides.
     """
     s = point.prompt_tokens
     if executed_pairs is None:

@@ -1,9 +1,9 @@
 """What every token mixer can say about itself, for one layer of one sequence shard.
 
 A mixer is an immutable description with exact counts. It knows no method and no hardware:
-``linears`` are its projections (priced as matmuls by ``costmodel.layout``), ``other_parameters`` all the
-rest it stores, and the four cost hooks price what happens between the projections. Mixers that
-keep a KV cache price the *unmodified* cache here; methods replace those hooks
+``linears`` are its projections (priced as matmuls by ``costmodel.layout``), ``other_parameters``
+all the rest it stores, and the four cost hooks price what happens between the projections. Mixers
+that keep a KV cache price the *unmodified* cache here; methods replace those hooks
 (``costmodel.methods``).
 """
 
@@ -22,7 +22,8 @@ class Linear:
     n_in, n_out   shape; several matrices applied to the same input are one entry when engines
                   fuse them (q, k, v)
     role          "attention", "mixer", "mlp", "expert", "shared_expert", "router", "head"
-    quantisable   weight-only formats store it quantised (routers, heads and small gates stay 16-bit)
+    quantisable   weight-only formats store it quantised (routers, heads and small gates stay
+                  16-bit)
     copies        how many matrices of this shape one layer stores (experts)
     bias          number of bias elements, stored in 16 bits
     """
@@ -62,7 +63,9 @@ class AbstractMixer(ABC):
 
     @abstractmethod
     def sharded(self, tp: int) -> Self:
-        """The part one of ``tp`` GPUs holds. Raises ``NotApplicableError`` when it does not divide."""
+        """The part one of ``tp`` GPUs holds. Raises ``NotApplicableError`` when it does not
+        divide.
+        """
 
     @abstractmethod
     def state_bytes(self, point: Point) -> Array:
