@@ -22,8 +22,8 @@ CURVES = (
     *("ttft_s", "tpot_s", "tokens_per_s", "energy_j_per_token"),
     *("usd_per_million_output_tokens", "max_batch"),
 )
-#: A page with more series than this is not readable; the rest is said to be left out.
-MOST_SERIES = 40
+#: Series can be switched off here, so more of them are bearable than in a static figure.
+MOST_SERIES = 24
 _PHASE_OF_METRIC = {
     "ttft_s": "prefill",
     "tpot_s": "decode",
@@ -53,7 +53,7 @@ def curve_chart(
 ) -> Spec | None:
     """A metric against context, with a named limit line; None where no point has the metric."""
     text = AXES[metric]
-    series = [s for s in curve_series(pairs, metric) if _has_positive(s)]
+    series = [s for s in curve_series(pairs, metric, MOST_SERIES) if _has_positive(s)]
     if not series:
         return None
     drawn: list[Spec] = []
@@ -86,7 +86,7 @@ def roofline_chart(
     pairs: Sequence[Pair], hardware: HardwareProfile, rows: dict[int, int], colours: Colours
 ) -> Spec | None:
     """Attained FLOP/s over arithmetic intensity with the roofs of one device."""
-    series = roofline_series(pairs, hardware)[: 2 * MOST_SERIES]
+    series = roofline_series(pairs, hardware, MOST_SERIES)[: 2 * MOST_SERIES]
     if not series:
         return None
     points = [p for s in series for p in s.points]
@@ -119,7 +119,7 @@ def scatter_chart(
     pairs: Sequence[Pair], metric: str, rows: dict[int, int], colours: Colours
 ) -> Spec | None:
     """Predicted over observed, with lines at 0, 10 and 20 percent error."""
-    namer, text = Namer(pairs), AXES[metric]
+    namer, text = Namer.fitting(pairs, MOST_SERIES), AXES[metric]
     errors = [
         e
         for p in pairs
@@ -155,7 +155,7 @@ def scatter_chart(
 
 def pareto_chart(pairs: Sequence[Pair], rows: dict[int, int], colours: Colours) -> Spec | None:
     """Cost against accuracy given up, every point with both."""
-    metric, namer = "usd_per_million_output_tokens", Namer(pairs)
+    metric, namer = "usd_per_million_output_tokens", Namer.fitting(pairs, MOST_SERIES)
     grouped: dict[tuple[str, str], list[tuple[float, float, int, str]]] = {}
     for p in pairs:
         cost, drop = p.value(metric), p.value("accuracy_drop_points")
@@ -180,7 +180,7 @@ def _curve_lines(s: CurveSeries, metric: str, rows: dict[int, int], colour: int)
     lines = [
         _series(
             s.label,
-            "line",
+            "line" if s.is_path else "ring",
             [
                 (p.context_tokens, p.predicted, _row(p.pair, rows), _bound(p.pair, phase))
                 for p in s.points
@@ -191,7 +191,7 @@ def _curve_lines(s: CurveSeries, metric: str, rows: dict[int, int], colour: int)
         )
     ]
     interval = {p.context_tokens: (p.low, p.high) for p in s.points if p.low and p.high}
-    if interval:
+    if interval and s.is_path:
         ends = sorted(interval)
         lines[0]["lo"] = [_number(interval[c][0]) for c in ends]
         lines[0]["hi"] = [_number(interval[c][1]) for c in ends]
@@ -211,7 +211,7 @@ def _roofline_lines(s: RooflineSeries, rows: dict[int, int], colour: int) -> lis
     made = [
         _series(
             label,
-            "line",
+            "line" if s.is_path else "ring",
             [
                 (p.intensity, p.predicted, _row(p.pair, rows), tip[id(p)])
                 for p in s.points

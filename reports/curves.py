@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 from reports.axes import AXES
 from reports.comparison import Pair
-from reports.points import Namer
+from reports.points import MOST_SERIES, Namer
+
+_PLACE = ("gpu", "batch", "output_tokens")
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -25,11 +27,17 @@ class CurvePoint:
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class CurveSeries:
-    """One method at one level: a metric as context grows."""
+    """One method at one level: a metric as context grows.
+
+    ``is_path`` as in :class:`reports.points.RooflineSeries`; only series of one ``place`` (device,
+    batch, output) are set against each other.
+    """
 
     name: str
     level: str
     points: tuple[CurvePoint, ...]
+    is_path: bool = True
+    place: tuple[str, ...] = ()
 
     @property
     def label(self) -> str:
@@ -56,9 +64,15 @@ class Crossing:
     value: float
 
 
-def curve_series(pairs: Sequence[Pair], metric: str) -> tuple[CurveSeries, ...]:
-    """Series in order of first appearance; points without the metric are left out."""
-    namer = Namer(pairs)
+def curve_series(
+    pairs: Sequence[Pair], metric: str, most: int | None = MOST_SERIES
+) -> tuple[CurveSeries, ...]:
+    """Series in order of first appearance; points without the metric are left out.
+
+    More than ``most`` series (None: any number) cannot be told apart: then all points of a method
+    are one.
+    """
+    namer = Namer(pairs) if most is None else Namer.fitting(pairs, most)
     stem = metric.removesuffix("_s")
     grouped: dict[tuple[str, str], list[CurvePoint]] = defaultdict(list)
     for pair in pairs:
@@ -78,7 +92,11 @@ def curve_series(pairs: Sequence[Pair], metric: str) -> tuple[CurveSeries, ...]:
         )
     return tuple(
         CurveSeries(
-            name=name, level=level, points=tuple(sorted(points, key=lambda p: p.context_tokens))
+            name=name,
+            level=level,
+            points=tuple(sorted(points, key=lambda p: p.context_tokens)),
+            is_path=not namer.is_coarse,
+            place=tuple(points[0].pair.key.text(f) for f in _PLACE),
         )
         for (name, level), points in grouped.items()
     )
@@ -92,7 +110,12 @@ def crossings(series: Sequence[CurveSeries], metric: str) -> tuple[Crossing, ...
     """
     lower_is_better = AXES[metric].lower_is_better
     found = []
-    for a, b in itertools.combinations(series, 2):
+    places: dict[tuple[str, ...], list[CurveSeries]] = defaultdict(list)
+    for s in series:
+        if s.is_path:
+            places[s.place].append(s)
+    pairs = (p for members in places.values() for p in itertools.combinations(members, 2))
+    for a, b in pairs:
         first, second = dict(a.path), dict(b.path)
         shared = sorted(c for c in first.keys() & second.keys() if first[c] > 0 and second[c] > 0)
         gaps = [(c, math.log(first[c] / second[c])) for c in shared]

@@ -35,7 +35,9 @@ def safe_text(text: str, width: int | None = None) -> str:
     Names come from files: an escape sequence must not reach a terminal, and a name of a thousand
     characters must not push a figure off its page.
     """
-    shown = "".join("\N{REPLACEMENT CHARACTER}" if _is_control(c) else c for c in text)
+    shown = text
+    if not text.isprintable():
+        shown = "".join("\N{REPLACEMENT CHARACTER}" if _is_control(c) else c for c in text)
     if width is not None and len(shown) > width:
         head = (width - 1) // 2
         shown = shown[:head] + "\N{HORIZONTAL ELLIPSIS}" + shown[len(shown) - (width - 1 - head) :]

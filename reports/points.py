@@ -12,6 +12,8 @@ from costmodel.hardware import HardwareProfile
 from reports.comparison import Pair
 from reports.labels import point, safe_text, varying_fields
 
+#: Lines and markers that a reader can still tell apart.
+MOST_SERIES = 14
 PHASES = ("prefill", "decode")
 #: The time of one pass of a phase.
 TIME_OF_PHASE = {"prefill": "ttft_s", "decode": "tpot_s"}
@@ -40,17 +42,27 @@ class RooflinePoint:
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class RooflineSeries:
-    """One method at one level and phase, as context grows."""
+    """One method at one level and phase, as context grows.
+
+    ``is_path``: whether the points are of one configuration, so that a line through them means
+    something; else they are all points of the method.
+    """
 
     name: str
     level: str
     phase: str
     points: tuple[RooflinePoint, ...]
+    is_path: bool = True
 
 
-def roofline_series(pairs: Sequence[Pair], hardware: HardwareProfile) -> tuple[RooflineSeries, ...]:
-    """Series in order of first appearance; pairs without FLOPs, bytes or time are left out."""
-    namer = Namer(pairs)
+def roofline_series(
+    pairs: Sequence[Pair], hardware: HardwareProfile, most: int = MOST_SERIES
+) -> tuple[RooflineSeries, ...]:
+    """Series in order of first appearance; pairs without FLOPs, bytes or time are left out.
+
+    More than ``most`` series cannot be told apart: then all points of a method are one.
+    """
+    namer = Namer.fitting(pairs, most)
     grouped: dict[tuple[str, str, str], list[RooflinePoint]] = defaultdict(list)
     for pair in pairs:
         for phase in PHASES:
@@ -63,6 +75,7 @@ def roofline_series(pairs: Sequence[Pair], hardware: HardwareProfile) -> tuple[R
             level=level,
             phase=phase,
             points=tuple(sorted(points, key=lambda p: p.context_tokens)),
+            is_path=not namer.is_coarse,
         )
         for (name, level, phase), points in grouped.items()
     )
@@ -107,8 +120,12 @@ class Namer:
 
     _FIELDS = ("model", "gpu", "batch", "output_tokens", "tp", "dtype", "weight_dtype", "layers")
 
-    def __init__(self, pairs: Iterable[Pair]) -> None:
+    def __init__(self, pairs: Iterable[Pair], *, is_coarse: bool = False) -> None:
         pairs = list(pairs)
+        self.is_coarse = is_coarse
+        if is_coarse:
+            self._fields, self._bases = [], False
+            return
         keys = [p.key for p in pairs]
         varying = set(varying_fields(keys))
         self._fields = [f for f in self._FIELDS if f in varying]
@@ -117,6 +134,15 @@ class Namer:
         if len(engines) > len({level for level, _ in engines}):
             self._fields.append("engine")
         self._bases = len({p.basis for p in pairs if p.basis}) > 1
+
+    @classmethod
+    def fitting(cls, pairs: Iterable[Pair], most: int = MOST_SERIES) -> "Namer":
+        """A namer that makes at most ``most`` series where method names alone allow it."""
+        pairs = list(pairs)
+        fine = cls(pairs)
+        if len({(fine(p), p.key.text("level")) for p in pairs}) <= most:
+            return fine
+        return cls(pairs, is_coarse=True)
 
     def __call__(self, pair: Pair) -> str:
         """Name of the series that a pair belongs to."""

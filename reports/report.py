@@ -22,6 +22,7 @@ from reports.tabulate import point_rows
 #: Curves in which break-even contexts are looked for.
 BREAK_EVEN_METRICS = ("ttft_s", "tpot_s", "usd_per_million_output_tokens", "max_batch")
 _MOST_ENVIRONMENTS = 3
+_MOST_CROSSINGS = 200
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -137,11 +138,14 @@ def _remarks(comparison: Comparison, records: Records) -> tuple[str, ...]:
 def _break_even(pairs: Sequence[Pair]) -> Table:
     values, texts = [], []
     for metric in BREAK_EVEN_METRICS:
-        for c in crossings(curve_series(pairs, metric), metric):
+        for c in crossings(curve_series(pairs, metric, None), metric):
             about = float(f"{c.context_tokens:.3g}")
             text = AXES[metric]
             values.append((metric, about, c.better, c.worse, c.value))
             texts.append((text.title, f"{about:,.0f}", c.better, c.worse, text.format(c.value)))
+    notes = ["Interpolated between the predicted contexts; straight lines in log-log."]
+    if len(values) > _MOST_CROSSINGS:
+        notes.insert(0, f"The first {_MOST_CROSSINGS} of {len(values)}.")
     return Table(
         title="Break-even",
         columns=(
@@ -151,9 +155,9 @@ def _break_even(pairs: Sequence[Pair]) -> Table:
             Column(name="worse", title="than"),
             Column(name="value", title="both at", is_number=True),
         ),
-        values=tuple(values),
-        texts=tuple(texts),
-        notes=("Interpolated between the predicted contexts; straight lines in log-log.",),
+        values=tuple(values[:_MOST_CROSSINGS]),
+        texts=tuple(texts[:_MOST_CROSSINGS]),
+        notes=tuple(notes),
     )
 
 

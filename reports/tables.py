@@ -302,6 +302,8 @@ def _csv_cell(value: Any) -> Any:
     value = _finite(value)
     if value is None:
         return ""
+    if isinstance(value, str):
+        value = safe_text(value)
     # A spreadsheet would run a name that starts like a formula.
     if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r"):
         return "'" + value

@@ -21,13 +21,12 @@ from reports.figures.style import (
     title_of,
 )
 from reports.labels import tokens
+from reports.points import MOST_SERIES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-#: More lines than this cannot be told apart; the figure says how many it leaves out.
-MOST_SERIES = 14
 _MOST_NAMED_CROSSINGS = 6
 
 
@@ -110,11 +109,13 @@ def _values(series: CurveSeries) -> list[float]:
 
 def _draw(axes: "Axes", series: CurveSeries, look: dict[str, Any]) -> None:
     path = [(c, v) for c, v in series.path if v > 0]
+    if not series.is_path:
+        path = [(p.context_tokens, p.predicted) for p in series.points if p.predicted]
     if path:
         axes.plot(
             *zip(*path, strict=True),
             color=look["color"],
-            linestyle=look["linestyle"],
+            linestyle=look["linestyle"] if series.is_path else "none",
             linewidth=1.3,
             marker=look["marker"],
             markerfacecolor="white",
@@ -126,7 +127,7 @@ def _draw(axes: "Axes", series: CurveSeries, look: dict[str, Any]) -> None:
     bounds = {
         p.context_tokens: (p.low, p.high) for p in series.points if p.low and p.high is not None
     }
-    if bounds:
+    if bounds and series.is_path:
         contexts = sorted(bounds)
         low, high = zip(*(bounds[c] for c in contexts), strict=True)
         axes.fill_between(

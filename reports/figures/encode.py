@@ -9,10 +9,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 #: Line art has few colours: a palette of this many is a quarter of the bytes and looks the same.
-_COLOURS = 96
+_COLOURS = 64
 
 
-def small_png(figure: "Figure", dpi: float = 130.0) -> tuple[bytes, int, int]:
+def small_png(figure: "Figure", dpi: float = 115.0) -> tuple[bytes, int, int]:
     """A palette PNG with its width and height in pixels; the same figure gives the same bytes."""
     from PIL import Image
 

@@ -89,7 +89,7 @@ _FIELD_LABELS = {"context_tokens": "context (tokens)", "batch": "batch (sequence
 
 def _errors(points: Points) -> tuple[list[MetricError], Namer]:
     pairs = as_pairs(points)
-    return [e for pair in pairs for e in metric_errors(pair)], Namer(pairs)
+    return [e for pair in pairs for e in metric_errors(pair)], Namer.fitting(pairs)
 
 
 def _is_drawable(e: MetricError) -> bool:

@@ -1,6 +1,6 @@
 """Where the memory goes: stacked bars a method, predicted and observed, against the capacity."""
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -61,12 +61,10 @@ def memory_bars(pairs: Sequence[Pair]) -> tuple[MemoryBar, ...]:
 
 def shared_point(pairs: Sequence[Pair]) -> tuple[float | None, float | None, str]:
     """(context, batch, model) at which most methods can be set side by side; the largest wins."""
-    counts = Counter(
-        {
-            place: len({(p.key.method_spec, p.key.text("level")) for p in pairs if _at(p) == place})
-            for place in {_at(p) for p in pairs}
-        }
-    )
+    methods: dict[tuple[float | None, float | None, str], set[tuple[str, str]]] = defaultdict(set)
+    for p in pairs:
+        methods[_at(p)].add((p.key.method_spec, p.key.text("level")))
+    counts = {place: len(found) for place, found in methods.items()}
     return max(counts, key=lambda place: (counts[place], place[0] or 0, place[1] or 0, place[2]))
 
 

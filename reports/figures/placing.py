@@ -28,7 +28,7 @@ class Placer:
         from matplotlib.transforms import Bbox
 
         figure: Any = axes.get_figure()
-        figure.canvas.draw()
+        figure.draw_without_rendering()
         self._axes = axes
         self._renderer = figure.canvas.get_renderer()
         self._inside = axes.get_window_extent(self._renderer)

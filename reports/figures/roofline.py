@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+#: Ends a stroke within one line object.
+_GAP = math.nan
+
 
 def roofline(
     points: Points,
@@ -70,7 +73,7 @@ def roofline(
             if phase in panels:
                 _draw_zoom(panels[phase], phase, series, hardware, used, styles)
         legend_below(figure, _legend_handles(whole, series))
-        figure.canvas.draw()
+        figure.draw_without_rendering()
         _label_whole(whole, series, hardware, used)
         for phase in ("decode", "prefill"):
             if phase in panels:
@@ -143,7 +146,7 @@ def _draw_series(
             axes.plot(
                 *zip(*path, strict=True),
                 color=look["color"],
-                linestyle=look["linestyle"],
+                linestyle=look["linestyle"] if s.is_path else "none",
                 linewidth=0.9,
                 marker=look["marker"],
                 markersize=6.5 * scale,
@@ -153,35 +156,44 @@ def _draw_series(
                 gid=f"predicted-{s.phase}",
                 label=_series_label(s),
             )
-        for p in s.points:
-            _draw_observed(axes, p, look, scale)
+        _draw_observed(axes, s, look, scale)
 
 
-def _draw_observed(axes: "Axes", p: RooflinePoint, look: dict[str, Any], scale: float) -> None:
+def _draw_observed(
+    axes: "Axes", series: RooflineSeries, look: dict[str, Any], scale: float
+) -> None:
+    """Dots, the lines that join them to their rings, and link ceilings: one line object each."""
     colour = look["color"]
-    if p.observed is not None:
-        if p.predicted is not None:
-            ends = [p.predicted, p.observed]
-            axes.plot([p.intensity] * 2, ends, color=colour, linewidth=1.0, zorder=2.5, gid="join")
+    seen = [(p, p.observed) for p in series.points if p.observed is not None]
+    if seen:
         axes.plot(
-            [p.intensity],
-            [p.observed],
+            [p.intensity for p, _ in seen],
+            [observed for _, observed in seen],
             linestyle="none",
             marker=look["marker"],
             markersize=4.2 * scale,
             color=colour,
             zorder=4,
-            gid=f"observed-{p.phase}",
+            gid=f"observed-{series.phase}",
         )
-    if p.link_ceiling is not None:
-        axes.plot(
-            [p.intensity / 1.15, p.intensity * 1.15],
-            [p.link_ceiling] * 2,
-            color=colour,
-            linewidth=2.0,
-            zorder=2,
-            gid="link-ceiling",
-        )
+    joined = [
+        (p.intensity, y)
+        for p, observed in seen
+        if p.predicted is not None
+        for y in (p.predicted, observed, _GAP)
+    ]
+    if joined:
+        xs, ys = zip(*joined, strict=True)
+        axes.plot(xs, ys, color=colour, linewidth=1.0, zorder=2.5, gid="join")
+    bars = [
+        (p.intensity * stretch, p.link_ceiling if stretch else _GAP)
+        for p in series.points
+        if p.link_ceiling is not None
+        for stretch in (1 / 1.15, 1.15, 0.0)
+    ]
+    if bars:
+        xs, ys = zip(*bars, strict=True)
+        axes.plot(xs, ys, color=colour, linewidth=2.0, zorder=2, gid="link-ceiling")
 
 
 def _series_label(s: RooflineSeries) -> str:

@@ -353,10 +353,11 @@
     rowTexts(row) {
       if (row < 0 || row === undefined) return [];
       const { columns, texts } = data.table;
+      const said = [this.spec.x.label, this.spec.y.label].map((label) => label.split(" (")[0]);
       const lines = [];
       for (const name of ["context_tokens", "batch", "ttft_s", "tpot_s", "state_bytes", "fits", "basis", "status"]) {
         const column = columns.findIndex((c) => c.name === name);
-        if (column >= 0 && texts[row][column] !== "-") {
+        if (column >= 0 && texts[row][column] !== "-" && !said.includes(columns[column].title)) {
           lines.push(element("div", { class: "minor" }, `${columns[column].title}: ${texts[row][column]}`));
         }
       }
