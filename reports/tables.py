@@ -159,11 +159,11 @@ def render(table: Table, form: str) -> str:
 
 def to_markdown(table: Table) -> str:
     """A GitHub table with a heading and notes; names cannot break out of their cell."""
-    lines = [f"### {table.title}", ""]
+    lines = [f"### {markdown_text(table.title)}", ""]
     lines.append("| " + " | ".join(c.title for c in table.columns) + " |")
     lines.append("|" + "|".join("---:" if c.is_number else "---" for c in table.columns) + "|")
     lines += ["| " + " | ".join(markdown_text(t) for t in row) + " |" for row in table.texts]
-    lines += ["", *(note + "\n" for note in table.notes)]
+    lines += ["", *(markdown_text(note) + "\n" for note in table.notes)]
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
