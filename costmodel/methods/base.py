@@ -86,6 +86,8 @@ class AbstractMethod(ABC):
     DOES_NOT_SAVE: ClassVar[str]
     #: engines and libraries in which it really runs today
     REALISED_BY: ClassVar[tuple[str, ...]] = ()
+    #: engine -> the flags that switch it on there, for engines that have it built in
+    ENGINE_FLAGS: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     #: parameter name -> meaning, and which way it points
     PARAMETERS: ClassVar[Mapping[str, str]] = {}
     #: formula of the state, for ``methods show``

@@ -8,6 +8,7 @@ which its mixer knows. Micikevicius et al., arXiv 2209.05433.
 layer of transformers: the cache grows by ``torch.cat`` and is dequantised whole on every step.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, final
 
@@ -38,6 +39,10 @@ class Fp8Kv(AbstractMethod):
     STORES: ClassVar[str] = "fp8"
     SCOPE: ClassVar[Scope] = "cache"
     DOES_NOT_SAVE: ClassVar[str] = "prefill compute, weights, or more than half of the cache."
+    ENGINE_FLAGS: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "vllm": ("--kv-cache-dtype", "fp8"),
+        "sglang": ("--kv-cache-dtype", "fp8_e4m3"),
+    }
     REALISED_BY: ClassVar[tuple[str, ...]] = (
         "vLLM",
         "SGLang",

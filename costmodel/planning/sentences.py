@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from costmodel.errors import LccostError
+from costmodel.methods.parse import parse_method
 from costmodel.planning.plan import Plan
 from costmodel.planning.spec import PlanSpec
 
@@ -155,34 +156,36 @@ def assumptions(plan: Plan) -> list[str]:
 
 
 def deploy(row: Row, spec: PlanSpec) -> list[str]:
-    """Commands that start one replica of a plan and put the planned load on it."""
-    if row["engine"] not in ("vllm", "sglang"):
+    """Commands that start one replica of a plan, and that put the planned load on it. Empty for an
+    engine without such a command, or that does not have the method.
+    """
+    stack = parse_method(str(row["method_spec"]))
+    engine = str(row["engine"])
+    built_in = [m.ENGINE_FLAGS.get(engine) for m in stack.methods if m.STAGES]
+    if engine not in ("vllm", "sglang") or None in built_in:
         return []
-    model = _hub_id(str(row["model"]))
-    pool = row["pools"][0]
-    chunk = spec.grid.chunk_tokens or 8192
-    if row["engine"] == "sglang":
-        return [
-            f"python -m sglang.launch_server --model-path {model} --tp {row['tp']} "
-            f"--chunked-prefill-size {chunk} --max-running-requests {spec.grid.max_batch} "
-            f"--mem-fraction-static {spec.grid.memory_fraction:g}"
-        ]
-    serve = [
-        "vllm", "serve", model,
-        "--tensor-parallel-size", str(row["tp"]),
-        "--max-num-batched-tokens", str(chunk),
-        "--max-num-seqs", str(spec.grid.max_batch),
-        "--gpu-memory-utilization", f"{spec.grid.memory_fraction:g}",
-    ]  # fmt: skip
-    if pool["pp"] > 1:
-        serve += ["--pipeline-parallel-size", str(pool["pp"])]
-    if pool["ep"] > 1:
-        serve += ["--data-parallel-size", str(pool["ep"]), "--enable-expert-parallel"]
-    if row["method"] == "fp8_kv":
-        serve += ["--kv-cache-dtype", "fp8"]
-    if spec.demand.prefix_share == 0.0:
-        serve.append("--no-enable-prefix-caching")
-    return [shlex.join(serve), _load_test(model, spec)]
+    flags = [flag for group in built_in if group for flag in group]
+    model, pool = _hub_id(str(row["model"])), row["pools"][0]
+    chunk, fraction = spec.grid.chunk_tokens or 8192, f"{spec.grid.memory_fraction:g}"
+    if engine == "sglang":
+        serve = [
+            "python", "-m", "sglang.launch_server", "--model-path", model,
+            "--tp-size", str(row["tp"]), "--chunked-prefill-size", str(chunk),
+            "--max-running-requests", str(spec.grid.max_batch), "--mem-fraction-static", fraction,
+        ]  # fmt: skip
+    else:
+        serve = [
+            "vllm", "serve", model, "--tensor-parallel-size", str(row["tp"]),
+            "--max-num-batched-tokens", str(chunk), "--max-num-seqs", str(spec.grid.max_batch),
+            "--gpu-memory-utilization", fraction,
+        ]  # fmt: skip
+        if pool["pp"] > 1:
+            serve += ["--pipeline-parallel-size", str(pool["pp"])]
+        if pool["ep"] > 1:
+            serve += ["--data-parallel-size", str(pool["ep"]), "--enable-expert-parallel"]
+        if spec.demand.prefix_share == 0.0:
+            serve.append("--no-enable-prefix-caching")
+    return [shlex.join([*serve, *flags]), _load_test(model, spec)]
 
 
 def _load_test(model: str, spec: PlanSpec) -> str:

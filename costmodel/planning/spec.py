@@ -131,8 +131,8 @@ def plan_from_table(
     problems = top.problems
     demand = read_demand(parts["workload"], where, folder, problems)
     slo = read_slo(parts["slo"], where, problems)
-    if slo.is_empty and slo.attainment is not None:
-        problems.append("slo.attainment: expected a limit beside it; there is nothing to attain")
+    if slo.is_empty and not any(p.startswith("slo.") for p in problems):
+        problems.append("slo: expected at least one limit, such as ttft_p99_s = 30")
     grid = _grid(parts["candidates"], where, problems)
     accuracy = _accuracy(parts["accuracy"], where, problems)
     money = _money(parts["prices"], where, folder, problems)
