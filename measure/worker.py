@@ -16,6 +16,11 @@ from costmodel.errors import LccostError
 from measure.environment import available_memory_bytes
 
 _PR_SET_PDEATHSIG = 1
+#: What a point may raise by itself; anything else is a crash, with its traceback as the message.
+_POINT_ERRORS = (
+    *(ValueError, TypeError, ArithmeticError, LookupError, AttributeError, OSError),
+    ImportError,  # an extra that is not installed
+)
 #: What PyTorch's allocators say when memory runs out (as RuntimeError on a CPU).
 _OOM_WORDS = ("can't allocate memory", "not enough memory", "out of memory")
 
@@ -34,10 +39,10 @@ def call(
 ) -> tuple[str, object, str]:
     """Return (status, value, message); every way a point can fail by itself has a status."""
     module, _, name = function.partition(":")
-    target = getattr(importlib.import_module(module), name)
-    if limit_memory:  # after the imports, whose reservations are large and never touched
-        _limit_memory()
     try:
+        target = getattr(importlib.import_module(module), name)
+        if limit_memory:  # after the imports, whose reservations are large and never touched
+            _limit_memory()
         return "ok", target(*arguments), ""
     except MemoryError as error:
         return "oom", None, str(error) or "out of memory"
@@ -47,7 +52,7 @@ def call(
         text = str(error)
         oom = any(word in text.lower() for word in _OOM_WORDS)
         return ("oom" if oom else "error"), None, f"{type(error).__name__}: {text[:1000]}"
-    except (ValueError, TypeError, ArithmeticError, LookupError, AttributeError, OSError) as error:
+    except _POINT_ERRORS as error:
         return "error", None, f"{type(error).__name__}: {error}"
 
 

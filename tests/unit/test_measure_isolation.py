@@ -38,6 +38,7 @@ def test_the_environment_is_set_before_the_worker_starts():
         ("builtins:bytearray", (2**46,), "oom", "memory"),
         ("operator:truediv", (1, 0), "error", "division by zero"),
         ("operator:getitem", ({}, "a"), "error", "KeyError"),
+        ("no_such_package:function", (), "error", "no_such_package"),
     ],
 )
 def test_endings_have_a_status_and_a_message(function, arguments, status, words):
