@@ -11,7 +11,8 @@ from typing import Any
 from costmodel.hardware import HardwareProfile
 from reports.axes import AXES
 from reports.comparison import Pair, metric_errors
-from reports.curves import CurveSeries, crossings, curve_series
+from reports.curves import CurvePoint, CurveSeries, crossings, curve_series
+from reports.figures.curves import MOST_BANDS
 from reports.figures.roofs import calibrated_rates
 from reports.labels import safe_text
 from reports.points import Namer, RooflineSeries, roofline_series
@@ -57,8 +58,9 @@ def curve_chart(
     if not series:
         return None
     drawn: list[Spec] = []
+    with_bands = len(series) <= MOST_BANDS
     for s in series[:MOST_SERIES]:
-        drawn += _curve_lines(s, metric, rows, colours(s.name))
+        drawn += _curve_lines(s, metric, rows, colours(s.name), with_bands and s.is_path)
     met = crossings(series[:MOST_SERIES], metric)
     if met:
         drawn.append(
@@ -175,14 +177,16 @@ def pareto_chart(pairs: Sequence[Pair], rows: dict[int, int], colours: Colours) 
     }
 
 
-def _curve_lines(s: CurveSeries, metric: str, rows: dict[int, int], colour: int) -> list[Spec]:
+def _curve_lines(
+    s: CurveSeries, metric: str, rows: dict[int, int], colour: int, with_band: bool
+) -> list[Spec]:
     phase = _PHASE_OF_METRIC.get(metric, "")
     lines = [
         _series(
             s.label,
             "line" if s.is_path else "ring",
             [
-                (p.context_tokens, p.predicted, _row(p.pair, rows), _bound(p.pair, phase))
+                (p.context_tokens, p.predicted, _row(p.pair, rows), _tip(p, metric, phase))
                 for p in s.points
                 if p.predicted
             ],
@@ -191,7 +195,7 @@ def _curve_lines(s: CurveSeries, metric: str, rows: dict[int, int], colour: int)
         )
     ]
     interval = {p.context_tokens: (p.low, p.high) for p in s.points if p.low and p.high}
-    if interval and s.is_path:
+    if interval and with_band:
         ends = sorted(interval)
         lines[0]["lo"] = [_number(interval[c][0]) for c in ends]
         lines[0]["hi"] = [_number(interval[c][1]) for c in ends]
@@ -301,6 +305,15 @@ def _number(value: float | None) -> float | None:
 
 def _row(pair: Pair, rows: dict[int, int]) -> int:
     return rows.get(id(pair), -1)
+
+
+def _tip(p: CurvePoint, metric: str, phase: str) -> str:
+    """The regime and the interval of a point."""
+    text = AXES[metric].format
+    parts = [_bound(p.pair, phase)]
+    if p.low and p.high:
+        parts.append(f"{text(p.low)} to {text(p.high)}")
+    return ", ".join(part for part in parts if part)
 
 
 def _bound(pair: Pair, phase: str) -> str:

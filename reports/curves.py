@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from reports.axes import AXES
@@ -11,6 +11,8 @@ from reports.comparison import Pair
 from reports.points import MOST_SERIES, Namer
 
 _PLACE = ("gpu", "batch", "output_tokens")
+#: In logarithms of the ratio.
+_LEAST_GAP = math.log(1.02)
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -105,27 +107,23 @@ def curve_series(
 def crossings(series: Sequence[CurveSeries], metric: str) -> tuple[Crossing, ...]:
     """Where one curve starts to beat another, by context, for every pair of predicted curves.
 
-    Between two contexts both curves are taken as straight in log-log, as the figures draw them. A
-    curve that only touches another does not cross it.
+    Between two contexts both curves are taken as straight in log-log, as the figures draw them.
+    Curves count as crossed when they lie at least 2 % apart on either side: less is a touch, and
+    less than any prediction can tell. Levels are only mixed where one method is not there at the
+    other's level.
     """
     lower_is_better = AXES[metric].lower_is_better
+    there = {(s.name, s.level) for s in series}
     found = []
-    places: dict[tuple[str, ...], list[CurveSeries]] = defaultdict(list)
-    for s in series:
-        if s.is_path:
-            places[s.place].append(s)
-    pairs = (p for members in places.values() for p in itertools.combinations(members, 2))
-    for a, b in pairs:
+    for a, b in _comparable(series):
+        if a.level != b.level and ((a.name, b.level) in there or (b.name, a.level) in there):
+            continue
         first, second = dict(a.path), dict(b.path)
         shared = sorted(c for c in first.keys() & second.keys() if first[c] > 0 and second[c] > 0)
-        gaps = [(c, math.log(first[c] / second[c])) for c in shared]
-        # Equal values (a budget above the context) are no side: cross from the last side taken.
-        sided = [(c, gap) for c, gap in gaps if abs(gap) > 1e-9]
-        for (c0, gap0), (c1, gap1) in itertools.pairwise(sided):
-            if gap0 * gap1 > 0:
-                continue
-            share = gap0 / (gap0 - gap1)
-            second_wins = (gap1 > 0) == lower_is_better
+        for c0, c1, share, second_is_lower in _sign_changes(
+            [(c, math.log(first[c] / second[c])) for c in shared]
+        ):
+            second_wins = second_is_lower == lower_is_better
             better, worse = (b.label, a.label) if second_wins else (a.label, b.label)
             found.append(
                 Crossing(
@@ -136,6 +134,28 @@ def crossings(series: Sequence[CurveSeries], metric: str) -> tuple[Crossing, ...
                 )
             )
     return tuple(sorted(found, key=lambda c: c.context_tokens))
+
+
+def _comparable(series: Sequence[CurveSeries]) -> Iterator[tuple[CurveSeries, CurveSeries]]:
+    """Pairs of curves of one place."""
+    places: dict[tuple[str, ...], list[CurveSeries]] = defaultdict(list)
+    for s in series:
+        if s.is_path:
+            places[s.place].append(s)
+    for members in places.values():
+        yield from itertools.combinations(members, 2)
+
+
+def _sign_changes(gaps: list[tuple[float, float]]) -> Iterator[tuple[float, float, float, bool]]:
+    """(context before, after, share of the way, whether the gap is then positive)."""
+    clear = [n for n, (_, gap) in enumerate(gaps) if abs(gap) >= _LEAST_GAP]
+    for i, j in itertools.pairwise(clear):
+        before = gaps[i][1]
+        if before * gaps[j][1] > 0:
+            continue
+        k = next(n for n in range(i + 1, j + 1) if gaps[n][1] * before < 0)
+        (c0, gap0), (c1, gap1) = gaps[k - 1], gaps[k]
+        yield c0, c1, gap0 / (gap0 - gap1), gap1 > 0
 
 
 def _between(low: float, high: float, share: float) -> float:

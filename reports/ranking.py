@@ -116,6 +116,25 @@ def verdict(ranked: Sequence[Ranked]) -> str:
     return sentence + "."
 
 
+def known_accuracy(ranked: Sequence[Ranked]) -> tuple[str, ...]:
+    """Say what is best among methods with accuracy evidence, where the verdict's has none."""
+    if not ranked:
+        return ()
+    members = _main_place(ranked)
+    fitting = [r for r in members if r.rank is not None]
+    known = [r for r in fitting if r.pair.value("accuracy_drop_points") is not None]
+    if not known or known[0] is fitting[0]:
+        return ()
+    best, namer = known[0], Namer([r.pair for r in members])
+    text = AXES[best.metric]
+    drop = best.pair.value("accuracy_drop_points") or 0.0
+    return (
+        f"Of the methods with accuracy evidence there, {_name(best, namer)} "
+        f"{_BEST[best.metric]}: {text.format(best.value or 0.0)}{_PER[best.metric]}, "
+        f"{drop:.3g} points given up.",
+    )
+
+
 def margins(ranked: Sequence[Ranked]) -> tuple[Margin, ...]:
     """Best against second at every point with two methods that fit."""
     places: dict[tuple[str, ...], list[Ranked]] = defaultdict(list)

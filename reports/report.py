@@ -14,7 +14,7 @@ from reports.axes import AXES
 from reports.comparison import Comparison, Pair, Predict, compare
 from reports.curves import crossings, curve_series
 from reports.labels import percent, safe_text, tokens
-from reports.ranking import Margin, margins, rank, verdict
+from reports.ranking import Margin, known_accuracy, margins, rank, verdict
 from reports.records import Records, Row
 from reports.tables import Column, Table, error_table, unjoined_table
 from reports.tabulate import point_rows
@@ -79,7 +79,7 @@ def build_report(
     return Report(
         title=safe_text(title, 120) or _title(comparison.pairs),
         verdict=verdict(ranked),
-        remarks=_remarks(comparison, records),
+        remarks=(*known_accuracy(ranked), *_remarks(comparison, records)),
         comparison=comparison,
         hardware=profiles,
         ranking=point_rows(ranked),
@@ -288,9 +288,11 @@ def _provenance(profiles: Sequence[HardwareProfile]) -> Table:
         texts=tuple(
             (
                 *(safe_text(r[0], 40), r[1], _amount(r[2], r[3]), r[3]),
-                *(safe_text(r[4], 300), safe_text(r[5], 40)),
+                # A sheet's figures share a source: said once, then as above.
+                "as above" if n and r[4] and rows[n - 1][4] == r[4] else safe_text(r[4], 300),
+                safe_text(r[5], 40),
             )
-            for r in rows
+            for n, r in enumerate(rows)
         ),
     )
 

@@ -1,4 +1,4 @@
-"""The main job from end to end, on this machine: predict, calibrate, measure, compare, draw.
+"""The main job from end to end, on this machine: predict, calibrate, measure, compare, report.
 
     python scripts/demo.py --output out/demo
 
@@ -69,7 +69,11 @@ def main() -> None:
         "--plot", str(out / "roofline.png"),
         save=out / "errors.txt",
     )  # fmt: skip
-    print(f"\nroofline    {out / 'roofline.png'}")
+    step(
+        "5. One page with everything",
+        "report", str(runs), "--gpu", str(profile), "--output", str(out / "report.html"),
+    )  # fmt: skip
+    print(f"\npicture     {out / 'roofline.png'}\nreport      {out / 'report.html'}")
     for name, what in (
         ("errors.txt", "errors     "),
         ("predict.txt", "predictions"),

@@ -37,7 +37,7 @@ SHRINKING_ROWS = 5.0
 LEAST_SCATTER = 0.01
 #: Quantiles of the scaled deviation that an interval spans: the narrowest that still holds four
 #: in five of other rows.
-INTERVAL_QUANTILES = (0.085, 0.915)
+INTERVAL_QUANTILES = (0.095, 0.905)
 
 Devices = Mapping[str, HardwareProfile]
 

@@ -9,7 +9,7 @@ sequence and KV head,
     per CTA   c = kv / (s r) + t_cta
     compute   waves(U s / (S o)) c
     memory    batch * kv heads * kv * (miss / (e_b bw) + hit / (h bw))
-    time      t0 + t_combine [s > 1] + longer + u shorter + queries and outputs
+    time      t0 + t_combine (1 - 1 / s) + longer + u shorter + queries and outputs
 
 Some kernels (FlashAttention-2) do not split a cache whose KV heads have one query head each
 (``split_single_head`` 0): a long single-head cache then streams through one CTA. fp8 caches add a
@@ -22,7 +22,6 @@ and query head: it shows only above some 64 query heads per KV head).
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from costmodel.hardware import HardwareProfile
 from costmodel.kernels.kinds import KernelKind, Shape, Work, kernel_class
@@ -131,7 +130,7 @@ def decode_attention_time_s(
     kv_bytes = tokens * (width * np.asarray(element_bytes, dtype=np.float64))
     total_bytes = batch * n_kv_heads * kv_bytes
     is_fp8 = np.less(element_bytes, 1.5)
-    splits, combined = _splits(p, device, n_units, tokens, group)
+    splits, joined = _splits(p, device, n_units, tokens, group)
 
     stream = p.stream_bytes_per_s * clock_ratio(device) * np.where(is_fp8, p.fp8_stream_ratio, 1.0)
     sms = units(device)
@@ -144,12 +143,11 @@ def decode_attention_time_s(
         miss = miss_fraction(total_bytes, p.cache_fraction * cache_bytes(device))
     per_byte = miss / p.bandwidth_fraction + (1.0 - miss) / p.cache_rate_ratio
     memory = total_bytes * (per_byte / bandwidth)
-    # Queries, outputs (2 bytes each) and the fp32 partial outputs of the splits stay in the cache.
-    partial = np.where(splits > 1.0, 8.0 * splits, 0.0)
-    rows = batch * n_heads * (width / 2.0) * (4.0 + partial) / (bandwidth * p.cache_rate_ratio)
+    # Queries and outputs, or the fp32 partial outputs of the splits, stay in the cache.
+    rows = batch * n_heads * (width / 2.0) * 4.0 * splits / (bandwidth * p.cache_rate_ratio)
     seconds = (
         p.launch_s
-        + np.where(combined, p.combine_s, 0.0)
+        + p.combine_s * joined
         + np.where(is_fp8, p.fp8_s, 0.0)
         + overlapped(ctas, memory, p.unhidden_fraction)
         + rows
@@ -164,13 +162,16 @@ def _splits(
     n_units: Array,
     tokens: Array,
     group: Array,
-) -> tuple[Array, NDArray[np.bool_]]:
-    """Count the splits per cache, and say where the kernel that joins splits runs."""
+) -> tuple[Array, Array]:
+    """Splits per cache, and the share of the joining kernel's cost that is due.
+
+    1 - 1 / s rather than a step at s > 1, so that no time falls as a batch grows.
+    """
     wanted = np.minimum(units(device) * p.split_ctas_per_unit / n_units, tokens / p.block_tokens)
     splits = np.maximum(np.minimum(wanted, p.max_splits), 1.0)
     if p.split_single_head:
-        return splits, np.asarray(splits > 1.0)
-    return np.where(group > 1.0, splits, 1.0), np.asarray(group > 1.0)
+        return splits, 1.0 - 1.0 / splits
+    return np.where(group > 1.0, splits, 1.0), np.where(group > 1.0, 1.0, 0.0)
 
 
 def _time(

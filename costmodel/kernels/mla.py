@@ -130,11 +130,10 @@ def mla_decode_time_s(
     memory = total_bytes * (
         (miss / p.bandwidth_fraction + (1.0 - miss) / p.cache_rate_ratio) / bandwidth
     )
-    partial = np.where(splits > 1.0, 8.0 * splits, 0.0) + 4.0
-    outputs = batch * heads * latent_dim * partial / (bandwidth * p.cache_rate_ratio)
+    outputs = batch * heads * latent_dim * 4.0 * splits / (bandwidth * p.cache_rate_ratio)
     seconds = (
         p.launch_s
-        + np.where(splits > 1.0, p.combine_s, 0.0)
+        + p.combine_s * (1.0 - 1.0 / splits)
         + overlapped(ctas, memory, p.unhidden_fraction)
         + outputs
     )

@@ -102,7 +102,8 @@ def waves(ctas_per_slot: Array, rounding: Array) -> Array:
     perfectly. Never below one.
     """
     x = np.maximum(ctas_per_slot, 1.0)
-    rounds: Array = x + (np.ceil(x) - x) * rounding
+    # Splits are chosen to fill slots exactly: rounding errors must not start another round.
+    rounds: Array = x + (np.ceil(x - 1e-9) - x) * rounding
     return rounds
 
 

@@ -178,7 +178,7 @@ def _tiles(
     apart = heads * np.ceil(q / p.tile_rows)
     together = n_kv_heads * np.ceil(q * group / p.tile_rows)
     # Kernels that do not pack still swap a single query's heads into rows.
-    packed = together < apart if p.packs_heads else (q <= 1.0) & (together < apart)
+    packed = np.asarray(q <= 1.0) | bool(p.packs_heads)
     tiles = np.where(packed, together, apart)
     if not p.fits_rows:
         return tiles, np.float64(p.tile_rows)

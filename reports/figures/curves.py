@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _MOST_NAMED_CROSSINGS = 6
+#: More bands than this make one grey cloud.
+MOST_BANDS = 8
 
 
 def curve(
@@ -50,8 +52,9 @@ def curve(
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         styles = SeriesStyle()
+        with_bands = len(drawn) <= MOST_BANDS
         for s in drawn:
-            _draw(axes, s, styles(s.name, s.level))
+            _draw(axes, s, styles(s.name, s.level), with_bands and s.is_path)
         same = " (the same for all, within 2 %)" if _all_same(drawn) else ""
         title_of(axes, title or f"{axis_text.title} against context{same}")
         axes.set_xlabel("context (tokens)")
@@ -107,7 +110,7 @@ def _values(series: CurveSeries) -> list[float]:
     return [v for p in series.points for v in (p.predicted, p.observed) if v is not None and v > 0]
 
 
-def _draw(axes: "Axes", series: CurveSeries, look: dict[str, Any]) -> None:
+def _draw(axes: "Axes", series: CurveSeries, look: dict[str, Any], with_band: bool) -> None:
     path = [(c, v) for c, v in series.path if v > 0]
     if not series.is_path:
         path = [(p.context_tokens, p.predicted) for p in series.points if p.predicted]
@@ -127,7 +130,7 @@ def _draw(axes: "Axes", series: CurveSeries, look: dict[str, Any]) -> None:
     bounds = {
         p.context_tokens: (p.low, p.high) for p in series.points if p.low and p.high is not None
     }
-    if bounds and series.is_path:
+    if bounds and with_band:
         contexts = sorted(bounds)
         low, high = zip(*(bounds[c] for c in contexts), strict=True)
         axes.fill_between(
@@ -210,7 +213,7 @@ def _legend(
     keys: list[Any] = []
     if any(p.observed for p in points):
         keys += [ring(), dot()]
-    if any(p.low and p.high is not None for p in points):
+    if any(c.get_gid() == "interval" for c in axes.collections):
         keys.append(band("band: low to high"))
     if met:
         keys.append(cross("cross: break-even"))

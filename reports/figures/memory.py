@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from costmodel.hardware import HardwareProfile
-from costmodel.units import GIB
+from costmodel.units import GIB, format_bytes
 from reports.comparison import Pair, Points, as_pairs
 from reports.figures.legend import legend_below
 from reports.figures.style import GREY, WIDE, house_style, new_figure, say_empty, title_of, wrapped
@@ -25,6 +25,8 @@ PARTS = (
     ("state in host memory", "#FFFFFF", "xx"),
 )
 _MOST_BARS = 16
+#: A bar longer than this many times the usable memory is cut (and says so).
+_MOST_TIMES_USABLE = 2.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +44,11 @@ class MemoryBar:
     rest_bytes: float | None
     host_bytes: float
     phase: str
+
+    @property
+    def total_bytes(self) -> float:
+        """Bytes on the GPU."""
+        return self.weights_bytes + self.state_bytes + (self.rest_bytes or 0.0)
 
 
 def memory_bars(pairs: Sequence[Pair]) -> tuple[MemoryBar, ...]:
@@ -79,6 +86,7 @@ def memory(
 
     All bars are of the one (context, batch, model) that most methods share, the largest if several
     do. The line is the memory that may be used: ``memory_fraction`` of what the driver reports.
+    Bars far beyond it are cut and marked.
     """
     pairs = as_pairs(points)
     with house_style():
@@ -89,7 +97,8 @@ def memory(
         if not bars:
             say_empty(axes, "no point has weights and state: nothing to draw")
             return figure
-        _draw_bars(axes, bars)
+        usable = None if hardware is None else hardware.memory_bytes * memory_fraction
+        _draw_bars(axes, bars, usable)
         if hardware is not None:
             _draw_capacity(axes, hardware, memory_fraction)
         fields = ("context_tokens", "batch", "model")
@@ -124,50 +133,64 @@ def _bar(pair: Pair, name: str, side: str) -> MemoryBar | None:
     )
 
 
-def _draw_bars(axes: "Axes", bars: Sequence[MemoryBar]) -> None:
+def _draw_bars(axes: "Axes", bars: Sequence[MemoryBar], usable: float | None) -> None:
     names = list(dict.fromkeys(b.name for b in bars))
     both = len({b.side for b in bars}) > 1
-    thickness = 0.38 if both else 0.62
+    reach = _reach([b.total_bytes for b in bars], usable)
     for b in bars:
         shift = (-0.21 if b.side == "predicted" else 0.21) if both else 0.0
-        y = names.index(b.name) + shift
-        left = 0.0
-        # Host memory is another memory: it grows to the left, away from the GPU's capacity.
-        amounts = (b.weights_bytes, b.state_bytes, b.rest_bytes or 0.0, -b.host_bytes)
-        for (part, colour, hatch), amount in zip(PARTS, amounts, strict=True):
-            if amount == 0:
-                continue
-            axes.barh(
-                y,
-                amount / GIB,
-                left=left / GIB if amount > 0 else 0.0,
-                height=thickness,
-                color=colour,
-                hatch=hatch,
-                edgecolor="black" if b.side == "observed" else GREY,
-                linewidth=1.2 if b.side == "observed" else 0.6,
-                gid=f"{b.side}:{part}",
-            )
-            left += max(amount, 0.0)
-        note = f"{left / GIB:.3g} GiB"
-        if b.phase:
-            note += f" ({b.phase})"
-        axes.annotate(
-            f"{note}{', observed' if b.side == 'observed' else ''}",
-            (left / GIB, y),
-            xytext=(4, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=7.5,
-            color=GREY,
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.85},
-        )
+        _draw_bar(axes, b, names.index(b.name) + shift, 0.38 if both else 0.62, reach)
     axes.set_yticks(range(len(names)), [safe_text(n, 36) for n in names])
     axes.invert_yaxis()
-    low, high = axes.get_xlim()
-    axes.set_xlim(low if any(b.host_bytes for b in bars) else 0.0, high * 1.22)
+    low = axes.get_xlim()[0] if any(b.host_bytes for b in bars) else 0.0
+    axes.set_xlim(low, reach / GIB * 1.22)
     axes.axvline(0.0, color="black", linewidth=0.8)
     axes.xaxis.set_major_formatter(lambda value, _: f"{abs(value):g}")
+
+
+def _reach(totals: Sequence[float], usable: float | None) -> float:
+    """Where the axis ends: at the longest bar, unless that would press all others together."""
+    longest = max(totals)
+    if usable is None or longest < _MOST_TIMES_USABLE * usable:
+        return max(longest, usable or 0.0)
+    ordinary = [t for t in totals if t < _MOST_TIMES_USABLE * usable]
+    return max([*ordinary, usable]) * 1.15
+
+
+def _draw_bar(axes: "Axes", b: MemoryBar, y: float, thickness: float, reach: float) -> None:
+    # Host memory is another memory: it grows to the left, away from the GPU's capacity.
+    amounts = (b.weights_bytes, b.state_bytes, b.rest_bytes or 0.0, -b.host_bytes)
+    left = 0.0
+    for (part, colour, hatch), amount in zip(PARTS, amounts, strict=True):
+        width = amount if amount < 0 else min(amount, reach - left)
+        if width == 0:
+            continue
+        axes.barh(
+            y,
+            width / GIB,
+            left=left / GIB if amount > 0 else 0.0,
+            height=thickness,
+            color=colour,
+            hatch=hatch,
+            edgecolor="black" if b.side == "observed" else GREY,
+            linewidth=1.2 if b.side == "observed" else 0.6,
+            gid=f"{b.side}:{part}",
+        )
+        left += max(width, 0.0)
+    is_cut = b.total_bytes > reach
+    notes = [f"{'» ' if is_cut else ''}{format_bytes(b.total_bytes)}"]
+    notes += [f"({b.phase})"] if b.phase else []
+    notes += ["observed"] if b.side == "observed" else []
+    axes.annotate(
+        " ".join(notes),
+        (left / GIB, y),
+        xytext=(4, 0),
+        textcoords="offset points",
+        va="center",
+        fontsize=7.5,
+        color=GREY,
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.85},
+    )
 
 
 def _draw_capacity(axes: "Axes", hardware: HardwareProfile, memory_fraction: float) -> None:

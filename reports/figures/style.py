@@ -164,7 +164,7 @@ def format_axis(axis: Any, text_of: Callable[[float], str]) -> None:
     """Ticks as ``text_of`` writes them."""
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
-    axis.set_major_formatter(FuncFormatter(lambda value, _: text_of(value)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: text_of(value) if value else "0"))
     axis.set_minor_formatter(NullFormatter())
 
 

@@ -352,3 +352,25 @@ def test_importing_figures_does_not_import_matplotlib():
     code = "import sys, reports.figures, reports.tables; print('matplotlib' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
+
+
+def test_levels_are_mixed_only_where_a_method_has_no_other():
+    def level(name, values, which):
+        return [
+            {**row(name, c, tpot_s=t), "level": which}
+            for c, t in zip((1024, 4096), values, strict=True)
+        ]
+
+    # full (ideal) 1 -> 4 meets kivi (reference), flat at 2; full has no reference curve.
+    mixed = [*level("full", (1.0, 4.0), "ideal"), *level("kivi", (2.0, 2.0), "reference")]
+    assert len(crossings(curve_series(as_pairs(mixed), "tpot_s"), "tpot_s")) == 1
+    # With one, reference is compared with reference, where nothing crosses.
+    mixed += level("full", (3.0, 9.0), "reference")
+    assert crossings(curve_series(as_pairs(mixed), "tpot_s"), "tpot_s") == ()
+
+
+def test_bars_far_beyond_the_memory_are_cut_and_say_so():
+    rows = [memory_row("full"), memory_row("h2o", peak_prefill_bytes=4096 * GIB)]
+    figure = figures.memory(rows, H100)
+    assert figure.axes[0].get_xlim()[1] < 120
+    assert "» 4.00 TiB (prefill)" in [t.get_text() for t in figure.axes[0].texts]
