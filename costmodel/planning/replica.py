@@ -251,7 +251,7 @@ class Replica:
             room = (self.pool - self.h0 - self.h1 * step) / self.h1
             if room + 1 < m:
                 m = int(room) + 1
-        moved, growth = self.r0 + self.r1 * step, self.r1
+        moved, growth = self.r0 + self.r1 * step, max(self.r1, 0.0)  # sums leave a residue
         steps = self.steps
         knots = steps.knots
         j = 0

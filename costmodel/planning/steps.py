@@ -103,17 +103,19 @@ class StepTable:
     def piggyback_s(self, n: int, tokens: float) -> float:
         """Least that ``tokens`` prompt tokens an iteration, on average, add to iterations of ``n``
         decoding sequences. L is convex, so equal shares are cheapest; above a full chunk the rest
-        costs what a full one does.
+        costs what a full one does. The floor is paid at least once per full chunk.
         """
         room = self.chunk_tokens - n
         if room <= 0:
-            return tokens * self.token_s(self.chunk_tokens) / self.chunk_tokens
+            full_s = self.token_s(self.chunk_tokens) + self.floor_s
+            return tokens * full_s / self.chunk_tokens
+        floors_s = self.floor_s * tokens / room
         if tokens <= room:
             low = int(tokens)
             share = tokens - low
             ends = [self.token_s(n + k) for k in (low, min(low + 1, room))]
-            return ends[0] + (ends[1] - ends[0]) * share - self.token_s(n)
-        return tokens * (self.token_s(self.chunk_tokens) - self.token_s(n)) / room
+            return ends[0] + (ends[1] - ends[0]) * share - self.token_s(n) + floors_s
+        return tokens * (self.token_s(self.chunk_tokens) - self.token_s(n)) / room + floors_s
 
 
 def _at(table: list[float], shift: int, tokens: int) -> float:
