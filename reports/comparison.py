@@ -5,10 +5,8 @@ Predictions of different basis (datasheet, prior, calibrated, ...) are never ave
 group has one basis and names it.
 """
 
-import json
-import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -16,13 +14,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from costmodel.errors import LccostError, UnknownNameError
-from reports.labels import METRIC_TITLES, point, safe_text, varying_fields
-from reports.records import KEY_FIELDS, Records, Row, rows_of
+from reports.labels import point, safe_text, varying_fields
+from reports.matching import PredictionIndex, hashable
+from reports.pairs import METRICS as METRICS
+from reports.pairs import MetricError as MetricError
+from reports.pairs import Pair as Pair
+from reports.pairs import Points as Points
+from reports.pairs import as_pairs as as_pairs
+from reports.pairs import metric_errors as metric_errors
+from reports.records import KEY_FIELDS, Records, Row
 
-#: What the functions that draw and tabulate accept.
-Points = Iterable["Pair | Row | Mapping[str, Any]"]
-#: What is compared, in the order it is shown.
-METRICS = tuple(METRIC_TITLES)
 #: Statuses whose numbers count. "noisy" counts and is shown.
 USABLE = ("ok", "noisy")
 #: Fields by which errors can be grouped.
@@ -31,65 +32,9 @@ GROUP_FIELDS = (
     *("layers", "device", "realisation", "status"),
 )
 _ALIASES = {"context": "context_tokens", "output": "output_tokens", "hardware": "gpu"}
-#: Fields that must agree where both sides have them; the first ones find the candidates.
-_JOIN_FIELDS = (*(k for k in KEY_FIELDS if k not in ("method_spec", "method_parameters")), "layers")
-_MAX_CANDIDATES = 200
 _LEFT_OUT_FIELDS = ("method_spec", "level", "context_tokens", "batch", "model")
 
 Predict = Callable[[Mapping[str, Any]], Mapping[str, Any]]
-
-
-@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
-class Pair:
-    """One point: its prediction, its observation, or both. ``key`` has the fields of the point."""
-
-    key: Row
-    predicted: Row | None = None
-    observed: Row | None = None
-
-    @property
-    def basis(self) -> str:
-        """Basis of the predicted numbers."""
-        return "" if self.predicted is None else self.predicted.text("basis", "unknown")
-
-    @property
-    def is_noisy(self) -> bool:
-        """Whether the measurement itself was unsteady."""
-        observed = self.observed
-        return observed is not None and (
-            observed.status == "noisy" or observed.values.get("is_valid") is False
-        )
-
-    def value(self, metric: str, side: str = "predicted") -> float | None:
-        """A metric of one side ("predicted" or "observed"); ``peak_bytes`` is the worse phase's."""
-        row = self.predicted if side == "predicted" else self.observed
-        if row is None:
-            return None
-        if metric == "peak_bytes":
-            return max(self._peaks(row).values(), default=None)
-        return row.number(metric)
-
-    def worst_phase(self, side: str = "predicted") -> str:
-        """Phase of the larger peak; "" where none is known."""
-        row = self.predicted if side == "predicted" else self.observed
-        peaks = {} if row is None else self._peaks(row)
-        return max(peaks, key=lambda phase: peaks[phase]) if peaks else ""
-
-    @staticmethod
-    def _peaks(row: Row) -> dict[str, float]:
-        known = {phase: row.number(f"peak_{phase}_bytes") for phase in ("prefill", "decode")}
-        return {phase: value for phase, value in known.items() if value is not None}
-
-
-@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
-class MetricError:
-    """One metric of one pair. ``error`` is a fraction."""
-
-    pair: Pair
-    metric: str
-    predicted: float
-    observed: float
-    error: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,7 +100,7 @@ def compare(records: Records, predict: Predict | None = None) -> Comparison:
         A file's prediction replaces a record's own of the same basis; of another basis it stands
         beside it. Predictions that nothing observed stay as pairs to draw.
     """
-    index = _Index(records.predictions)
+    index = PredictionIndex(records.predictions)
     pairs: list[Pair] = []
     unjoined: list[Unjoined] = []
     for record in records.measurements:
@@ -193,44 +138,6 @@ def compare(records: Records, predict: Predict | None = None) -> Comparison:
     )
 
 
-def as_pairs(points: Iterable[Pair | Row | Mapping[str, Any]]) -> tuple[Pair, ...]:
-    """Pairs from whatever is at hand: pairs, rows, or the dicts that ``predict`` returns.
-
-    A row with a status is a measurement with its own prediction, every other one a prediction;
-    rows that do not apply are left out.
-    """
-    pairs = []
-    for n, item in enumerate(points, start=1):
-        if isinstance(item, Pair):
-            pairs.append(item)
-            continue
-        row = item if isinstance(item, Row) else rows_of([item], f"row {n}")[0]
-        if "status" in row.values:
-            own = row.values.get("predicted")
-            predicted = Row(own, row.origin) if own else None
-            pairs.append(Pair(key=row, predicted=predicted, observed=row))
-        elif row.values.get("applicable") is not False:
-            pairs.append(Pair(key=row, predicted=row))
-    return tuple(pairs)
-
-
-def metric_errors(pair: Pair) -> tuple[MetricError, ...]:
-    """Signed errors of a pair; a metric unknown on either side, or zero on both, has none."""
-    found = []
-    for metric in METRICS:
-        predicted, observed = pair.value(metric, "predicted"), pair.value(metric, "observed")
-        if predicted is None or observed is None or (predicted == 0 and observed == 0):
-            continue
-        # Predicting something where nothing was observed is an infinitely large error.
-        error = (predicted - observed) / observed if observed else math.inf
-        found.append(
-            MetricError(
-                pair=pair, metric=metric, predicted=predicted, observed=observed, error=error
-            )
-        )
-    return tuple(found)
-
-
 def parse_fields(by: str | Sequence[str]) -> tuple[str, ...]:
     """Group fields from "method,context" or a sequence; raises ``UnknownNameError``."""
     names = by.split(",") if isinstance(by, str) else list(by)
@@ -252,7 +159,7 @@ def error_groups(
     fields = parse_fields(by)
     buckets: dict[tuple[Any, ...], list[MetricError]] = defaultdict(list)
     for error in comparison.errors:
-        values = tuple(_hashable(error.pair.key.values.get(f)) for f in fields)
+        values = tuple(hashable(error.pair.key.values.get(f)) for f in fields)
         buckets[(*values, error.pair.basis, error.metric)].append(error)
     order = {values: n for n, values in enumerate(dict.fromkeys(key[:-1] for key in buckets))}
     varying = varying_fields([e.pair.key for e in comparison.errors])
@@ -294,7 +201,7 @@ def _left_out(record: Row, reason: str) -> Unjoined:
 
 
 def _predictions_for(
-    record: Row, index: "_Index", predict: Predict | None
+    record: Row, index: PredictionIndex, predict: Predict | None
 ) -> tuple[list[Row], str]:
     """Predictions of one record, one a basis, and the reason where there is none."""
     by_basis: dict[str, Row] = {}
@@ -317,77 +224,3 @@ def _predictions_for(
         reason = f"predicted as not applicable: {refused[0].text('reason')}" if refused else ""
         return usable, reason
     return [], index.explain(record)
-
-
-class _Index:
-    """Predictions by point."""
-
-    def __init__(self, predictions: Iterable[Row]) -> None:
-        self._rows = list(predictions)
-        self._used: set[int] = set()
-        self._near: dict[tuple[str, str], list[Row]] = defaultdict(list)
-        self._exact: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
-        for row in self._rows:
-            self._near[_family(row)].append(row)
-            self._exact[_place(row)].append(row)
-
-    def matching(self, record: Row) -> list[Row]:
-        """Predictions whose key fields agree with the record's, in file order."""
-        found = [r for r in self._exact[_place(record)] if not _differences(record, r)]
-        self._used.update(id(r) for r in found)
-        return found
-
-    def explain(self, record: Row) -> str:
-        """Why nothing matched, by the nearest prediction."""
-        if not self._rows:
-            return "the record carries no prediction, and no predictions were given"
-        near = self._near[_family(record)][:_MAX_CANDIDATES]
-        if not near:
-            return "no prediction of this model and method among the files"
-        fewest = min((_differences(record, r) for r in near), key=len)
-        return f"no prediction of this point; the nearest differs in {', '.join(fewest)}"
-
-    def unused(self) -> list[Row]:
-        """Predictions that no record took."""
-        return [r for r in self._rows if id(r) not in self._used]
-
-
-def _family(row: Row) -> tuple[str, str]:
-    return row.text("model").lower(), row.text("method").lower()
-
-
-def _place(row: Row) -> tuple[Any, ...]:
-    return (*_family(row), row.number("batch"), row.number("context_tokens"))
-
-
-def _differences(record: Row, prediction: Row) -> list[str]:
-    """Key fields in which two rows disagree, in words; a field only one side has is no conflict."""
-    different = []
-    for name in _JOIN_FIELDS:
-        mine, theirs = record.values.get(name), prediction.values.get(name)
-        if mine is None or theirs is None or _hashable(mine) == _hashable(theirs):
-            continue
-        different.append(f"{name} ({_short(theirs)}, not {_short(mine)})")
-    mine, theirs = _method_key(record, prediction)
-    if mine != theirs:
-        different.append(f"method_parameters ({_short(theirs)}, not {_short(mine)})")
-    return different
-
-
-def _method_key(record: Row, prediction: Row) -> tuple[str, str]:
-    """Both methods in the most exact form that both rows have."""
-    for name in ("method_parameters", "method_spec"):
-        mine, theirs = record.values.get(name), prediction.values.get(name)
-        if mine is not None and theirs is not None:
-            return _hashable(mine), _hashable(theirs)
-    return "", ""
-
-
-def _hashable(value: Any) -> Any:
-    if isinstance(value, (dict, list)):
-        return json.dumps(value, sort_keys=True)
-    return value.lower() if isinstance(value, str) else value
-
-
-def _short(value: Any) -> str:
-    return safe_text(str(value), 60)

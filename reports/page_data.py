@@ -7,6 +7,7 @@ from reports import charts
 from reports.illustrations import of_device
 from reports.ranking import rank
 from reports.report import Report
+from reports.roofline_chart import roofline_chart
 
 
 def capacity_limit(device: HardwareProfile, memory_fraction: float) -> tuple[float, str]:
@@ -22,9 +23,7 @@ def chart_specs(report: Report, memory_fraction: float = 0.9) -> dict[str, Any]:
     only = len(report.hardware) == 1
     device = report.hardware[0] if only else None
     specs: dict[str, Any] = {
-        f"roofline-{n}": charts.roofline_chart(
-            of_device(pairs, hardware, only), hardware, rows, colours
-        )
+        f"roofline-{n}": roofline_chart(of_device(pairs, hardware, only), hardware, rows, colours)
         for n, hardware in enumerate(report.hardware)
     }
     specs |= {f"curve-{m}": charts.curve_chart(pairs, m, rows, colours) for m in charts.CURVES}

@@ -25,7 +25,8 @@ class RooflinePoint:
 
     intensity          useful FLOPs over HBM bytes of the pass
     predicted, low, high, observed    attained FLOP/s: useful FLOPs over time
-    link_ceiling       most FLOP/s that the host link allows; None without traffic
+    ceiling            most FLOP/s that the host link or the launches of the pass allow, whichever
+                       is lower; None where neither is known
     """
 
     pair: Pair
@@ -36,7 +37,7 @@ class RooflinePoint:
     low: float | None
     high: float | None
     observed: float | None
-    link_ceiling: float | None
+    ceiling: float | None
     bound: str
 
 
@@ -100,7 +101,6 @@ def roofline_point(pair: Pair, phase: str, hardware: HardwareProfile) -> Rooflin
     predicted, observed = pair.value(time, "predicted"), pair.value(time, "observed")
     if not predicted and not observed:
         return None
-    link_bytes, link = pair.value(f"{phase}_link_bytes"), hardware.host_link_bytes_per_s
     return RooflinePoint(
         pair=pair,
         phase=phase,
@@ -110,7 +110,7 @@ def roofline_point(pair: Pair, phase: str, hardware: HardwareProfile) -> Rooflin
         low=_rate(flops, pair.value(f"{stem}_high_s")),
         high=_rate(flops, pair.value(f"{stem}_low_s")),
         observed=_rate(flops, observed),
-        link_ceiling=flops / (link_bytes / link) if link_bytes and link else None,
+        ceiling=_ceiling(pair, phase, flops, hardware),
         bound=("" if pair.predicted is None else pair.predicted.text(f"{phase}_bound")),
     )
 
@@ -155,6 +155,13 @@ class Namer:
 def _first(pair: Pair, metric: str) -> float | None:
     predicted = pair.value(metric, "predicted")
     return pair.value(metric, "observed") if predicted is None else predicted
+
+
+def _ceiling(pair: Pair, phase: str, flops: float, hardware: HardwareProfile) -> float | None:
+    """FLOPs over the time that the host link, or starting the kernels, takes alone."""
+    link_bytes, link = pair.value(f"{phase}_link_bytes"), hardware.host_link_bytes_per_s
+    link_s = link_bytes / link if link_bytes and link else 0.0
+    return _rate(flops, max(link_s, pair.value(f"{phase}_launch_s") or 0.0))
 
 
 def _rate(flops: float, seconds: float | None) -> float | None:

@@ -49,7 +49,8 @@ def roofline(
 
     Roofs are the datasheet's for every compute dtype; a calibrated profile adds the best measured
     rates. Every pass is a ring (predicted) and a dot (observed) joined by a line; a path joins
-    growing contexts; short bars mark what the host link allows. Beside the whole picture stand
+    growing contexts; short bars mark what the host link
+    or the kernel launches allow. Beside the whole picture stand
     the decode and the prefill points enlarged. Works without observations.
     """
     with house_style():
@@ -111,7 +112,7 @@ def _limits(axes: "Axes", series: Sequence[RooflineSeries], hardware: HardwarePr
 
 
 def _heights(points: Sequence[RooflinePoint]) -> list[float]:
-    return [y for p in points for y in (p.predicted, p.observed, p.link_ceiling) if y]
+    return [y for p in points for y in (p.predicted, p.observed, p.ceiling) if y]
 
 
 def _draw_zoom(
@@ -162,7 +163,7 @@ def _draw_series(
 def _draw_observed(
     axes: "Axes", series: RooflineSeries, look: dict[str, Any], scale: float
 ) -> None:
-    """Dots, the lines that join them to their rings, and link ceilings: one line object each."""
+    """Dots, the lines that join them to their rings, and ceilings: one line object each."""
     colour = look["color"]
     seen = [(p, p.observed) for p in series.points if p.observed is not None]
     if seen:
@@ -186,14 +187,14 @@ def _draw_observed(
         xs, ys = zip(*joined, strict=True)
         axes.plot(xs, ys, color=colour, linewidth=1.0, zorder=2.5, gid="join")
     bars = [
-        (p.intensity * stretch, p.link_ceiling if stretch else _GAP)
+        (p.intensity * stretch, p.ceiling if stretch else _GAP)
         for p in series.points
-        if p.link_ceiling is not None
+        if p.ceiling is not None
         for stretch in (1 / 1.15, 1.15, 0.0)
     ]
     if bars:
         xs, ys = zip(*bars, strict=True)
-        axes.plot(xs, ys, color=colour, linewidth=2.0, zorder=2, gid="link-ceiling")
+        axes.plot(xs, ys, color=colour, linewidth=2.0, zorder=2, gid="ceiling")
 
 
 def _series_label(s: RooflineSeries) -> str:
@@ -207,8 +208,8 @@ def _legend_handles(axes: "Axes", series: Sequence[RooflineSeries]) -> list[Any]
         keys.append(ring())
     if any(p.observed for p in points):
         keys.append(dot())
-    if any(p.link_ceiling for p in points):
-        keys.append(bar("bar: host link allows"))
+    if any(p.ceiling for p in points):
+        keys.append(bar("bar: link or launches allow"))
     return [*handles_of([axes]).values(), *keys]
 
 

@@ -108,10 +108,17 @@ def test_measured_roof_is_the_best_of_the_curves():
     assert not lines_of(roofline([POINT], device()), "measured-bf16")
 
 
+def test_launch_ceiling():
+    # 3e10 FLOPs cannot be done faster than in the 3 ms that starting the kernels takes.
+    rows = [{**POINT, "decode_launch_s": 3e-3}]
+    (bar,) = lines_of(roofline(rows, device()), "ceiling")
+    assert bar.get_ydata()[0] == pytest.approx(1e13)
+
+
 def test_host_link_ceiling():
     # 3e10 FLOPs behind 5e9 bytes over 50e9 bytes/s: at most 3e11 FLOP/s.
     pairs = [{**POINT, "decode_link_bytes": 5e9}]
-    (bar,) = lines_of(roofline(pairs, device()), "link-ceiling")
+    (bar,) = lines_of(roofline(pairs, device()), "ceiling")
     assert bar.get_ydata()[0] == pytest.approx(3e11)
 
 
