@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, fields
 from typing import Any
 
 import numpy as np
@@ -280,19 +281,29 @@ def model_details(name: str, assume: str | None) -> dict[str, Any]:
         {
             "kind": g.mixer.KIND,
             "layers": g.n_layers,
-            "description": repr(g.mixer),
+            "description": _describe(g.mixer),
             "kv_elements_per_token": g.mixer.kv_elements_per_token(),
             "max_kv_tokens": g.mixer.max_kv_tokens(),
         }
         for g in a.mixer_groups
     ]
     row["mlps"] = [
-        {"kind": "moe" if isinstance(m, MoE) else "dense", "layers": n, "description": repr(m)}
+        {"kind": "moe" if isinstance(m, MoE) else "dense", "layers": n, "description": _describe(m)}
         for m, n in a.mlp_groups
     ]
     row["assumed"] = a.assumed
     row["notes"] = list(a.notes)
     return row
+
+
+def _describe(part: Any) -> str:
+    """Class name and every field that is not at its default."""
+    shown = [
+        f"{f.name}={getattr(part, f.name)}"
+        for f in fields(part)
+        if f.default is MISSING or getattr(part, f.name) != f.default
+    ]
+    return f"{type(part).__name__}({', '.join(shown)})"
 
 
 def model_text(shown: Mapping[str, Any]) -> str:
@@ -354,6 +365,12 @@ def gpu_details(name: str) -> dict[str, Any]:
     }
 
 
+def _number(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.0f}" if value == round(value) else f"{value:,}"
+    return _text(value)
+
+
 def gpu_text(shown: Mapping[str, Any]) -> str:
     """The screen of ``lccost gpus show``."""
     lines = [f"{shown['name']}: {shown['title']} ({shown['generation']})", ""]
@@ -365,7 +382,7 @@ def gpu_text(shown: Mapping[str, Any]) -> str:
         text = (
             ", ".join(f"{k} {format_si(v, 'FLOP/s')}" for k, v in value.items())
             if isinstance(value, dict)
-            else _text(value)
+            else _number(value)
         )
         lines.append(f"{key:24} {text}" + (f"    [{sure}] {source}" if source else ""))
     lines += [f"note: {n}" for n in shown["notes"]]
