@@ -1,0 +1,142 @@
+"""From ``lccost init`` to a plan, through the command line alone."""
+
+import csv
+import io
+import json
+import re
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from lccost.cli import cli
+
+TRACE = Path(__file__).parents[1] / "data/traces/mooncake_conversation_1000.jsonl"
+SMALL = [
+    "--rate", "6", "--requests", "400", "--input-tokens", "3000", "--output-tokens", "80",
+    "--model", "llama-3.1-8b", "--gpu", "h100-sxm,l40s", "--method", "full,kivi", "--slo",
+    "ttft_p99_s=4", "--allow-unknown-accuracy", "--max-gpus", "16", "--workers", "1", "-q",
+]  # fmt: skip
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(cli, list(arguments))
+
+
+def test_init_then_plan(tmp_path: Path) -> None:
+    file = tmp_path / "plan.toml"
+    made = run("init", str(file))
+    assert made.exit_code == 0
+    assert "Next: lccost plan" in made.stderr
+    assert run("init", str(file)).exit_code == 2
+    checked = run("plan", str(file), "--validate-only")
+    assert checked.exit_code == 0
+    assert "16 candidates, 6,000 requests" in checked.stdout
+    found = run("plan", str(file), "--set", "workload.requests=300", "--workers", "1", "-q")
+    assert found.exit_code == 0, found.output
+    for part in ("rank", "Binds on h100-sxm", "TTFT: arrival to first token, queue included",
+                 "Check rank 1:", "vllm serve", "holds at"):  # fmt: skip
+        assert part in found.stdout, part
+
+
+def test_json_follows_the_contract_and_runs_again(tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    done = run("plan", *SMALL, "--output", str(file))
+    assert done.exit_code == 0, done.output
+    assert done.stdout == ""
+    document = json.loads(file.read_text("utf-8"))
+    assert set(document) >= {
+        "schema_version", "lccost_version", "command", "inputs", "assumptions", "results"
+    }  # fmt: skip
+    assert document["command"] == "plan"
+    best = document["results"][0]
+    for key in (
+        "rank", "feasible", "reason", "model", "method", "method_spec", "level", "engine", "gpu",
+        "tp", "replicas", "gpus", "pools", "usd_per_hour", "usd_per_million_tokens",
+        "energy_j_per_token", "ttft_p50_s", "ttft_p99_s", "tpot_p50_s", "tpot_p95_s", "itl_p95_s",
+        "itl_p99_s", "e2e_p99_s", "goodput_rps", "kv_occupancy", "headroom", "binds",
+        "accuracy_drop_points", "accuracy_source", "bound_replicas", "answered_by",
+    ):  # fmt: skip
+        assert key in best, key
+    assert best["pools"][0]["role"] == "both"
+    again = run("plan", str(file), "--format", "json", "--workers", "1", "-q")
+    assert again.exit_code == 0, again.output
+    assert json.loads(again.stdout)["results"] == document["results"]
+    fewer = run("plan", str(file), "--set", "candidates.methods=['full']", "--format", "json",
+                "--workers", "1", "-q", "--no-details")  # fmt: skip
+    assert {r["method"] for r in json.loads(fewer.stdout)["results"]} == {"full"}
+
+
+def test_csv_and_markdown() -> None:
+    table = run("plan", *SMALL, "--format", "csv", "--no-details")
+    rows = list(csv.DictReader(io.StringIO(table.stdout)))
+    assert [r["rank"] for r in rows][:1] == ["1"]
+    assert len(rows) == 4
+    text = run("plan", *SMALL, "--format", "md", "--no-details")
+    assert re.search(r"^\|\s*rank\s*\|\s*method", text.stdout, re.M)
+
+
+def test_nothing_feasible_is_exit_code_3() -> None:
+    done = run("plan", *SMALL, "--slo", "ttft_p99_s=0.01", "--format", "json")
+    assert done.exit_code == 3
+    assert "No plan meets the objectives" in done.stderr
+    assert "the prompt of 3,000 tokens alone takes" in done.stderr
+    rows = json.loads(done.stdout)["results"]
+    assert rows
+    assert not any(r["feasible"] for r in rows)
+
+
+def test_a_trace_and_its_statistics(tmp_path: Path) -> None:
+    stats = run("trace", "stats", str(TRACE), "--format", "json")
+    row = json.loads(stats.stdout)["results"][0]
+    assert row["requests"] == 1000
+    assert row["input_tokens_max"] > 100_000
+    assert "requests" in run("trace", "stats", str(TRACE)).stdout
+    copy = tmp_path / "copy.csv"
+    assert run("trace", "convert", str(TRACE), "--output", str(copy)).exit_code == 0
+    again = json.loads(run("trace", "stats", str(copy), "--format", "json").stdout)["results"][0]
+    same = ("requests", "input_tokens_mean", "output_tokens_max", "prefix_share")
+    assert {k: again[k] for k in same} == {k: row[k] for k in same}
+    done = run(
+        "plan", "--trace", str(TRACE), "--prefix-cache", "ideal", "--model", "llama-3.1-8b", "--gpu",
+        "h200-sxm", "--slo", "ttft_p99_s=30", "--slo", "itl_p95_ms=300", "--workers", "1", "-q",
+        "--no-details",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert "prefix cache ideal" in done.stdout
+    assert "aiperf profile" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["plan", "none.toml"], "Make one: lccost init"),
+        (["plan", "--slo", "ttft=3"], "not a key of this form"),
+        (["plan", "--set", "x=3"], "expected SECTION.KEY=VALUE"),
+        (["plan", *SMALL, "--tp", "two"], "whole numbers"),
+        (["plan", *SMALL, "--executor", "slurm"], "executor: expected local"),
+        (["trace", "stats", "none.jsonl"], "no such trace file"),
+    ],
+)
+def test_bad_input_is_exit_code_2(arguments: list[str], message: str) -> None:
+    done = run(*arguments)
+    assert done.exit_code == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.output
+
+
+def test_a_bad_line_writes_nothing(tmp_path: Path) -> None:
+    trace = tmp_path / "bad.csv"
+    trace.write_text("arrival_s,input_tokens,output_tokens\n0,10,5\nx,10,5\n", encoding="utf-8")
+    out = tmp_path / "plan.json"
+    done = run("plan", "--trace", str(trace), "--model", "llama-3.1-8b", "--gpu", "h100-sxm",
+               "--slo", "ttft_p99_s=3", "--output", str(out))  # fmt: skip
+    assert done.exit_code == 2
+    assert f"{trace}:3: arrival_s: expected a number, got 'x'" in done.stderr
+    assert not out.exists()
+
+
+def test_local_processes_agree_with_this_one() -> None:
+    one = run("plan", *SMALL, "--format", "json", "--no-details")
+    two = run("plan", *SMALL, "--format", "json", "--no-details", "--workers", "2")
+    assert json.loads(one.stdout)["results"] == json.loads(two.stdout)["results"]
