@@ -59,7 +59,7 @@ def run_isolated(
     request = pickle.dumps((function, tuple(arguments), limit_memory))
     with tempfile.TemporaryFile() as result:
         child = subprocess.Popen(
-            [sys.executable, "-m", "measure.worker", str(result.fileno())],
+            [sys.executable, "-m", "measure.worker", str(result.fileno()), str(os.getpid())],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=None if show_stderr else subprocess.PIPE,

@@ -1,6 +1,6 @@
 """The child of ``isolation``: reads one call from stdin, makes it, writes how it ended to a file.
 
-Started as ``python -m measure.worker FD``; of no use on its own.
+Started as ``python -m measure.worker FD PARENT``; of no use on its own.
 """
 
 import ctypes
@@ -27,7 +27,7 @@ _OOM_WORDS = ("can't allocate memory", "not enough memory", "out of memory")
 
 def main() -> None:
     """Serve the one call."""
-    _die_with_parent()
+    _die_with_parent(int(sys.argv[2]))
     # Libraries print where they like; only the file carries the result.
     with os.fdopen(int(sys.argv[1]), "wb") as result:
         function, arguments, limit_memory = pickle.load(sys.stdin.buffer)
@@ -56,10 +56,12 @@ def call(
         return "error", None, f"{type(error).__name__}: {error}"
 
 
-def _die_with_parent() -> None:
+def _die_with_parent(parent: int) -> None:
     """Ask the kernel to end this process when its parent is killed (Linux; elsewhere nothing)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:  # it was killed before the kernel was asked
+        sys.exit("the process that started this worker is gone")
 
 
 def _limit_memory() -> None:

@@ -20,9 +20,10 @@ stream (any other)           bytes moved                byte, plus ``dispatch``
 
 ``group`` is query heads per KV head; ``stream`` and ``dispatch`` (seconds per launch, at x = 1)
 have no dtype. Between sizes time per unit is interpolated in log-log space; between variants by
-inverse squared distance in the logarithms of their parameters. Outside the measured sizes the end
-value holds and the result is marked. What is ignored: overlap (a CPU has none), and that a working
-set smaller than the last-level cache may be warm.
+the inverse fourth power of the distance in octaves of their parameters (predicting a GEMV of a
+left-out shape, the fourth power errs by 8 % in fp32 and 18 % in bf16, the second by 10 and 23).
+Outside the measured sizes the end value holds and the result is marked. What is ignored: overlap (a
+CPU has none), and that a working set smaller than the last-level cache may be warm.
 """
 
 import math
@@ -149,9 +150,9 @@ def _variants(hardware: HardwareProfile, kind: str, dtype: str) -> list[_Variant
 def _interpolated(
     variants: list[_Variant], size: Array, work: Array, parameters: Mapping[str, Array]
 ) -> CurveTime:
-    """Weighted geometric mean of the variants at ``size``; weights fall with squared distance."""
+    """Geometric mean of the variants at ``size``, weighted by nearness."""
     distances = [_octaves(v.parameters, parameters) for v in variants]
-    weights = [1.0 / (d * d + 1e-6) for d in distances]
+    weights = [1.0 / (d**4 + 1e-9) for d in distances]
     total = sum(weights)
     log_size = np.log(np.maximum(size, 1e-300))
     log_unit: Array = np.float64(0.0)

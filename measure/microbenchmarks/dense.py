@@ -10,7 +10,7 @@ from torch.nn.functional import linear, rms_norm
 from costmodel.kernels.curves import curve_name
 from costmodel.mixers import Attention
 from measure.engine import TORCH_DTYPES, rope, rope_table, split_heads, swiglu
-from measure.microbenchmarks.bench import Bench
+from measure.microbenchmarks.bench import Bench, CurvePoint
 
 #: Copies of at most this size reuse their buffers, as activations are reused.
 _REUSED_BYTES = 2**23
@@ -44,10 +44,10 @@ def gemm(bench: Bench, dtype: str) -> None:
         if not bench.fits(dtype, n * k):
             continue
         weights = bench.rotating(dtype, n, k)
-        points = []
+        points: list[CurvePoint] = []
         for m in bench.plan.rows:
             flops = 2.0 * m * n * k
-            if flops > bench.plan.max_flops and m > 1:
+            if points and flops * points[-1][1] > bench.plan.max_call_s:
                 break
             x = torch.full((m, k), 0.1, dtype=kind)
             seconds, spread = bench.cold(partial(_linear_next, x, weights))

@@ -12,7 +12,7 @@ class Plan:
     gemm_shapes     (n, k) of y [m, n] = x [m, k] W^T; those of one to a few megabytes matter most,
                     because real layers have them
     rows            m
-    max_flops       larger products are left out (their rate has settled long before)
+    max_call_s      products that would take longer are left out (their rate has settled before)
     head_dims, groups, kv_heads   of attention; group is query heads per KV head
     append_heads    sequences times KV heads of which a step quantises one token
     *_tokens        cached or prompt tokens
@@ -26,7 +26,7 @@ class Plan:
     pool_bytes: int
     gemm_shapes: tuple[tuple[int, int], ...]
     rows: tuple[int, ...]
-    max_flops: float
+    max_call_s: float
     head_dims: tuple[int, ...]
     groups: tuple[int, ...]
     decode_tokens: tuple[int, ...]
@@ -39,15 +39,15 @@ class Plan:
     layer: tuple[int, int, int, int, int] = (576, 1600, 9, 3, 64)
     bits: tuple[int, ...] = (2, 4)
     kv_heads: int = 3
-    append_heads: tuple[int, ...] = (1, 3, 48, 384)
+    append_heads: tuple[int, ...] = (1, 3, 48, 192)
 
 
 QUICK = Plan(
-    seconds=0.04,
+    seconds=0.03,
     pool_bytes=2**29,
-    gemm_shapes=((1216, 832), (1088, 3008), (4928, 1088), (20032, 1344)),
-    rows=(1, 2, 4, 8, 16, 64, 256, 1024, 4096),
-    max_flops=1.2e10,
+    gemm_shapes=((1216, 832), (1088, 3008), (4928, 1088), (20032, 1344), (12032, 4160)),
+    rows=(1, 2, 4, 16, 64, 256, 1024, 4096),
+    max_call_s=0.05,
     head_dims=(64, 128),
     groups=(1, 4),
     decode_tokens=(200, 1600, 12800),
@@ -65,7 +65,7 @@ FULL = Plan(
         *((12032, 4160), (4160, 12032), (20032, 1344), (100032, 2112)),
     ),
     rows=(1, 2, 3, 4, 6, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768),
-    max_flops=2e10,
+    max_call_s=0.25,
     head_dims=(64, 128, 256),
     groups=(1, 2, 4, 8),
     decode_tokens=(100, 400, 1600, 6400, 25600, 102400),

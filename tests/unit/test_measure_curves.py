@@ -62,7 +62,7 @@ def test_outside_the_grid_the_end_holds_and_is_marked():
     assert found.extrapolated.tolist() == [0, 1]
 
 
-def test_variants_are_weighted_by_squared_distance_in_octaves():
+def test_variants_are_weighted_by_distance_in_octaves():
     flat = {"x": (1.0, 10.0)}
     hw = profile(
         **{
@@ -70,9 +70,9 @@ def test_variants_are_weighted_by_squared_distance_in_octaves():
             "gemm/bf16/k=10/n=400": Curve(y=(1e-10, 1e-10), **flat),
         }
     )
-    # n = 100 is one octave from 50 and two from 400: weights 1 and 1/4, 10^-(9 * 0.8 + 10 * 0.2).
+    # n = 100 is one octave from 50 and two from 400: weights 1 and 1/16, 10^-(9 * 16 + 10)/17.
     found = curve_time_s(gemm(1.0), hw)
-    assert found.seconds == pytest.approx(2000 * 10**-9.2, rel=1e-4)
+    assert found.seconds == pytest.approx(2000 * 10 ** -(154 / 17), rel=1e-4)
     assert float(found.extrapolated) == 0
     assert float(curve_time_s(gemm(1.0, n=5.0), hw).extrapolated) == 1  # over three octaves away
 

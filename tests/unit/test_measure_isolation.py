@@ -77,7 +77,6 @@ def test_workers_die_with_a_killed_parent():
     parent.stdout.readline()
     workers = _wait(lambda: _children(parent.pid))
     assert workers
-    time.sleep(0.3)  # until the worker has asked for the signal
     parent.kill()
     parent.wait()
     parent.stdout.close()
