@@ -12,7 +12,7 @@ for, its class of implementation, the engine. What is not a family of this GPU a
 
 import functools
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from typing import Any, Literal
@@ -24,6 +24,7 @@ from costmodel.kernels.kinds import KernelKind, kernel_class, kernel_kind
 from costmodel.operation import Array
 
 Basis = Literal["calibrated", "transferred"]
+Within = tuple[tuple[str, float], ...]
 
 #: Generations in the order of their distance from one another.
 _ORDER = ("volta", "turing", "ampere", "ada", "hopper", "blackwell", "blackwell-ultra")
@@ -158,7 +159,7 @@ def load_family(
     engine
         Engine name; "" takes any.
     variant
-        Data type or phase the family must be of; its first variant where none fits is not taken.
+        Data type or phase the family must be of, as its kind names them.
     kernel
         Kernel name as a table writes it; "" takes the engine's most measured kernel.
     within
@@ -169,46 +170,65 @@ def load_family(
     Family
         With ``basis``, ``distance`` and an interval widened where it is transferred.
     """
-    families = [f for f in _own_families(kind, hardware) if f.variant == variant]
-    families += [f for f in shipped_families(kind) if f.variant == variant]
+    asked = (engine.lower(), variant, kernel.lower(), tuple(sorted((within or {}).items())))
+    own = [f for f in _own_families(kind, hardware) if f.variant == variant]
+    if own:
+        return _nearest(own, hardware.name, hardware.generation, *asked)
+    return _nearest_shipped(kind, hardware.name, hardware.generation, *asked)
+
+
+@functools.lru_cache(maxsize=1024)
+def _nearest_shipped(
+    kind: str,
+    hardware: str,
+    generation: str,
+    engine: str,
+    variant: str,
+    kernel: str,
+    within: Within,
+) -> Family | None:
+    families = [f for f in shipped_families(kind) if f.variant == variant]
     if not families:
         return None
-    best = min(families, key=lambda f: _rank(f, engine, hardware, kernel, within or {}))
-    distance = _distance(best, hardware)
+    return _nearest(families, hardware, generation, engine, variant, kernel, within)
+
+
+def _nearest(
+    families: Sequence[Family],
+    hardware: str,
+    generation: str,
+    engine: str,
+    variant: str,
+    kernel: str,
+    within: Within,
+) -> Family:
+    def rank(f: Family) -> tuple[float, ...]:
+        ends = [(f.ranges.get(name, (value, value)), value) for name, value in within]
+        return (
+            _distance(f, hardware, generation),
+            _generations_apart(f.generation, generation),
+            _kernel_distance(f, kernel),
+            sum(not least <= value <= most for (least, most), value in ends),
+            engine not in ("", f.engine),
+            -f.n_rows,
+        )
+
+    best = min(families, key=rank)
+    distance = _distance(best, hardware, generation)
     wider = (1.0, WIDER_SAME_GENERATION, WIDER_OTHER_GENERATION)[distance]
-    same_engine = engine in ("", best.engine) and (not kernel or _kernel_distance(best, kernel) < 2)
-    if not same_engine:
+    same = engine in ("", best.engine) or not best.engine
+    same = same and _kernel_distance(best, kernel) < 2
+    if not same:
         wider *= WIDER_ENGINE
-    basis: Basis = "calibrated" if distance == 0 and same_engine else "transferred"
+    basis: Basis = "calibrated" if distance == 0 and same else "transferred"
     interval = best.interval if wider == 1.0 else best.interval.wider(wider)
     return replace(best, basis=basis, distance=distance, interval=interval)
 
 
-def _rank(
-    family: Family,
-    engine: str,
-    hardware: HardwareProfile,
-    kernel: str,
-    within: Mapping[str, float],
-) -> tuple[float, ...]:
-    outside = 0.0
-    for name, value in within.items():
-        least, most = family.ranges.get(name, (value, value))
-        outside += not least <= value <= most
-    return (
-        _distance(family, hardware),
-        _generations_apart(family.generation, hardware.generation),
-        _kernel_distance(family, kernel),
-        outside,
-        engine not in ("", family.engine),
-        -family.n_rows,
-    )
-
-
-def _distance(family: Family, hardware: HardwareProfile) -> int:
-    if family.hardware == hardware.name:
+def _distance(family: Family, hardware: str, generation: str) -> int:
+    if family.hardware == hardware:
         return 0
-    return 1 if family.generation == hardware.generation else 2
+    return 1 if family.generation == generation else 2
 
 
 def _generations_apart(a: str, b: str) -> float:
@@ -218,7 +238,7 @@ def _generations_apart(a: str, b: str) -> float:
 
 
 def _kernel_distance(family: Family, kernel: str) -> int:
-    if not kernel or family.kernel == kernel.lower():
+    if not kernel or not family.kernel or family.kernel == kernel:
         return 0
     return 1 if kernel_class(family.kernel) == kernel_class(kernel) else 2
 

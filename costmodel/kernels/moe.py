@@ -162,26 +162,54 @@ def moe_time_s(
     ``inner`` is this GPU's share of the experts' inner size; ``skew`` the exponent of power-law
     routing with this GPU the busiest, 0 for even routing.
     """
+    sizes = (tokens, top_k, n_experts, local_experts)
+    up = grouped_product_time_s(
+        parameters, device, 2.0 * inner, hidden, *sizes, dtype, skew=skew, cold=cold
+    )
+    down = grouped_product_time_s(
+        parameters, device, hidden, inner, *sizes, dtype, skew=skew, cold=cold
+    )
+    seconds: Array = up + down
+    if not cold and parameters.eager_s:
+        seconds = np.maximum(seconds, parameters.eager_s)
+    return seconds
+
+
+def grouped_product_time_s(
+    parameters: MoeParameters,
+    device: HardwareProfile,
+    n: Array,
+    k: Array,
+    tokens: Array,
+    top_k: Array,
+    n_experts: Array,
+    local_experts: Array,
+    dtype: str = "bf16",
+    *,
+    skew: Array = 0.0,
+    cold: bool = True,
+) -> Array:
+    """Seconds of one of the two grouped products, [rows, k] times [k, n] per expert.
+
+    Half of what both pay together (sorting, permutation, start) is counted here.
+    """
     p = parameters
     width = element_bytes(dtype)
     peak = tensor_peak(device, "fp8" if width == 1.0 else dtype)
     classes = loads(tokens, top_k, n_experts, local_experts, skew)
-    hit: Array = sum((n for n, _ in classes), np.float64(0.0))
-    assigned: Array = sum((n * load for n, load in classes), np.float64(0.0))
+    hit: Array = sum((c for c, _ in classes), np.float64(0.0))
+    assigned: Array = sum((c * load for c, load in classes), np.float64(0.0))
     mean = assigned / np.maximum(hit, 1e-9)
     rows = np.clip(np.exp2(np.ceil(np.log2(np.maximum(mean, 1.0)))), MIN_TILE_ROWS, p.tile_rows)
-    tiles: Array = sum((n * np.ceil(load / rows) for n, load in classes), np.float64(0.0))
+    tiles: Array = sum((c * np.ceil(load / rows) for c, load in classes), np.float64(0.0))
     passed = np.asarray(tokens, dtype=np.float64) * top_k
-    seconds = p.launch_s + p.expert_s * hit + p.row_s * passed
-    for columns, depth in ((2.0 * inner, hidden), (hidden, inner)):
-        compute = _product_s(p, device, (rows, tiles), (columns, depth), peak, width)
-        moved = hit * columns * depth * width + passed * (columns + depth) * 2.0
-        memory = moved / (p.bandwidth_fraction * device.hbm_bytes_per_s)
-        seconds = seconds + overlapped(compute, memory, p.unhidden_fraction)
-    if not cold and p.eager_s:
-        seconds = np.maximum(seconds, p.eager_s)
-    weights = 3.0 * hidden * inner * width
-    return limited(seconds, 6.0 * hidden * inner * assigned, peak, hit * weights, device, cold)
+    weights = hit * n * k * width
+    compute = _product_s(p, device, (rows, tiles), (n, k), peak, width)
+    moved = weights + passed * (n + k) * 2.0
+    memory = moved / (p.bandwidth_fraction * device.hbm_bytes_per_s)
+    shared = 0.5 * (p.launch_s + p.expert_s * hit + p.row_s * passed)
+    seconds = shared + overlapped(compute, memory, p.unhidden_fraction)
+    return limited(seconds, 2.0 * n * k * assigned, peak, weights, device, cold)
 
 
 def _product_s(

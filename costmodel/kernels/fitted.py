@@ -1,0 +1,269 @@
+"""Seconds of an operation from the fitted kernel family nearest to a device and an engine.
+
+An operation carries counts; a family's model wants a shape. This is where one becomes the other.
+What no family was fitted for (sparse patterns, compressed caches, weight-only products,
+intermediates that pass through memory) returns None, and the prior answers.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from costmodel.hardware import HardwareProfile
+from costmodel.kernels.families import Family, load_family
+from costmodel.kernels.moe import grouped_product_time_s
+from costmodel.kernels.prior import KernelTime
+from costmodel.operation import Array, Operation, causal_pairs
+
+#: Two amounts that should be one and the same may differ by this much.
+SAME = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What an operation asks a family: its kind, variant, shape, and where it should be at home."""
+
+    kind: str
+    variant: str
+    shape: Mapping[str, Array]
+    kernel: str = ""
+    within: Mapping[str, float] | None = None
+
+
+def fitted_time(
+    operation: Operation, hardware: HardwareProfile, engine: str = ""
+) -> KernelTime | None:
+    """Interval, parts and basis of one run; None where no fitted family describes it."""
+    reader = _READERS.get(operation.kind)
+    if reader is None or hardware.is_cpu or not hardware.n_units:
+        return None
+    asked = reader(operation)
+    if asked is None:
+        return None
+    family = load_family(
+        asked.kind,
+        engine,
+        hardware,
+        variant=asked.variant,
+        kernel=asked.kernel,
+        within=asked.within,
+    )
+    if family is None:
+        return None
+    low, mid, high = _seconds(family, hardware, asked)
+    return _kernel_time(operation, hardware, family, asked, (low, mid, high))
+
+
+def _seconds(family: Family, hardware: HardwareProfile, asked: Asked) -> tuple[Array, Array, Array]:
+    if asked.kind != "moe_gemm":
+        return family.time_s(hardware, asked.shape)
+    s = asked.shape
+    dtype = "fp8" if family.variant.startswith("fp8") else family.variant
+    mid = grouped_product_time_s(
+        family.parameters,
+        hardware,
+        s["n"],
+        s["k"],
+        s["tokens"],
+        s["top_k"],
+        s["n_experts"],
+        s["n_experts"],
+        dtype,
+    )
+    low, high = family.interval.factors(mid)
+    return mid * low, mid, mid * high
+
+
+def _kernel_time(
+    operation: Operation,
+    hardware: HardwareProfile,
+    family: Family,
+    asked: Asked,
+    seconds: tuple[Array, Array, Array],
+) -> KernelTime:
+    """Split the middle estimate into the parts that say what binds.
+
+    Launch is the family's own; the rest goes to compute and memory as the roofline divides it.
+    """
+    low, mid, high = seconds
+    launch = np.minimum(float(getattr(family.parameters, "launch_s", 0.0)), mid)
+    if asked.kind == "collective":
+        return KernelTime(
+            low,
+            mid,
+            high,
+            0.0,
+            0.0,
+            launch,
+            mid - launch,
+            family.basis,
+            family.extrapolated(asked.shape),
+        )
+    compute = operation.flops / hardware.peak(operation.dtype) if np.any(operation.flops) else 0.0
+    memory = operation.moved_bytes / hardware.hbm_bytes_per_s
+    scale = (mid - launch) / np.maximum(np.maximum(compute, memory), 1e-300)
+    floor = np.maximum(compute, operation.hbm_bytes / hardware.hbm_bytes_per_s)
+    return KernelTime(
+        low_s=np.maximum(low, floor),
+        mid_s=np.maximum(mid, floor),
+        high_s=np.maximum(high, floor),
+        compute_s=compute * scale,
+        memory_s=memory * scale,
+        launch_s=launch,
+        basis=family.basis,
+        extrapolated=family.extrapolated(asked.shape),
+    )
+
+
+def _close(a: Array, b: Array) -> bool:
+    return bool(np.all(np.abs(np.asarray(a) - b) <= SAME * np.abs(np.asarray(b)) + 1e-9))
+
+
+def _variant(operation: Operation, elements: Array) -> str | None:
+    """bf16 or fp8 where the weights are stored as they are multiplied; else None."""
+    stored = np.asarray(operation.weight_bytes) / np.maximum(elements, 1.0)
+    if operation.dtype in ("bf16", "fp16") and _close(stored, 2.0):
+        return "bf16"
+    if operation.dtype == "fp8" and np.all((stored >= 0.98) & (stored <= 1.1)):
+        return "fp8"
+    return None
+
+
+def _gemm(operation: Operation) -> Asked | None:
+    shape = operation.shape
+    if not {"m", "n", "k"} <= shape.keys() or np.any(operation.workspace_bytes):
+        return None
+    m, n, k = shape["m"], shape["n"], shape["k"]
+    if not _close(operation.flops, 2.0 * np.asarray(m) * n * k):
+        return None
+    variant = _variant(operation, np.asarray(n) * k)
+    if variant is None:
+        return None
+    return Asked("gemm", variant, {"m": m, "n": n, "k": k})
+
+
+def _moe(operation: Operation) -> Asked | None:
+    shape = operation.shape
+    if not {"m", "n", "k", "experts", "active_experts", "top_k"} <= shape.keys():
+        return None
+    variant = _variant(operation, np.asarray(shape["n"]) * shape["k"] * shape["active_experts"])
+    if variant is None:
+        return None
+    more = {"tokens": shape["m"], "n_experts": shape["experts"]}
+    return Asked("moe_gemm", variant, {**shape, **more})
+
+
+def _decode(operation: Operation) -> Asked | None:
+    shape = operation.shape
+    needed = {"batch", "kv_len", "n_heads", "n_kv_heads", "head_dim", "v_head_dim", "kv_bytes"}
+    if not needed <= shape.keys() or np.any(operation.workspace_bytes):
+        return None
+    width = np.asarray(shape["head_dim"]) + shape["v_head_dim"]
+    elements = np.asarray(shape["batch"]) * shape["kv_len"] * shape["n_kv_heads"] * width
+    stored = np.asarray(shape["kv_bytes"]) / np.maximum(elements, 1.0)
+    element_bytes = next((b for b in (2.0, 1.0) if _close(stored, b)), None)
+    if element_bytes is None:
+        return None
+    names = ("batch", "kv_len", "n_heads", "n_kv_heads", "head_dim", "v_head_dim")
+    asked = {name: shape[name] for name in names} | {"element_bytes": element_bytes, "window": 0.0}
+    return Asked("decode_attention", "", asked, within={"element_bytes": element_bytes})
+
+
+def _prefill(operation: Operation) -> Asked | None:
+    shape = operation.shape
+    needed = {
+        "batch",
+        "q_len",
+        "kv_len",
+        "n_heads",
+        "n_kv_heads",
+        "head_dim",
+        "v_head_dim",
+        "pairs",
+    }
+    if not needed <= shape.keys() or np.any(operation.workspace_bytes):
+        return None
+    q, window = np.asarray(shape["q_len"]), np.asarray(shape.get("window_tokens", np.inf))
+    if not _close(shape["kv_len"], q):
+        return None
+    expected = causal_pairs(q, None if np.all(np.isinf(window)) else float(np.min(window)))
+    if not _close(shape["pairs"], expected):
+        return None
+    names = ("batch", "q_len", "n_heads", "n_kv_heads", "head_dim", "v_head_dim")
+    more: dict[str, Array] = {
+        "element_bytes": 2.0,
+        "window": np.where(np.isinf(window) | (window >= q), 0.0, window),
+        "causal": 1.0,
+    }
+    asked = {**{name: shape[name] for name in names}, **more}
+    return Asked("prefill_attention", "", asked, within={"causal": 1.0})
+
+
+def _mla_decode(operation: Operation) -> Asked | None:
+    shape = operation.shape
+    if not {"batch", "kv_len", "n_heads", "latent_dim", "rope_dim", "kv_bytes"} <= shape.keys():
+        return None
+    if shape["latent_dim"] != 512 or shape["rope_dim"] != 64:
+        return None
+    elements = np.asarray(shape["batch"]) * shape["kv_len"] * 576.0
+    stored = np.asarray(shape["kv_bytes"]) / np.maximum(elements, 1.0)
+    if not (_close(stored, 2.0) or np.all((stored >= 0.98) & (stored <= 1.2))):
+        return None
+    is_fp8 = float(np.min(stored)) < 1.5
+    asked = {name: shape[name] for name in ("batch", "kv_len", "n_heads")}
+    more = {"element_bytes": 1.0 if is_fp8 else 2.0}
+    return Asked("mla_decode_attention", "fp8" if is_fp8 else "bf16", asked | more)
+
+
+def _mla_prefill(operation: Operation) -> Asked | None:
+    shape = operation.shape
+    if not {"batch", "q_len", "pairs", "n_heads", "head_dim", "v_head_dim"} <= shape.keys():
+        return None
+    if shape["head_dim"] != 192 or shape["v_head_dim"] != 128:
+        return None
+    if not _close(shape["pairs"], causal_pairs(shape["q_len"])):
+        return None
+    asked = {name: shape[name] for name in ("batch", "q_len", "n_heads")} | {"element_bytes": 2.0}
+    return Asked("mla_prefill_attention", "bf16", asked)
+
+
+def _scan(operation: Operation) -> Asked | None:
+    """Gated DeltaNet and KDA; other recurrences have no family."""
+    name = operation.name
+    if "delta_rule" not in name and "kda" not in name:
+        return None
+    shape = operation.shape
+    batch, q_len = shape["batch"], shape["q_len"]
+    tokens = np.maximum(np.asarray(batch, dtype=np.float64) * q_len, 1.0)
+    step = operation.kind == "scan_step"
+    # A table's step and prompt both read a state and write one.
+    asked = {
+        "batch": batch,
+        "seq_len": q_len,
+        "token_bytes": operation.activation_bytes / tokens,
+        "state_bytes": 2.0 * np.asarray(shape["state_bytes"]) / batch,
+    }
+    return Asked("scan", "scan_step" if step else "scan_prefill", asked, kernel="")
+
+
+def _collective(operation: Operation) -> Asked | None:
+    shape = operation.shape
+    if not {"message_bytes", "n_gpus"} <= shape.keys():
+        return None
+    variant = "all_reduce" if operation.name == "all_reduce" else "all_gather"
+    asked = {"message_bytes": shape["message_bytes"], "n_gpus": shape["n_gpus"]}
+    return Asked("collective", variant, asked)
+
+
+_READERS: dict[str, Callable[[Operation], Asked | None]] = {
+    "gemm": _gemm,
+    "moe_gemm": _moe,
+    "decode_attention": _decode,
+    "prefill_attention": _prefill,
+    "mla_decode_attention": _mla_decode,
+    "mla_prefill_attention": _mla_prefill,
+    "scan_prefill": _scan,
+    "scan_step": _scan,
+    "collective": _collective,
+}
