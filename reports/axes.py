@@ -67,14 +67,14 @@ AXES = {
         lower_is_better=False,
     ),
     "state_bytes": AxisText(
-        title="State", label="state on the GPU (bytes)", format=_bytes, unit="B"
+        title="State", label="state on the device (bytes)", format=_bytes, unit="B"
     ),
     "state_host_bytes": AxisText(
         title="Host state", label="state in host memory (bytes)", format=_bytes, unit="B"
     ),
     "weights_bytes": AxisText(title="Weights", label="weights (bytes)", format=_bytes, unit="B"),
     "peak_bytes": AxisText(
-        title="Peak memory", label="peak memory per GPU (bytes)", format=_bytes, unit="B"
+        title="Peak memory", label="peak memory per device (bytes)", format=_bytes, unit="B"
     ),
     "peak_prefill_bytes": AxisText(
         title="Peak of prefill", label="peak of prefill (bytes)", format=_bytes, unit="B"

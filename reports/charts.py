@@ -166,7 +166,7 @@ def _curve_lines(
         lines[0]["hi"] = [short_number(interval[c][1]) for c in ends]
         lines[0]["bx"] = [short_number(c) for c in ends]
     seen = [
-        (p.context_tokens, p.observed, row_of(p.pair, rows), "observed")
+        (p.context_tokens, p.observed, row_of(p.pair, rows), _seen(p, metric))
         for p in s.points
         if p.observed
     ]
@@ -219,6 +219,14 @@ def _tip(p: CurvePoint, metric: str, phase: str) -> str:
     if p.low and p.high:
         parts.append(f"{text(p.low)} to {text(p.high)}")
     return ", ".join(part for part in parts if part)
+
+
+def _seen(p: CurvePoint, metric: str) -> str:
+    """Say that a point was observed, and how surely."""
+    if p.observed_interval is None:
+        return "observed"
+    low, high = map(AXES[metric].format, p.observed_interval)
+    return f"observed, median within {low} to {high} (95 %)"
 
 
 def _bound(pair: Pair, phase: str) -> str:

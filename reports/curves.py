@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from reports.axes import AXES
 from reports.comparison import Pair
 from reports.points import MOST_SERIES, Namer
+from reports.records import Row
 
 _PLACE = ("gpu", "batch", "output_tokens")
 #: In logarithms of the ratio.
@@ -25,6 +26,8 @@ class CurvePoint:
     low: float | None
     high: float | None
     observed: float | None
+    #: 95 % interval of the observed median; None where the record has none
+    observed_interval: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -90,6 +93,7 @@ def curve_series(
                 low=pair.value(f"{stem}_low_s"),
                 high=pair.value(f"{stem}_high_s"),
                 observed=observed,
+                observed_interval=_observed_interval(pair, metric),
             )
         )
     return tuple(
@@ -102,6 +106,15 @@ def curve_series(
         )
         for (name, level), points in grouped.items()
     )
+
+
+def _observed_interval(pair: Pair, metric: str) -> tuple[float, float] | None:
+    statistics = {} if pair.observed is None else pair.observed.values.get("statistics") or {}
+    of_metric = statistics.get(metric)
+    if not isinstance(of_metric, dict):
+        return None
+    low, high = (Row(of_metric).number(f"ci_{side}_s") for side in ("low", "high"))
+    return None if low is None or high is None else (low, high)
 
 
 def crossings(series: Sequence[CurveSeries], metric: str) -> tuple[Crossing, ...]:

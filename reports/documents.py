@@ -58,7 +58,8 @@ def write_report(report: Report, path: str | Path, *, version: str = "") -> Path
 def tables_of(report: Report) -> tuple[Table, ...]:
     """All tables of a report, in order; empty ones are left out."""
     every = (
-        *(report.ranking, report.errors, report.break_even, report.sensitivity),
+        *(report.ranking, report.errors, report.validation, report.break_even),
+        report.sensitivity,
         *(report.accuracy, report.provenance, report.left_out, report.reproduce),
     )
     return tuple(t for t in every if t.texts)
@@ -87,6 +88,7 @@ def to_json(report: Report, *, version: str = "") -> str:
         "verdict": report.verdict,
         "remarks": list(report.remarks),
         "errors": report.errors.dicts(),
+        "validation": report.validation.dicts(),
         "break_even": report.break_even.dicts(),
         "sensitivity": report.sensitivity.dicts(),
         "accuracy": report.accuracy.dicts(),

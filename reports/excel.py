@@ -58,6 +58,7 @@ def to_xlsx(report: Report) -> bytes:
         _cost(book.add_worksheet("Cost"), report, formats)
         for name, table in (
             *(("Methods", report.ranking), ("Errors", report.errors)),
+            ("Validation", report.validation),
             *(("Break-even", report.break_even), ("Sensitivity", report.sensitivity)),
             *(("Accuracy", report.accuracy), ("Hardware", report.provenance)),
             *(("Left out", report.left_out), ("Reproduce", report.reproduce)),
@@ -98,7 +99,7 @@ def _cell(sheet: Any, row: int, column: int, value: Any, number: Any) -> None:
 def _cost(sheet: Any, report: Report, formats: dict[str, Any]) -> None:
     """Inputs on top (price per device, utilisation); one row a predicted point below."""
     pairs = [r.pair for r in rank(report.pairs) if r.pair.value("tokens_per_s")]
-    devices = list(dict.fromkeys(safe_text(p.key.text("gpu", "?"), 60) for p in pairs))
+    devices = list(dict.fromkeys(safe_text(p.key.device or "?", 60) for p in pairs))
     prices = {h.name: h.price_usd_per_hour for h in report.hardware}
     sheet.write_string(0, 0, "Cost", formats["title"])
     sheet.write_string(1, 0, "Change the yellow cells; everything below follows.")
@@ -136,7 +137,7 @@ def _cost_row(
     formats: dict[str, Any],
 ) -> None:
     names, amounts, busy = cells
-    device = safe_text(pair.key.text("gpu", "?"), 60)
+    device = safe_text(pair.key.device or "?", 60)
     gpus = pair.key.number("gpus") or pair.key.number("tp") or 1.0
     speed = pair.value("tokens_per_s") or 0.0
     texts = (

@@ -69,21 +69,43 @@ class Section:
         return not (self.paragraphs or self.figures or self.items or has_rows)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Heading:
+    """What stands on top of a page."""
+
+    title: str
+    verdict: str
+    remarks: tuple[str, ...]
+
+
 def to_html(report: Report, *, version: str = "", memory_fraction: float = 0.9) -> str:
     """Render the page."""
-    environment, markup = _jinja()
     specs = chart_specs(report, memory_fraction)
-    pictures = [(i.section, _picture(i, specs)) for i in illustrations(report)]
+    pictures = [(i.section, picture_of(i, specs)) for i in illustrations(report)]
+    heading = Heading(title=report.title, verdict=report.verdict, remarks=report.remarks)
+    return page(heading, sections_of(report, pictures), specs, report.ranking, version=version)
+
+
+def page(
+    heading: Heading,
+    sections: Sequence[Section],
+    specs: dict[str, Any],
+    ranking: Table,
+    *,
+    version: str = "",
+) -> str:
+    """Render a page: ``ranking`` is the table of section "methods", ``specs`` the charts by id."""
+    environment, markup = _jinja()
     styles = [_asset(name) for name in _STYLES]
     scripts = [_asset(name) for name in _SCRIPTS]
     text: str = environment.get_template("report.html.j2").render(
-        report=report,
+        report=heading,
         version=version,
         policy=_policy(styles, scripts),
         styles=[markup(s) for s in styles],
         scripts=[markup(s) for s in scripts],
-        sections=sections_of(report, pictures),
-        data=markup(json_in_html({"charts": specs, "table": _table_data(report.ranking)})),
+        sections=sections,
+        data=markup(json_in_html({"charts": specs, "table": _table_data(ranking)})),
         most_rows=MOST_STATIC_ROWS,
     )
     return text
@@ -100,7 +122,12 @@ def sections_of(
     found = (
         Section(id="methods", title="Methods", tables=(report.ranking,)),
         Section(id="roofline", title="Roofline", figures=of("roofline")),
-        Section(id="error", title="Prediction error", figures=of("error"), tables=(report.errors,)),
+        Section(
+            id="error",
+            title="Prediction error",
+            figures=of("error"),
+            tables=(report.errors, report.validation),
+        ),
         Section(id="memory", title="Memory", figures=of("memory")),
         Section(id="curves", title="Against context", figures=of("curves")),
         Section(id="breakdown", title="Where a step spends its time", figures=of("breakdown")),
@@ -132,7 +159,8 @@ def json_in_html(value: Any) -> str:
     return text
 
 
-def _picture(made: Illustration, specs: dict[str, Any]) -> Picture:
+def picture_of(made: Illustration, specs: dict[str, Any]) -> Picture:
+    """Its static form, and the id of its interactive twin where there is one."""
     chart = made.chart if made.chart in specs else ""
     return Picture(
         title=made.title,

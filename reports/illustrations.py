@@ -12,6 +12,7 @@ from reports.charts import CURVES
 from reports.comparison import Pair
 from reports.labels import safe_text
 from reports.points import roofline_series
+from reports.records import Row
 from reports.report import Report
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def has(pairs: Sequence[Pair], metric: str, side: str = "predicted") -> bool:
 def of_device(pairs: Sequence[Pair], hardware: HardwareProfile, only: bool) -> tuple[Pair, ...]:
     """Pairs on one device; all of them where the report knows no other device."""
     name = hardware.name.lower()
-    mine = tuple(p for p in pairs if p.key.text("gpu").lower() == name)
+    mine = tuple(p for p in pairs if p.key.device.lower() == name)
     return tuple(pairs) if only and not mine else mine
 
 
@@ -158,7 +159,7 @@ def _breakdowns(report: Report) -> list[Illustration]:
     only = report.hardware[0] if len(report.hardware) == 1 else None
     made = []
     for explanation in report.explanations[:_MOST_EXPLANATIONS]:
-        hardware = by_name.get(str(explanation.get("gpu")), only)
+        hardware = by_name.get(Row(explanation).device, only)
         if hardware is None or not explanation.get("operations"):
             continue
         spec = safe_text(str(explanation.get("method_spec", "?")), 40)

@@ -72,7 +72,7 @@ def point(row: Row, fields: Sequence[str] = POINT_FIELDS, width: int = 32) -> st
     """Name one point in a line by the given fields."""
     parts = []
     for name in fields:
-        text = row.text(name)
+        text = row.device if name == "gpu" else row.text(name)
         if not text:
             continue
         if name == "context_tokens":

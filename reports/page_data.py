@@ -12,7 +12,7 @@ from reports.roofline_chart import roofline_chart
 
 def capacity_limit(device: HardwareProfile, memory_fraction: float) -> tuple[float, str]:
     """Bytes that may be used, and what the line is called."""
-    return device.memory_bytes * memory_fraction, f"usable: {memory_fraction:.0%} of the GPU"
+    return device.memory_bytes * memory_fraction, f"usable: {memory_fraction:.0%} of the device"
 
 
 def chart_specs(report: Report, memory_fraction: float = 0.9) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from costmodel.errors import ConfigError
@@ -69,6 +69,12 @@ class Row:
     def status(self) -> str:
         """How a measurement ended (``ok`` where nothing is said)."""
         return self.text("status", "ok")
+
+    @property
+    def device(self) -> str:
+        """The device as people call it: a profile of one's own by its file's name, not its path."""
+        name = self.text("gpu")
+        return PurePath(name.replace("\\", "/")).stem if name.endswith(".toml") else name
 
     @property
     def method_spec(self) -> str:

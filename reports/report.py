@@ -20,6 +20,7 @@ from reports.report_tables import (
     provenance_table,
     reproduce_table,
     sensitivity_table,
+    validation_table,
 )
 from reports.tables import Table, error_table
 from reports.tabulate import point_rows
@@ -36,6 +37,7 @@ class Report:
     hardware: tuple[HardwareProfile, ...]
     ranking: Table
     errors: Table
+    validation: Table
     break_even: Table
     sensitivity: Table
     accuracy: Table
@@ -86,6 +88,7 @@ def build_report(
         errors=error_table(comparison, ("method_spec", "level"), exact_rows=False).without(
             "worst_origin"
         ),
+        validation=validation_table(records),
         break_even=break_even_table(comparison.pairs),
         sensitivity=sensitivity_table(margins(ranked)),
         accuracy=accuracy_table(comparison.pairs),
@@ -99,7 +102,7 @@ def build_report(
 
 def _title(pairs: Sequence[Pair]) -> str:
     models = list(dict.fromkeys(p.key.text("model", "?") for p in pairs))
-    devices = list(dict.fromkeys(p.key.text("gpu", "?") for p in pairs))
+    devices = list(dict.fromkeys(p.key.device or "?" for p in pairs))
     if not pairs:
         return "Cost report"
     names = [

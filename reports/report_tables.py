@@ -11,11 +11,15 @@ from reports.comparison import Comparison, Pair
 from reports.curves import crossings, curve_series
 from reports.labels import percent, safe_text, tokens
 from reports.ranking import Margin
-from reports.records import Records
+from reports.records import Records, Row
 from reports.tables import Column, Table, unjoined_table
 
 #: Curves in which break-even contexts are looked for.
 BREAK_EVEN_METRICS = ("ttft_s", "tpot_s", "usd_per_million_output_tokens", "max_batch")
+_VALIDATION_FIGURES = (
+    *("n", "mape_percent", "median_percent", "p90_percent"),
+    *("bias_percent", "coverage_percent"),
+)
 _MOST_ENVIRONMENTS = 3
 _MOST_CROSSINGS = 200
 
@@ -170,6 +174,52 @@ def _source(h: HardwareProfile, field: str) -> tuple[str, str]:
     return (
         h.sources.get(field) or h.sources.get(parent, ""),
         h.confidence.get(field) or h.confidence.get(parent, ""),
+    )
+
+
+def validation_table(records: Records) -> Table:
+    """Figures of ``validate`` documents: the kind's primary metric, then its groups."""
+    rows: list[tuple[Any, ...]] = []
+    for row in records.validations:
+        kind, overall, groups = (row.values.get(k) for k in ("kind", "overall", "groups"))
+        listed: list[tuple[str, Any]] = [("overall", overall)]
+        for group in groups if isinstance(groups, list) else []:
+            if isinstance(group, dict):
+                named = group.get("group")
+                parts = named.values() if isinstance(named, dict) else [named]
+                listed.append((", ".join(str(p) for p in parts if p is not None), group))
+        for name, figures in listed:
+            found = Row(figures if isinstance(figures, dict) else {})
+            numbers = tuple(found.number(f) for f in _VALIDATION_FIGURES)
+            rows.append(
+                (safe_text(str(kind), 40), safe_text(name, 80), *numbers, found.text("basis"))
+            )
+    return Table(
+        title="Validation against published measurements",
+        columns=(
+            Column(name="kind", title="kind"),
+            Column(name="group", title="group"),
+            Column(name="n", title="n", is_number=True),
+            *(
+                Column(
+                    name=f, title=f.removesuffix("_percent").replace("mape", "MAPE"), is_number=True
+                )
+                for f in _VALIDATION_FIGURES[1:]
+            ),
+            Column(name="basis", title="basis"),
+        ),
+        values=tuple(rows),
+        texts=tuple(
+            (
+                *(r[0], r[1], "-" if r[2] is None else f"{r[2]:.0f}"),
+                *(
+                    percent(v, signed=f == "bias_percent")
+                    for f, v in zip(_VALIDATION_FIGURES[1:], r[3:8], strict=True)
+                ),
+                safe_text(r[-1], 24),
+            )
+            for r in rows
+        ),
     )
 
 

@@ -66,7 +66,7 @@ def point_table(comparison: Comparison) -> Table:
     values, texts = [], []
     for e in comparison.errors:
         key = e.pair.key
-        fields = (key.method_spec, key.text("level"), key.text("model"), key.text("gpu"))
+        fields = (key.method_spec, key.text("level"), key.text("model"), key.device)
         context, batch = key.number("context_tokens"), key.number("batch")
         error = e.error * 100.0
         values.append(
@@ -149,7 +149,7 @@ def _group_texts(group: ErrorGroup, fields: Sequence[str]) -> tuple[str, ...]:
         percent(group.mape_percent),
         *(percent(group.median_percent), percent(group.p90_percent)),
         *(percent(group.bias_percent, signed=True), percent(group.worst_percent, signed=True)),
-        *(group.worst_point, _short_origin(group.worst_origin)),
+        *("" if group.n == 1 else group.worst_point, _short_origin(group.worst_origin)),
     )
 
 

@@ -127,7 +127,7 @@ _FIELDS = (
     _text("method_spec", "method", _key("method_spec")),
     _text("level", "level", _key("level")),
     _text("model", "model", _key("model")),
-    _text("gpu", "device", _key("gpu")),
+    _text("gpu", "device", lambda r: r.pair.key.device or None),
     _text("engine", "engine", _key("engine")),
     _text("dtype", "dtype", _key("dtype")),
     _text("weight_dtype", "weights as", _key("weight_dtype")),

@@ -148,6 +148,12 @@ def _draw(axes: "Axes", series: CurveSeries, look: dict[str, Any], with_band: bo
             gid="observed",
             zorder=4,
         )
+    spread = [
+        (p.context_tokens, *p.observed_interval) for p in series.points if p.observed_interval
+    ]
+    if spread:
+        contexts_, low_, high_ = zip(*spread, strict=True)
+        axes.vlines(contexts_, low_, high_, color=look["color"], linewidth=2.2, gid="confidence")
 
 
 def _ticks(axes: "Axes", series: Sequence[CurveSeries], metric: str) -> None:

@@ -27,6 +27,8 @@ PARTS = (
 _MOST_BARS = 16
 #: A bar longer than this many times the usable memory is cut (and says so).
 _MOST_TIMES_USABLE = 2.5
+#: Beyond this many times the axis the capacity is said, not drawn.
+_FAR_CAPACITY = 4.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,7 +104,7 @@ def memory(
         if hardware is not None:
             _draw_capacity(axes, hardware, memory_fraction)
         fields = ("context_tokens", "batch", "model")
-        title_of(axes, f"Memory per GPU: {point(here[0].key, fields)}")
+        title_of(axes, f"Memory per device: {point(here[0].key, fields)}")
         on_host = " (left of zero: host)" if any(b.host_bytes for b in bars) else ""
         axes.set_xlabel(
             wrapped(f"memory (GiB) in the worse of prefill and decode{on_host}", size[0] * 0.9)
@@ -152,7 +154,7 @@ def _reach(totals: Sequence[float], usable: float | None) -> float:
     """Where the axis ends: at the longest bar, unless that would press all others together."""
     longest = max(totals)
     if usable is None or longest < _MOST_TIMES_USABLE * usable:
-        return max(longest, usable or 0.0)
+        return longest
     ordinary = [t for t in totals if t < _MOST_TIMES_USABLE * usable]
     return max([*ordinary, usable]) * 1.15
 
@@ -179,7 +181,7 @@ def _draw_bar(axes: "Axes", b: MemoryBar, y: float, thickness: float, reach: flo
         left += max(width, 0.0)
     is_cut = b.total_bytes > reach
     notes = [f"{'» ' if is_cut else ''}{format_bytes(b.total_bytes)}"]
-    notes += [f"({b.phase})"] if b.phase else []
+    notes += [f"({b.phase})"] if b.phase else ["(without the peak, which is unknown)"]
     notes += ["observed"] if b.side == "observed" else []
     axes.annotate(
         " ".join(notes),
@@ -195,9 +197,24 @@ def _draw_bar(axes: "Axes", b: MemoryBar, y: float, thickness: float, reach: flo
 
 def _draw_capacity(axes: "Axes", hardware: HardwareProfile, memory_fraction: float) -> None:
     usable = hardware.memory_bytes * memory_fraction / GIB
+    label = f"usable: {memory_fraction:.0%} of {hardware.memory_bytes / GIB:.1f} GiB"
+    right = axes.get_xlim()[1]
+    if usable > _FAR_CAPACITY * right:
+        # A line far away would press the bars together: the words are enough.
+        axes.annotate(
+            f"{label}, far to the right",
+            (1.0, 1.0),
+            xycoords="axes fraction",
+            xytext=(-4, -9),
+            textcoords="offset points",
+            ha="right",
+            color="#D55E00",
+            fontsize=7.5,
+        )
+        return
     axes.axvline(usable, color="#D55E00", linewidth=1.4, linestyle="--", gid="capacity")
     axes.annotate(
-        f"usable: {memory_fraction:.0%} of {hardware.memory_bytes / GIB:.1f} GiB",
+        label,
         (usable, 1.0),
         xycoords=("data", "axes fraction"),
         xytext=(-4, -9),

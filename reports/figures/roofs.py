@@ -22,15 +22,16 @@ _MEASURED_STYLE: dict[str, Any] = {
 def calibrated_rates(hardware: HardwareProfile, dtype: str) -> tuple[float | None, float | None]:
     """Best measured (FLOP/s, bytes/s) among the profile's curves; None where none was measured.
 
-    A curve holds seconds per unit of work (``costmodel.kernels.curves``), so its smallest value is
-    the best rate. Compute: any matmul of the dtype. Memory: streams, attention over the cache,
-    and matmuls with one row, which read every weight for two FLOPs.
+    A curve holds seconds per unit of work (``costmodel.kernels.curves``). Compute: the best matmul
+    of the dtype at any size. Memory: streams and attention over the cache at their largest size
+    (smaller ones may sit in the last-level cache), and matmuls with one row, which read every
+    weight for two FLOPs.
     """
     compute, memory = [], []
     for name, curve in hardware.curves.items():
         kind, _, variant = name.partition("/")
         if kind == "stream":
-            memory += [1.0 / y for y in curve.y]
+            memory.append(1.0 / curve.y[-1])
         elif variant.split("/")[0] != dtype:
             continue
         elif kind == "gemm":
@@ -39,7 +40,7 @@ def calibrated_rates(hardware: HardwareProfile, dtype: str) -> tuple[float | Non
             if dtype in DTYPE_BYTES:
                 memory += [DTYPE_BYTES[dtype] / (2.0 * y) for y in one_row]
         elif kind == "decode_attention":
-            memory += [1.0 / y for y in curve.y]
+            memory.append(1.0 / curve.y[-1])
     return max(compute, default=None), max(memory, default=None)
 
 

@@ -547,3 +547,26 @@ def test_phone_width_needs_no_sideways_scrolling(page, tmp_path, tmp_path_factor
         assert phone.log("browser") == []
     finally:
         phone.close()
+
+
+def test_validations_become_a_table():
+    figures = {"n": 12, "mape_percent": 11.0, "median_percent": 6.5, "p90_percent": 26.0,
+               "bias_percent": -2.0, "coverage_percent": None}  # fmt: skip
+    document = {
+        "kind": "decode_attention",
+        "overall": figures,
+        "groups": [{"group": {"hw": "h100", "framework": "vllm"}, **figures, "basis": "prior"}],
+    }
+    table = build_report(parse_records(json.dumps(document))).validation
+    assert [row["group"] for row in table.dicts()] == ["overall", "h100, vllm"]
+    assert table.texts[1] == (
+        *("decode_attention", "h100, vllm", "12", "11.0 %", "6.5 %", "26.0 %", "-2.0 %", "-"),
+        "prior",
+    )
+
+
+def test_a_profile_of_ones_own_is_called_by_its_file():
+    row = {"model": "m", "method": "full", "batch": 1, "context_tokens": 512, "tpot_s": 0.01}
+    report = build_report(parse_records(json.dumps({**row, "gpu": "/home/me/this-cpu.toml"})))
+    assert report.title == "What long context costs: m on this-cpu"
+    assert "/home" not in report.verdict

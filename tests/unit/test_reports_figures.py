@@ -374,3 +374,12 @@ def test_bars_far_beyond_the_memory_are_cut_and_say_so():
     figure = figures.memory(rows, H100)
     assert figure.axes[0].get_xlim()[1] < 120
     assert "» 4.00 TiB (prefill)" in [t.get_text() for t in figure.axes[0].texts]
+
+
+def test_an_observed_median_shows_how_sure_it_is():
+    record = {**row("full", 4096, tpot_s=0.02, status="ok"), "predicted": row("full", 4096)}
+    record["statistics"] = {"tpot_s": {"ci_low_s": 0.019, "ci_high_s": 0.022}}
+    (bars,) = [c for c in figures.tpot([record]).axes[0].collections if c.get_gid() == "confidence"]
+    np.testing.assert_allclose(bars.get_segments(), [[[4096, 0.019], [4096, 0.022]]])
+    record["statistics"] = {"tpot_s": [1, 2]}
+    assert not figures.tpot([record]).axes[0].collections
