@@ -15,6 +15,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "measure": ("measure:measure", "Run the actual methods on this machine and record what happens."),
     "calibrate": ("calibrate:calibrate", "Measure this device once, so that predictions are about it."),
     "compare": ("compare:compare", "Join measurements with predictions and print the error."),
+    "validate": ("validate:validate", "Judge predictions on a table of published measurements."),
     "plan": ("plan:plan", "How many of which GPUs, with which method, at what cost."),
     "report": ("report:report", "Turn records into tables, figures and one offline page."),
     "init": ("init:init", "Write a commented plan file to start from."),

@@ -1,0 +1,122 @@
+"""Rows of kernels in data types for which no family is fitted: the prior, flagged as such.
+
+int8, int4 and fp4 products have no published rows to fit: they are priced by the prior of their
+operation kind, with the bytes their weights are stored in.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from costmodel.calibration.schemas import Read, count, text
+from costmodel.errors import ConfigError
+from costmodel.hardware import HardwareProfile
+from costmodel.kernels.prior import prior_time
+from costmodel.operation import Operation
+from costmodel.validation.result import Block
+from costmodel.validation.table import Record
+
+#: spelling -> (bytes of a stored weight, bytes of an activation, types it may be multiplied in)
+_FORMATS: Mapping[str, tuple[float, float, tuple[str, ...]]] = {
+    "int8": (1.0, 1.0, ("int8", "fp8")),
+    "int8_wo": (1.0, 2.0, ()),
+    "int4": (0.5 + 2.5 / 128, 2.0, ()),
+    "int4_wo": (0.5 + 2.5 / 128, 2.0, ()),
+    "awq": (0.5 + 2.5 / 128, 2.0, ()),
+    "gptq": (0.5 + 2.5 / 128, 2.0, ()),
+    "mxfp4": (0.5 + 1 / 32, 2.0, ()),
+    "w4a16_mxfp4": (0.5 + 1 / 32, 2.0, ()),
+    "w4a8_mxfp4_mxfp8": (0.5 + 1 / 32, 1.0, ("fp8",)),
+    "nvfp4": (0.5 + 1 / 16, 0.5 + 1 / 16, ("fp4", "fp8")),
+    "fp4": (0.5 + 1 / 16, 0.5 + 1 / 16, ("fp4", "fp8")),
+}
+
+
+def prior_row(schema: str, record: Record) -> Read | None:
+    """(kind, format, shape) of a row in a type without families; None for any other row."""
+    if schema == "gemm" and text(record, "dtype").lower() in _FORMATS:
+        shape = {name: count(record, name) for name in ("m", "n", "k")}
+        return "prior:gemm", text(record, "dtype").lower(), shape
+    if schema == "moe" and text(record, "moe_dtype").lower() in _FORMATS:
+        experts = count(record, "num_experts")
+        shape = {
+            "tokens": count(record, "num_tokens"),
+            "hidden": count(record, "hidden_size"),
+            "inner": count(record, "inter_size") / count(record, "moe_tp_size"),
+            "top_k": count(record, "topk"),
+            "n_experts": experts,
+            "local": experts / count(record, "moe_ep_size"),
+        }
+        return "prior:moe_gemm", text(record, "moe_dtype").lower(), shape
+    return None
+
+
+def prior_block(
+    kind: str,
+    form: str,
+    group: Mapping[str, str],
+    rows: NDArray[np.intp],
+    shape: Mapping[str, NDArray[np.float64]],
+    device: HardwareProfile,
+    datasheet: bool,
+) -> Block:
+    """Predictions from the prior (or the roofline) of rows of one format."""
+    weight, activation, types = _FORMATS[form]
+    dtype = next((t for t in types if t in device.peak_flops_per_s), "bf16")
+    if dtype == "bf16" and "bf16" not in device.peak_flops_per_s:
+        dtype = "fp16"
+    if kind == "prior:gemm":
+        operation = _gemm(shape, weight, activation, dtype)
+    elif kind == "prior:moe_gemm":
+        operation = _moe(shape, weight, activation, dtype)
+    else:
+        raise ConfigError(f"no prior for {kind}")
+    flops, n_bytes = np.asarray(operation.flops), np.asarray(operation.moved_bytes)
+    roofline = np.maximum(flops / device.peak(dtype), n_bytes / device.hbm_bytes_per_s)
+    if datasheet:
+        unknown = np.full(rows.shape, np.nan)
+        return Block(
+            group=group, rows=rows, low=unknown, mid=roofline, high=unknown, basis="datasheet"
+        )
+    t = prior_time(operation, device)
+    low, mid, high = (
+        np.broadcast_to(np.asarray(x), rows.shape) for x in (t.low_s, t.mid_s, t.high_s)
+    )
+    return Block(group=group, rows=rows, low=low, mid=mid, high=high, basis="prior")
+
+
+def _gemm(
+    shape: Mapping[str, NDArray[np.float64]], weight: float, activation: float, dtype: str
+) -> Operation:
+    m, n, k = shape["m"], shape["n"], shape["k"]
+    return Operation(
+        name="gemm",
+        kind="gemm",
+        flops=2.0 * m * n * k,
+        weight_bytes=n * k * weight,
+        activation_bytes=m * (k * activation + n * 2.0),
+        launches=1.0 if activation >= 2.0 else 2.0,
+        dtype=dtype,
+    )
+
+
+def _moe(
+    shape: Mapping[str, NDArray[np.float64]], weight: float, activation: float, dtype: str
+) -> Operation:
+    """Both grouped products: 3 H I elements of weights per expert hit, and its share of rows."""
+    share = shape["local"] / shape["n_experts"]
+    rows = shape["tokens"] * shape["top_k"] * share
+    per_expert = 3.0 * shape["hidden"] * shape["inner"]
+    chance = np.minimum(shape["top_k"] / shape["n_experts"], 1.0 - 1e-12)
+    hit = shape["local"] * -np.expm1(shape["tokens"] * np.log1p(-chance))
+    moved = rows * (shape["hidden"] * (activation + 2.0) + shape["inner"] * (4.0 + activation))
+    return Operation(
+        name="experts",
+        kind="moe_gemm",
+        flops=2.0 * rows * per_expert,
+        weight_bytes=hit * per_expert * weight,
+        activation_bytes=moved,
+        launches=2.0,
+        dtype=dtype,
+    )

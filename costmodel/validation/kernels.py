@@ -1,0 +1,194 @@
+"""Tables of measured kernels: one call per row, predicted warm by the family that answers for it.
+
+Benchmarks replay the same buffers, so what fits in the last-level cache is read from there; a real
+step is priced cold.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from costmodel.calibration.schemas import SCHEMAS, Read, Schema
+from costmodel.errors import ConfigError, NotApplicableError, UnknownNameError
+from costmodel.hardware import HardwareProfile, load_hardware, resolve_gpu
+from costmodel.kernels.families import load_family
+from costmodel.kernels.kinds import kernel_kind
+from costmodel.validation.kernel_priors import prior_block, prior_row
+from costmodel.validation.kinds import Options
+from costmodel.validation.result import Block, Predictions
+from costmodel.validation.table import Record
+
+#: Schema of each kind, column that names the kernel, further columns that tell groups apart.
+_SCHEMA_NAMES = {"decode_attention": "attention", "prefill_attention": "attention"}
+_MORE = {
+    "prefill_attention": ("op",),
+    "gemm": ("dtype",),
+    "mla": ("phase", "kv_cache_dtype"),
+    "linear_attention": ("op_name", "phase"),
+    "sparse_attention": ("op_name",),
+    "moe": ("moe_dtype",),
+    "collectives": ("op_name",),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Key:
+    """What rows predicted in one call share."""
+
+    kind: str
+    variant: str
+    hardware: str
+    engine: str
+    kernel: str
+    more: tuple[str, ...]
+
+
+def predict(records: Sequence[Record], options: Options) -> Predictions:
+    """Seconds of every call."""
+    schema = schema_of(options.kind)
+    more = _MORE.get(options.kind, ())
+    devices = Devices(options.hardware)
+    grouped: dict[_Key, list[tuple[int, Mapping[str, float]]]] = {}
+    unsupported: list[tuple[int, str]] = []
+    for i, record in enumerate(records):
+        try:
+            kind, variant, shape = _shape(schema, record)
+            key = _Key(
+                kind,
+                variant,
+                devices.name(record),
+                record.get("framework", "").lower() or "unknown",
+                record.get(schema.kernel, "").lower(),
+                tuple(record.get(c, "").lower() for c in more),
+            )
+        except ConfigError as error:
+            unsupported.append((i, str(error)))
+            continue
+        grouped.setdefault(key, []).append((i, shape))
+    blocks = []
+    for key, items in grouped.items():
+        try:
+            blocks.append(_block(key, items, devices.profile(key.hardware), options, more))
+        except (ConfigError, NotApplicableError) as error:
+            unsupported += [(i, str(error)) for i, _ in items]
+    return Predictions(
+        blocks=tuple(blocks),
+        unsupported=tuple(unsupported),
+        assumptions=(
+            "calls are predicted warm: buffers are replayed, so what fits in the cache is there",
+        ),
+    )
+
+
+def schema_of(kind: str) -> Schema:
+    """The schema of calibration tables that a kind's rows have."""
+    name = _SCHEMA_NAMES.get(kind, kind)
+    return next(s for s in SCHEMAS if s.name == name)
+
+
+def _shape(schema: Schema, record: Record) -> Read:
+    try:
+        return schema.shape_of(record)
+    except ConfigError:
+        prior = prior_row(schema.name, record)
+        if prior is None:
+            raise
+        return prior
+
+
+class Devices:
+    """GPUs of a table by their spelling in it, each resolved and loaded once."""
+
+    def __init__(self, override: HardwareProfile | None) -> None:
+        self._override = override
+        self._names: dict[tuple[str, ...], str] = {}
+        self._profiles: dict[str, HardwareProfile] = {}
+
+    def name(self, record: Record, columns: Sequence[str] = ("hw", "device")) -> str:
+        """Bundled name of a row's GPU; ``ConfigError`` when no spelling is known."""
+        if self._override is not None:
+            return self._override.name
+        spellings = tuple(record.get(c, "") for c in columns)
+        if spellings not in self._names:
+            self._names[spellings] = _resolved(columns, spellings)
+        return self._names[spellings]
+
+    def profile(self, name: str) -> HardwareProfile:
+        """The profile of a name that :meth:`name` has returned."""
+        if self._override is not None:
+            return self._override
+        if name not in self._profiles:
+            self._profiles[name] = load_hardware(name)
+        return self._profiles[name]
+
+
+def _resolved(columns: Sequence[str], spellings: Sequence[str]) -> str:
+    for spelling in spellings:
+        if spelling:
+            try:
+                return resolve_gpu(spelling)
+            except UnknownNameError:
+                continue
+    given = ", ".join(f"{c}={s[:60]!r}" for c, s in zip(columns, spellings, strict=True) if s)
+    raise ConfigError(f"no profile of the GPU {given or 'of the row: it is not named'}")
+
+
+def _block(
+    key: _Key,
+    items: Sequence[tuple[int, Mapping[str, float]]],
+    device: HardwareProfile,
+    options: Options,
+    more: Sequence[str],
+) -> Block:
+    columns = {name: np.array([shape[name] for _, shape in items]) for name in items[0][1]}
+    rows = np.array([i for i, _ in items], dtype=np.intp)
+    group = {
+        "hw": device.name,
+        "framework": key.engine,
+        "kernel": key.kernel,
+        "metric": "latency",
+        **dict(zip(more, key.more, strict=True)),
+    }
+    if key.kind.startswith("prior:"):
+        return prior_block(key.kind, key.variant, group, rows, columns, device, options.datasheet)
+    if options.datasheet:
+        seconds = np.asarray(kernel_kind(key.kind).roofline_s(device, columns, key.variant))
+        mid = np.broadcast_to(seconds, rows.shape).astype(np.float64)
+        unknown = np.full(rows.shape, np.nan)
+        return Block(group=group, rows=rows, low=unknown, mid=mid, high=unknown, basis="datasheet")
+    family = load_family(
+        key.kind,
+        key.engine,
+        device,
+        variant=key.variant,
+        kernel=key.kernel,
+        within={k: float(np.median(v)) for k, v in columns.items()},
+    )
+    if family is None:
+        raise ConfigError(f"no kernel family of {key.kind} {key.variant} answers for {device.name}")
+    low, mid, high = (
+        np.broadcast_to(np.asarray(t, dtype=np.float64), rows.shape)
+        for t in family.time_s(device, columns, cold=False)
+    )
+    return Block(group=group, rows=rows, low=low, mid=mid, high=high, basis=family.basis)
+
+
+def observed(record: Record, block: Block) -> float:
+    """Latency in seconds; raises ``ConfigError`` where it is no positive number."""
+    return positive(record, "latency_us") * 1e-6
+
+
+def positive(record: Record, column: str) -> float:
+    """A positive finite number."""
+    cell = record.get(column, "")
+    try:
+        value = float(cell)
+    except ValueError:
+        value = float("nan")
+    if not 0.0 < value < float("inf"):
+        raise ConfigError(f"{column}: the observed value is missing or no positive number")
+    return value
+
+
+Observe = Callable[[Record, Block], float]
