@@ -39,14 +39,24 @@ def document(plan: Plan, version: str) -> dict[str, Any]:
     out["verdict"] = sentences.verdict(plan)
     out["workload"] = plan.workload
     out["slo"] = spec.slo.sentences()
+    out["limits"] = [
+        {"key": x.key, "metric": x.metric, "percentile": x.percentile, "limit_s": x.limit_s}
+        for x in spec.slo.limits
+    ]
     out["explanations"] = explanations(plan)
     out["sensitivities"] = plan.sensitivities
-    out["curve"] = plan.curve
+    out["curve"] = _rates(plan)
     near = None if plan.feasible else plan.nearest
     out["nearest"] = near
     if plan.feasible:
         out["deploy"] = sentences.deploy(plan.feasible[0], spec)
     return out
+
+
+def _rates(plan: Plan) -> list[Row]:
+    """The curve with rates; of a closed loop with sessions."""
+    base = plan.spec.demand.sessions or plan.workload["rate_per_s"] or 1.0
+    return [{"rate_per_s": base * c["factor"], **c} for c in plan.curve]
 
 
 def _plain(value: Any) -> Any:

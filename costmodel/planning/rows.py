@@ -90,6 +90,9 @@ def binding(screened: Screened) -> dict[str, float]:
         "batch": bound.batch,
         "max_rate_per_replica_per_s": bound.rate_per_s,
         "kv_pool_bytes": screened.parts.pool,
+        "weights_bytes": screened.parts.model.run.weights_bytes,
+        "usable_bytes": screened.parts.hardware.memory_bytes
+        * screened.parts.model.options.memory_fraction,
     }
 
 

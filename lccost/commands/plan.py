@@ -123,11 +123,11 @@ def plan(file: Path | None, **options: Any) -> None:
             prune=not options["no_prune"], details=not options["no_details"],
         )  # fmt: skip
     if form in ("html", "xlsx"):
-        from reports import plan_page
+        from reports.plan_page import html, xlsx
 
         document = plans.document(found, __version__)
-        pages = {"html": plan_page.html, "xlsx": plan_page.xlsx}
-        write_atomic(options["output"], pages[form](document))
+        page = html(document) if form == "html" else xlsx(document)
+        write_atomic(options["output"], page)
         emit(plans.text(found), None)
     elif form == "json":
         emit(to_json(plans.document(found, __version__)), options["output"])
