@@ -169,7 +169,7 @@ def _ticks(axes: "Axes", series: Sequence[CurveSeries], metric: str) -> None:
     margin = max((high - low) * 0.06, 0.3)
     axes.set_xlim(2 ** (low - margin), 2 ** (high + margin))
     bottom, top = axes.get_ylim()
-    log_ticks(axes.yaxis, (bottom, top), most=8)
+    log_ticks(axes.yaxis, (bottom, top), most=8, base=2.0 if AXES[metric].unit == "B" else 10.0)
     axes.set_ylim(bottom, top)
     format_axis(axes.yaxis, AXES[metric].format)
 

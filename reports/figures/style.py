@@ -30,6 +30,11 @@ GREY, LIGHT_GREY = "#555555", "#BBBBBB"
 #: Width and height in inches of the page form and of the column form of a paper.
 WIDE, NARROW = (9.0, 5.6), (5.2, 6.4)
 
+#: Steps within a power, coarse to fine.
+_STEPS = {
+    10.0: ((1.0,), (1.0, 3.0), (1.0, 2.0, 5.0), (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0)),
+    2.0: ((1.0,), (1.0, 1.5)),
+}
 _SETTINGS: dict[str, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 9.0,
@@ -144,15 +149,18 @@ def si_axis(axis: Any, unit: str = "") -> None:
     format_axis(axis, lambda value: format_si(value, unit).strip())
 
 
-def log_ticks(axis: Any, limits: tuple[float, float], most: int) -> None:
-    """As many round ticks as ``most`` allows; matplotlib's own leave a short log axis bare."""
+def log_ticks(axis: Any, limits: tuple[float, float], most: int, base: float = 10.0) -> None:
+    """As many round ticks as ``most`` allows; matplotlib's own leave a short log axis bare.
+
+    Base 2 (bytes) has powers of two, base 10 also steps between its powers.
+    """
     from matplotlib.ticker import FixedLocator, NullLocator
 
     low, high = limits
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    powers = range(math.floor(math.log(low, base)), math.ceil(math.log(high, base)) + 1)
     ticks: list[float] = []
-    for steps in ((1.0,), (1.0, 3.0), (1.0, 2.0, 5.0), (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0)):
-        finer = [step * 10.0**d for d in decades for step in steps if low <= step * 10.0**d <= high]
+    for steps in _STEPS[base]:
+        finer = [step * base**n for n in powers for step in steps if low <= step * base**n <= high]
         if ticks and len(finer) > most:
             break
         ticks = finer

@@ -169,10 +169,10 @@ def test_errors_without_joined_records():
 # Memory --------------------------------------------------------------------------------------
 
 
-def memory_row(method, **changes):
+def memory_row(method, context_tokens=4096, **changes):
     return row(
         method,
-        4096,
+        context_tokens,
         **{
             "weights_bytes": 16 * GIB,
             "state_bytes": 4 * GIB,
@@ -383,3 +383,10 @@ def test_an_observed_median_shows_how_sure_it_is():
     np.testing.assert_allclose(bars.get_segments(), [[[4096, 0.019], [4096, 0.022]]])
     record["statistics"] = {"tpot_s": [1, 2]}
     assert not figures.tpot([record]).axes[0].collections
+
+
+def test_bytes_have_ticks_in_powers_of_two():
+    rows = [memory_row("full", peak_prefill_bytes=p * GIB, context_tokens=c)
+            for p, c in ((20, 4096), (60, 8192))]  # fmt: skip
+    figure = figures.curve(rows, "peak_bytes")
+    assert {"32 GiB", "24 GiB"} <= {t.get_text() for t in figure.axes[0].get_yticklabels()}
