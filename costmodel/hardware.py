@@ -91,7 +91,8 @@ class HardwareProfile:
         if dtype in self.peak_flops_per_s:
             return self.peak_flops_per_s[dtype]
         known = ", ".join(sorted(self.peak_flops_per_s))
-        hint = " Use --dtype fp16." if dtype == "bf16" and "fp16" in self.peak_flops_per_s else ""
+        other = {"bf16": "fp16", "fp16": "bf16"}.get(dtype)
+        hint = f" Use --dtype {other}." if other in self.peak_flops_per_s else ""
         raise ConfigError(f"{self.name} has no {dtype} peak; it has: {known}.{hint}")
 
     def ridge_flops_per_byte(self, dtype: str) -> float:

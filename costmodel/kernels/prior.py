@@ -4,14 +4,15 @@
     compute = FLOPs / (e_c * peak),  vector = vector FLOPs / (e_v * fp32 peak),
     memory  = bytes / (e_b * bandwidth)
 
-``low`` overlaps perfectly at optimistic efficiencies, ``mid`` takes the root of the squares (near the ridge
-neither limit is reached alone) at typical ones, ``high`` adds the two at pessimistic ones. So the
-attained rate falls with size (the launch floor) and near the ridge point, and nothing is ever
-below the datasheet roofline of the same operation.
+``low`` overlaps perfectly at optimistic efficiencies, ``mid`` takes the root of the squares (near
+the ridge neither limit is reached alone) at typical ones, ``high`` adds the two at pessimistic
+ones. So the attained rate falls with size (the launch floor) and near the ridge point, and nothing
+is ever below the datasheet roofline of the same operation.
 
-Where the numbers come from: prefill MFU 0.38-0.73 over engines and GPUs, 0.50-0.54 for FlashAttention-2 on
-an A100 from 50k to 1M tokens (MInference README), decode MBU 0.65-0.81 (published serving and
-gpt-fast runs), kernel floors of 3-6 us for a GEMM and 8-12 us for decode attention on Hopper.
+Where the numbers come from: prefill MFU 0.38-0.73 over engines and GPUs, 0.50-0.54 for
+FlashAttention-2 on an A100 from 50k to 1M tokens (MInference README), decode MBU 0.65-0.81
+(published serving and gpt-fast runs), kernel floors of 3-6 us for a GEMM and 8-12 us for decode
+attention on Hopper.
 """
 
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ class PriorParameters:
 
 
 _STREAM: Triple = (0.94, 0.80, 0.62)
+#: By kind, or by the operation's own name where its kernel is unlike the others of the kind.
 PRIORS: dict[str, PriorParameters] = {
     "gemm": PriorParameters(
         compute_fraction=(0.88, 0.70, 0.52),
@@ -49,6 +51,14 @@ PRIORS: dict[str, PriorParameters] = {
     ),
     "prefill_attention": PriorParameters(
         compute_fraction=(0.75, 0.55, 0.38),
+        bandwidth_fraction=_STREAM,
+        floor_s=(4e-6, 10e-6, 20e-6),
+    ),
+    # Vertical-slash patterns: scattered columns, diagonals in whole blocks of 64. MInference's
+    # README (A100, Llama-3-8B, 50k to 1M tokens) leaves 0.06 (its own kernels at 1M) to 0.3 of the
+    # peak (SGLang's) once the time of its band attention's matmuls is taken off.
+    "sparse_attention": PriorParameters(
+        compute_fraction=(0.55, 0.20, 0.06),
         bandwidth_fraction=_STREAM,
         floor_s=(4e-6, 10e-6, 20e-6),
     ),
@@ -128,17 +138,31 @@ def timed_flops(operation: Operation) -> Array:
     return operation.counted_flops
 
 
+def vector_peak(hardware: HardwareProfile) -> float:
+    """FLOP/s of elementwise work: the fp32 figure, or a sixteenth of the matrix units' 16-bit one
+    where the datasheet of an accelerator gives none (the ratio of an A100).
+    """
+    peaks = hardware.peak_flops_per_s
+    return peaks.get("fp32") or (peaks.get("bf16") or peaks.get("fp16") or min(peaks.values())) / 16
+
+
+def _peak(operation: Operation, hardware: HardwareProfile) -> float:
+    """Matrices in fp32 run on the vector units of a device whose matrix units do not take them."""
+    if operation.dtype == "fp32" and "fp32" not in hardware.peak_flops_per_s:
+        return vector_peak(hardware)
+    return hardware.peak(operation.dtype)
+
+
 def prior_time(operation: Operation, hardware: HardwareProfile) -> KernelTime:
     """The prior's interval for one run; shape: that of the operation's amounts."""
     if operation.kind == "collective":
         return _collective(operation, hardware)
     if operation.kind == "host_link":
         return _host_link(operation, hardware)
-    prior = PRIORS[operation.kind]
+    prior = PRIORS.get(operation.name) or PRIORS[operation.kind]
     flops = timed_flops(operation)
-    compute = flops / hardware.peak(operation.dtype) if np.any(flops) else 0.0
-    vector_peak = hardware.peak_flops_per_s.get("fp32") or hardware.peak(operation.dtype) / 16
-    vector = operation.vector_flops / vector_peak
+    compute = flops / _peak(operation, hardware) if np.any(flops) else 0.0
+    vector = operation.vector_flops / vector_peak(hardware)
     memory = operation.moved_bytes / hardware.hbm_bytes_per_s
     launches = operation.launches
     has_vector = bool(np.any(vector))
@@ -163,8 +187,8 @@ def prior_time(operation: Operation, hardware: HardwareProfile) -> KernelTime:
 
 
 def _collective(operation: Operation, hardware: HardwareProfile) -> KernelTime:
-    """Ring or tree: 2 (n-1)/n of the message over each GPU's link for an all-reduce (the operation's
-    ``link_bytes`` already holds what one GPU sends), plus a latency per call.
+    """Ring or tree: 2 (n-1)/n of the message over each GPU's link for an all-reduce (the
+    operation's ``link_bytes`` already holds what one GPU sends), plus a latency per call.
     """
     rate = hardware.link_bytes_per_s or hardware.host_link_bytes_per_s or hardware.hbm_bytes_per_s
     wire = operation.link_bytes / rate

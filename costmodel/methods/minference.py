@@ -94,7 +94,6 @@ class MInference(AbstractMethod):
             name="sparse_attention",
             source=_CODE if reference else "",
             formula="2 (Hk + Hv) N for each of S queries and min(position, kept) keys",
-            shape={"window_tokens": float(self.kept_tokens)},
         )
         index = Operation(
             name="index_scores",
