@@ -42,7 +42,7 @@ class Schema:
         if microseconds <= 0:
             raise ConfigError(f"latency_us: expected a time above 0, got {microseconds:g}")
         hardware = device or _hardware(record)
-        engine = text(record, "framework").lower() or "unknown"
+        engine = text(record, "framework").lower()  # "": a library any engine calls, such as NCCL
         kernel = text(record, self.kernel).lower()
         return (kind, variant, hardware, engine, kernel), shape, microseconds * 1e-6
 

@@ -151,7 +151,8 @@ def _moe(operation: Operation) -> Asked | None:
     if variant is None:
         return None
     more = {"tokens": shape["m"], "n_experts": shape["experts"]}
-    return Asked("moe_gemm", variant, {**shape, **more})
+    # Published fp8 experts carry scales per block of 128 x 128.
+    return Asked("moe_gemm", "fp8_block" if variant == "fp8" else variant, {**shape, **more})
 
 
 def _decode(operation: Operation) -> Asked | None:

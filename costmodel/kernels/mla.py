@@ -31,6 +31,7 @@ from costmodel.kernels.physics import (
 from costmodel.kernels.prefill_attention import PRIORS as PREFILL_PRIORS
 from costmodel.kernels.prefill_attention import (
     PrefillAttentionParameters,
+    fp8_share,
     prefill_attention_time_s,
 )
 from costmodel.operation import Array
@@ -215,6 +216,7 @@ def _prefill_time(
 def _prefill_work(device: HardwareProfile, shape: Shape, variant: str) -> Work:
     q = np.asarray(shape["q_len"], dtype=np.float64)
     flops = 2.0 * shape["batch"] * shape["n_heads"] * (192.0 + 128.0) * q * (q + 1.0) / 2.0
+    flops = flops * fp8_share(device, shape["element_bytes"])
     n_bytes = shape["batch"] * q * (shape["n_heads"] * (192.0 + 128.0) * 2.0 + 576.0 * 2.0)
     return Work(flops, tensor_peak(device, "bf16"), n_bytes)
 

@@ -163,10 +163,15 @@ def prefill_attention_time_s(
     if np.any(is_fp8):
         convert = p.fp8_s + new * (1.5 * p.fp8_passes / bandwidth)
         seconds = seconds + np.where(is_fp8, convert, 0.0)
-    flops = 2.0 * batch * n_heads * width * pairs
-    peak = tensor_peak(device, "fp8" if np.any(is_fp8) else "bf16")
+    flops = 2.0 * batch * n_heads * width * pairs * fp8_share(device, element_bytes)
     least = np.where(is_fp8, 0.5 * cache, cache) + (moved - cache)
-    return limited(seconds, flops, peak, least, device, cold)
+    return limited(seconds, flops, tensor_peak(device, "bf16"), least, device, cold)
+
+
+def fp8_share(device: HardwareProfile, element_bytes: Array) -> Array:
+    """Factor that turns fp8 FLOPs into the bf16 FLOPs that take as long at datasheet peaks."""
+    gain = tensor_peak(device, "bf16") / tensor_peak(device, "fp8")
+    return np.where(np.less(element_bytes, 1.5), gain, 1.0)
 
 
 def _tiles(
@@ -270,6 +275,7 @@ def _work(device: HardwareProfile, shape: Shape, variant: str) -> Work:
     pairs = np.where(np.equal(shape.get("causal", 1.0), 0.0), q * q, causal)
     width = shape["head_dim"] + shape.get("v_head_dim", shape["head_dim"])
     flops = 2.0 * shape["batch"] * shape["n_heads"] * width * pairs
+    flops = flops * fp8_share(device, shape["element_bytes"])
     rows = shape["batch"] * q * width
     n_bytes = rows * (2.0 * shape["n_heads"] + shape["element_bytes"] * shape["n_kv_heads"])
     return Work(flops, tensor_peak(device, "bf16"), n_bytes)

@@ -1,0 +1,190 @@
+"""Reading tables, leaving bad rows out, and fitting: against small tables made by hand."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from costmodel.calibration.families import as_tables, errors_percent, fit_families, intervals_of
+from costmodel.calibration.fit import fit_parameters, halves
+from costmodel.calibration.tables import FamilyKey, Rows, read_table
+from costmodel.calibration.write import toml_document
+from costmodel.errors import ConfigError
+from costmodel.hardware import load_hardware
+from costmodel.kernels.families import family_from_table
+from costmodel.kernels.gemm import PRIORS
+from costmodel.kernels.kinds import kernel_kind
+from costmodel.kernels.physics import values
+
+GEMM = ("hw", "framework", "kernel", "dtype", "m", "n", "k", "latency_us")
+
+
+def table(path: Path, rows: list[tuple[object, ...]], columns: tuple[str, ...] = GEMM) -> Path:
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        writer.writerows(rows)
+    return path
+
+
+def test_rows_become_families_and_seconds(tmp_path: Path) -> None:
+    t = read_table(
+        table(
+            tmp_path / "t.csv",
+            [
+                ("h100_sxm", "vLLM", "A", "bfloat16", 16, 4096, 4096, 15.0),
+                ("h100_sxm", "vllm", "a", "float16", 32, 4096, 4096, 16.0),
+                ("a100_sxm", "vllm", "a", "bfloat16", 16, 4096, 4096, 25.0),
+            ],
+        )
+    )
+    assert [(f.key.hardware, f.key.engine, f.key.kernel, len(f)) for f in t.families] == [
+        ("a100-sxm-80gb", "vllm", "a", 1),
+        ("h100-sxm", "vllm", "a", 2),
+    ]
+    assert t.families[1].observed_s.tolist() == pytest.approx([15e-6, 16e-6])
+    assert not t.rejected
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (("h100_sxm", "vllm", "a", "bfloat16", 16, 4096, 4096, "fast"), "expected a number"),
+        (("h100_sxm", "vllm", "a", "bfloat16", 16.5, 4096, 4096, 15), "whole number"),
+        (("h100_sxm", "vllm", "a", "bfloat16", 16, 4096, 4096, -3), "above 0"),
+        (("h100_sxm", "vllm", "a", "bfloat16", 16, 4096, 4096, "nan"), "finite"),
+        (("h101", "vllm", "a", "bfloat16", 16, 4096, 4096, 15), "no known GPU"),
+        (("h100_sxm", "vllm", "a", "int3", 16, 4096, 4096, 15), "no kernel model"),
+        # 1.1 PFLOP in 15 ms: milliseconds written as microseconds.
+        (("h100_sxm", "vllm", "a", "bfloat16", 8192, 8192, 8192, 1.5), "impossible"),
+        # 15 us of work in 15 s: nanoseconds written as microseconds.
+        (("h100_sxm", "vllm", "a", "bfloat16", 16, 4096, 4096, 15e6), "doubtful"),
+    ],
+)
+def test_a_bad_row_is_reported_with_its_line_and_left_out(
+    tmp_path: Path, row: tuple[object, ...], reason: str
+) -> None:
+    good = [("h100_sxm", "vllm", "a", "bfloat16", m, 4096, 4096, 15.0 + m) for m in range(1, 21)]
+    t = read_table(table(tmp_path / "t.csv", [*good, row]))
+    assert len(t) == 20
+    assert [r.line for r in t.rejected] == [22]
+    assert reason in t.rejected[0].reason
+
+
+def test_a_family_that_is_mostly_impossible_is_left_out_as_a_whole(tmp_path: Path) -> None:
+    rows = [("h100_sxm", "vllm", "a", "bfloat16", 8192, 8192, 8192, 1.5)] * 4
+    rows += [("h100_sxm", "vllm", "a", "bfloat16", 16, 4096, 4096, 15.0)] * 6
+    t = read_table(table(tmp_path / "t.csv", rows))
+    assert len(t) == 0
+    assert len(t.rejected) == 10
+    assert "do not describe" in t.rejected[-1].reason
+
+
+def test_replayed_rows_may_beat_dram_but_not_the_cache(tmp_path: Path) -> None:
+    # 33.5 MB of weights fit the L40S cache: 38.9 us of DRAM, 1.5 us of cache at its limit.
+    warm = ("l40s", "vllm", "a", "bfloat16", 1, 4096, 4096, 12.0)
+    no = ("l40s", "vllm", "a", "bfloat16", 1, 4096, 4096, 0.5)
+    rows = [warm] * 9 + [no]
+    t = read_table(table(tmp_path / "t.csv", rows))
+    assert [r.line for r in t.rejected] == [11]
+
+
+def test_missing_columns_are_named(tmp_path: Path) -> None:
+    path = table(tmp_path / "t.csv", [(1, 2, 3)], ("m", "n", "latency_us"))
+    with pytest.raises(ConfigError, match=r"dtype, k"):
+        read_table(path)
+
+
+def test_an_empty_file_and_a_missing_file_say_so(tmp_path: Path) -> None:
+    empty = tmp_path / "empty.csv"
+    empty.write_text("", encoding="utf-8")
+    with pytest.raises(ConfigError, match="no rows"):
+        read_table(empty)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_table(tmp_path / "none.csv")
+
+
+def synthetic(n: int, scatter: float, seed: int = 0) -> tuple[Rows, dict[str, float]]:
+    """Calls of a kernel whose parameters are known, with log-normal scatter."""
+    truth = values(PRIORS) | {"launch_s": 5e-6, "bandwidth_fraction": 0.7, "tensor_fraction": 0.5}
+    generator = np.random.default_rng(seed)
+    shape = {
+        "m": np.exp2(generator.integers(0, 15, n)).astype(np.float64),
+        "n": np.exp2(generator.integers(9, 16, n)).astype(np.float64),
+        "k": np.exp2(generator.integers(8, 15, n)).astype(np.float64),
+    }
+    kind = kernel_kind("gemm")
+    exact = kind.time_s(kind.build(truth), load_hardware("h100-sxm"), shape, "bf16", False)
+    observed = exact * np.exp(generator.normal(0.0, scatter, n))
+    key = FamilyKey("gemm", "bf16", "h100-sxm", "vllm", "a")
+    return Rows(key, shape, observed, np.arange(n)), truth
+
+
+def test_a_fit_finds_the_parameters_that_made_the_rows() -> None:
+    rows, truth = synthetic(120, 0.01)
+    item = (rows, load_hardware("h100-sxm"), {})
+    found = fit_parameters(kernel_kind("gemm"), [item], PRIORS)
+    for name in ("launch_s", "bandwidth_fraction", "tensor_fraction"):
+        assert found[name] == pytest.approx(truth[name], rel=0.08), name
+
+
+def test_a_few_wild_rows_do_not_move_a_fit() -> None:
+    rows, truth = synthetic(120, 0.01)
+    wild = rows.observed_s.copy()
+    wild[::20] *= 8.0
+    item = (Rows(rows.key, rows.shape, wild, rows.lines), load_hardware("h100-sxm"), {})
+    found = fit_parameters(kernel_kind("gemm"), [item], PRIORS)
+    assert found["bandwidth_fraction"] == pytest.approx(truth["bandwidth_fraction"], rel=0.1)
+
+
+def test_fits_repeat_exactly() -> None:
+    rows, _ = synthetic(40, 0.05)
+    item = (rows, load_hardware("h100-sxm"), {})
+    first = fit_parameters(kernel_kind("gemm"), [item], PRIORS)
+    assert first == fit_parameters(kernel_kind("gemm"), [item], PRIORS)
+
+
+def test_halves_are_disjoint_seeded_and_even() -> None:
+    mask = halves(101, 3)
+    assert mask.sum() == 51
+    assert np.array_equal(mask, halves(101, 3))
+    assert not np.array_equal(mask, halves(101, 4))
+
+
+def test_held_out_rows_are_predicted_without_them() -> None:
+    rows, _ = synthetic(60, 0.05)
+    spoiled = rows.observed_s.copy()
+    spoiled[7] *= 50.0
+    fitted = fit_families([Rows(rows.key, rows.shape, spoiled, rows.lines)], seeds=(0,), starts=1)
+    # The prediction of the spoiled row cannot know its value: it stays near the truth.
+    assert fitted[0].held_out_s[0, 7] == pytest.approx(rows.observed_s[7], rel=0.3)
+    error = errors_percent(np.delete(fitted[0].held_out_s, 7, 1), np.delete(spoiled, 7))
+    assert error["mape"] < 12.0
+
+
+def test_intervals_hold_four_in_five() -> None:
+    generator = np.random.default_rng(1)
+    predicted = np.exp(generator.uniform(-12, -5, (1, 400)))
+    observed = predicted[0] * np.exp(generator.normal(0.0, 0.1, 400))
+    (interval,) = intervals_of([predicted], [observed])
+    low, high = interval.factors(predicted)
+    inside = np.mean((observed >= predicted * low) & (observed <= predicted * high))
+    assert 0.78 < inside < 0.84
+    assert np.median(high - low) == pytest.approx(2 * 1.31 * 0.1, rel=0.15)  # normal: 1.31 sigma
+
+
+def test_a_written_family_reads_back(tmp_path: Path) -> None:
+    import tomllib
+
+    rows, _ = synthetic(40, 0.05)
+    tables = as_tables(fit_families([rows], seeds=(0,), starts=1), "a table: t.csv")
+    text = toml_document(
+        "gemm", tables, fitted="2026-01-01", source="t.csv", n_rejected=0, n_splits=1
+    )
+    document = tomllib.loads(text)
+    family = family_from_table("gemm", document["family"][0])
+    assert family.n_rows == 40
+    assert family.hardware == "h100-sxm"
+    assert family.ranges["m"] == (rows.shape["m"].min(), rows.shape["m"].max())
+    assert 0.5 < family.parameters.bandwidth_fraction < 0.9

@@ -1,0 +1,209 @@
+"""Which family answers for a device and an engine, and what an operation asks of it."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from costmodel.hardware import load_hardware
+from costmodel.kernels.families import (
+    WIDER_ENGINE,
+    WIDER_OTHER_GENERATION,
+    WIDER_SAME_GENERATION,
+    Family,
+    Interval,
+    load_family,
+    shipped_families,
+)
+from costmodel.kernels.fitted import fitted_time
+from costmodel.kernels.kinds import kernel_class, kind_names
+from costmodel.operation import Operation, causal_pairs
+
+
+def family(*args: object, **kwargs: object) -> Family:
+    found = load_family(*args, **kwargs)  # type: ignore[arg-type]
+    assert found is not None
+    return found
+
+
+def test_the_same_gpu_and_engine_is_calibrated() -> None:
+    f = family("gemm", "vllm", load_hardware("h100-sxm"), variant="bf16")
+    assert (f.hardware, f.engine, f.basis, f.distance) == ("h100-sxm", "vllm", "calibrated", 0)
+
+
+def test_a_sister_gpu_is_transferred_with_a_wider_interval() -> None:
+    own = family("gemm", "sglang", load_hardware("h100-sxm"), variant="bf16")
+    sister = family("gemm", "sglang", load_hardware("h200-sxm"), variant="bf16")
+    assert (sister.hardware, sister.basis, sister.distance) == ("h100-sxm", "transferred", 1)
+    assert sister.parameters == own.parameters
+    assert sister.interval.high[0] == pytest.approx(own.interval.high[0] ** WIDER_SAME_GENERATION)
+
+
+def test_another_generation_takes_the_nearest_and_the_widest_interval() -> None:
+    own = family("gemm", "vllm", load_hardware("a100-sxm-80gb"), variant="bf16")
+    old = family("gemm", "vllm", load_hardware("t4"), variant="bf16")
+    assert (old.hardware, old.basis, old.distance) == ("a100-sxm-80gb", "transferred", 2)
+    assert old.interval.low[0] == pytest.approx(own.interval.low[0] ** WIDER_OTHER_GENERATION)
+
+
+def test_another_engine_is_transferred() -> None:
+    own = family("gemm", "", load_hardware("h100-sxm"), variant="bf16")
+    other = family("gemm", "trtllm", load_hardware("h100-sxm"), variant="bf16")
+    assert own.basis == "calibrated"
+    assert other.basis == "transferred"
+    assert other.interval.high[0] == pytest.approx(own.interval.high[0] ** WIDER_ENGINE)
+
+
+def test_a_named_kernel_goes_before_the_most_measured_one() -> None:
+    h100 = load_hardware("h100-sxm")
+    usual = family("prefill_attention", "vllm", h100)
+    named = family("prefill_attention", "vllm", h100, kernel="vllm_vit_flash_attn_fa3")
+    assert usual.kernel == "vllm_flash_attn_fa3"
+    assert named.kernel == "vllm_vit_flash_attn_fa3"
+
+
+def test_an_fp8_cache_takes_the_kernel_measured_with_one() -> None:
+    l40s = load_hardware("l40s")
+    bf16 = family("decode_attention", "vllm", l40s, within={"element_bytes": 2.0})
+    fp8 = family("decode_attention", "vllm", l40s, within={"element_bytes": 1.0})
+    assert bf16.kernel == "vllm_flash_attn_fa2"
+    assert fp8.kernel == "vllm_flashinfer_fidecode"
+
+
+def test_a_profile_with_its_own_family_answers_itself() -> None:
+    own = {"launch_s": 1e-6, "bandwidth_fraction": 0.5, "tensor_fraction": 0.5,
+           "stream_bytes_per_s": 1e11, "tile_s": 1e-6, "wave_rounding": 0.5, "split_s": 1e-6,
+           "unhidden_fraction": 0.2, "cache_fraction": 0.5, "burst_gain": 0.1,
+           "raster_columns": 4.0, "n_rows": 77.0, "interval_low": 0.9, "interval_high": 1.2,
+           "least_m": 1.0, "most_m": 4096.0}  # fmt: skip
+    mine = replace(load_hardware("h100-sxm"), families={"gemm/bf16": own})
+    f = family("gemm", "vllm", mine, variant="bf16")
+    assert (f.n_rows, f.basis, f.parameters.bandwidth_fraction) == (77, "calibrated", 0.5)
+    assert f.interval == Interval((), (0.9,), (1.2,))
+    assert f.extrapolated({"m": np.array([0.5, 64.0, 8192.0])}).tolist() == [1.0, 0.0, 1.0]
+
+
+def test_a_variant_nobody_fitted_has_no_family() -> None:
+    assert load_family("gemm", "vllm", load_hardware("h100-sxm"), variant="int4") is None
+
+
+def test_interval_factors_follow_the_predicted_time() -> None:
+    i = Interval((1e-5, 1e-4), (0.8, 0.9, 0.95), (1.3, 1.2, 1.1))
+    low, high = i.factors(np.array([5e-6, 5e-5, 5e-4]))
+    assert low.tolist() == [0.8, 0.9, 0.95]
+    assert high.tolist() == [1.3, 1.2, 1.1]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "expected"),
+    [
+        ("vllm_flash_attn_fa3", "fa3"),
+        ("vllm_flash_attn", "fa2"),
+        ("flash_attention", "fa3"),
+        ("vllm_flashinfer_trtllmprefill", "trtllm"),
+        ("vllm_flashinfer_fidecode", "flashinfer"),
+        ("CutlassFP8ScaledMMLinearKernel", "cutlass"),
+        ("torch.nn.functional.linear", "other"),
+    ],
+)
+def test_a_kernel_name_says_its_class(kernel: str, expected: str) -> None:
+    assert kernel_class(kernel) == expected
+
+
+@pytest.mark.parametrize("kind", kind_names())
+def test_every_kind_ships_families_with_their_provenance(kind: str) -> None:
+    families = shipped_families(kind)
+    assert families
+    for f in families:
+        assert f.n_rows >= 4
+        assert "aiconfigurator-core" in f.source
+        assert set(f.kind.shape) <= set(f.ranges)
+        assert f.held_out["mape"] > 0
+        assert all(
+            low <= 1.0 <= high for low, high in zip(f.interval.low, f.interval.high, strict=True)
+        )
+
+
+# What an operation asks ------------------------------------------------------------------------
+
+H100 = load_hardware("h100-sxm")
+
+
+def gemm(**changes: object) -> Operation:
+    fields = {
+        "name": "up_proj",
+        "kind": "gemm",
+        "flops": 2.0 * 64 * 14336 * 4096,
+        "weight_bytes": 14336 * 4096 * 2.0,
+        "activation_bytes": 64 * (14336 + 4096) * 2.0,
+        "shape": {"m": 64.0, "n": 14336.0, "k": 4096.0},
+    }
+    return Operation(**(fields | changes))  # type: ignore[arg-type]
+
+
+def test_a_gemm_is_priced_by_its_family_and_not_below_the_roofline() -> None:
+    t = fitted_time(gemm(), H100, "vllm")
+    assert t is not None
+    assert t.basis == "calibrated"
+    assert gemm().moved_bytes / 3.35e12 <= t.low_s <= t.mid_s <= t.high_s < 2e-4
+    assert t.launch_s + np.maximum(t.compute_s, t.memory_s) == pytest.approx(float(t.mid_s))
+
+
+def test_weight_only_products_stay_with_the_prior() -> None:
+    assert fitted_time(gemm(weight_bytes=14336 * 4096 * 0.5), H100, "vllm") is None
+
+
+def test_products_that_spill_intermediates_stay_with_the_prior() -> None:
+    assert fitted_time(gemm(workspace_bytes=1e9), H100, "vllm") is None
+
+
+def decode(kv_bytes_per_element: float) -> Operation:
+    elements = 8 * 32768 * 8 * 256.0
+    return Operation(
+        name="attention",
+        kind="decode_attention",
+        flops=4.0 * 8 * 32 * 32768 * 128,
+        state_bytes=elements * kv_bytes_per_element,
+        shape={
+            "batch": 8.0, "q_len": 1.0, "kv_len": 32768.0, "n_heads": 32, "n_kv_heads": 8,
+            "head_dim": 128, "v_head_dim": 128, "kv_bytes": elements * kv_bytes_per_element,
+        },
+    )  # fmt: skip
+
+
+def test_decode_attention_reads_its_cache_at_the_fitted_rate() -> None:
+    # 1.074 GB at 3.35 TB/s = 320.5 us; published kernels of this size take 350 to 365 us.
+    t = fitted_time(decode(2.0), H100, "vllm")
+    assert t is not None
+    assert 335e-6 < t.mid_s < 375e-6
+
+
+def test_a_compressed_cache_stays_with_the_prior() -> None:
+    assert fitted_time(decode(0.5625), H100, "vllm") is None
+    assert fitted_time(decode(1.0), H100, "vllm") is not None
+
+
+def prefill(pairs: float) -> Operation:
+    return Operation(
+        name="attention",
+        kind="prefill_attention",
+        flops=4.0 * 32 * 128 * pairs,
+        state_bytes=16384 * 8 * 256 * 2.0,
+        activation_bytes=16384 * 32 * 256 * 2.0,
+        shape={
+            "batch": 1.0, "q_len": 16384.0, "kv_len": 16384.0, "pairs": pairs, "n_heads": 32,
+            "n_kv_heads": 8, "head_dim": 128, "v_head_dim": 128, "window_tokens": np.inf,
+        },
+    )  # fmt: skip
+
+
+def test_causal_prefill_is_fitted_and_sparse_patterns_are_not() -> None:
+    full = float(causal_pairs(16384.0))
+    t = fitted_time(prefill(full), H100, "vllm")
+    assert t is not None
+    assert 0.5 < 4.0 * 32 * 128 * full / 989.4e12 / t.mid_s < 0.85  # FlashAttention-3's MFU
+    assert fitted_time(prefill(0.3 * full), H100, "vllm") is None
+
+
+def test_a_cpu_has_no_gpu_families() -> None:
+    assert fitted_time(gemm(), load_hardware("epyc-9654"), "vllm") is None
