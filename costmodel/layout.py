@@ -126,6 +126,11 @@ def mixing_operations(run: Execution, point: Point, *, decode: bool) -> Operatio
     )
 
 
+def step_operations(run: Execution, point: Point) -> Operations:
+    """A decode step without ``mixing_operations``: what depends on the batch alone."""
+    return (*token_operations(run, point, point.batch), _head(run, point))
+
+
 def token_operations(run: Execution, point: Point, tokens: Array) -> Operations:
     """What every one of ``tokens`` goes through whatever its context, the LM head left out."""
     operations = [_gemm(point, matmul, tokens) for matmul in run.matmuls]

@@ -74,7 +74,8 @@ def _room_tokens(point: Point) -> Array:
     return point.cached_tokens
 
 
-def _largest_transient(operations: Operations) -> Array:
+def largest_transient(operations: Operations) -> Array:
+    """Bytes beyond weights and state that the neediest operation has alive."""
     out: Array = np.float64(0.0)
     for op in operations:
         out = np.maximum(out, op.transient_bytes)
@@ -87,10 +88,12 @@ def memory_of(
     output_tokens: Array,
     prefill: Operations | None = None,
     decode: Operations | None = None,
+    decode_transient_bytes: Array = 0.0,
 ) -> Memory:
     """State after the prompt, and the peaks of both phases (the decode peak after the last token).
 
-    ``prefill`` and ``decode`` are the operations of ``point`` when the caller has them already.
+    ``prefill`` and ``decode`` are operations when the caller has them already; what ``decode`` leaves
+    out may be given as its largest transient.
     """
     engine = point.engine
     prompt = point.at(point.prompt_tokens)
@@ -102,13 +105,14 @@ def memory_of(
     fixed = weights + reserved
     prefill = prefill_operations(run, prompt) if prefill is None else prefill
     decode = decode_operations(run, last) if decode is None else decode
+    transient = np.maximum(decode_transient_bytes, largest_transient(decode))
     return Memory(
         weights_bytes=weights,
         state_bytes=device,
         state_host_bytes=host,
         state_allocated_bytes=allocated,
-        peak_prefill_bytes=fixed + allocated + _largest_transient(prefill),
-        peak_decode_bytes=fixed + np.maximum(allocated, allocated_last) + _largest_transient(decode),
+        peak_prefill_bytes=fixed + allocated + largest_transient(prefill),
+        peak_decode_bytes=fixed + np.maximum(allocated, allocated_last) + transient,
     )
 
 

@@ -5,7 +5,8 @@ kernels takes longer than running them. Transfers over the host link overlap wit
 an ideal implementation (prefetch) and queue behind them in a published one.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +26,7 @@ BOUNDS = ("compute", "weight", "kv", "launch", "link")
 class PhaseTime:
     """Seconds of one pass and what they are spent on.
 
+    bases   seconds of all points together by the basis of the operation they are spent in
     parts   middle-estimate seconds by ``BOUNDS``; traffic between kernels (activations) counts as
             compute, because like compute it grows with the tokens worked on
     """
@@ -33,7 +35,7 @@ class PhaseTime:
     mid_s: Array
     high_s: Array
     parts: tuple[Array, ...]
-    bases: frozenset[str]
+    bases: Mapping[str, float]
     extrapolated: Array
 
     def bound(self) -> NDArray[np.intp]:
@@ -48,6 +50,123 @@ class PhaseTime:
         return index
 
 
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Busy:
+    """Seconds of operations added up, before overlap and host are considered; adds to others.
+
+    ``low_s``, ``mid_s``, ``high_s`` are of kernels, ``link_*`` of the host link; ``parts`` as in ``PhaseTime``.
+    """
+
+    low_s: Array = 0.0
+    mid_s: Array = 0.0
+    high_s: Array = 0.0
+    link_low_s: Array = 0.0
+    link_mid_s: Array = 0.0
+    link_high_s: Array = 0.0
+    parts: tuple[Array, ...] = (0.0,) * len(BOUNDS)
+    launches: Array = 0.0
+    extrapolated: Array = 0.0
+    bases: Mapping[str, float] = field(default_factory=dict)
+
+    def __add__(self, other: "Busy") -> "Busy":
+        bases = dict(self.bases)
+        for name, seconds in other.bases.items():
+            bases[name] = bases.get(name, 0.0) + seconds
+        return Busy(
+            **{name: getattr(self, name) + getattr(other, name) for name in _ADDED},
+            parts=tuple(a + b for a, b in zip(self.parts, other.parts, strict=True)),
+            extrapolated=np.maximum(self.extrapolated, other.extrapolated),
+            bases=bases,
+        )
+
+    def take(self, index: NDArray[np.intp], share: float = 1.0) -> "Busy":
+        """The points of ``index``; ``share`` of the seconds by basis."""
+        return Busy(
+            **{name: _taken(getattr(self, name), index) for name in _ADDED},
+            parts=tuple(_taken(p, index) for p in self.parts),
+            extrapolated=_taken(self.extrapolated, index),
+            bases={b: share * seconds for b, seconds in self.bases.items()},
+        )
+
+
+_ADDED = (
+    *("low_s", "mid_s", "high_s", "link_low_s", "link_mid_s", "link_high_s", "launches"),
+)
+
+
+def _taken(value: Array, index: NDArray[np.intp]) -> Array:
+    return value[index] if isinstance(value, np.ndarray) and value.ndim else value
+
+
+def busy_of(operations: Operations, hardware: HardwareProfile, engine: Engine) -> Busy:
+    """Time every operation and add up."""
+    zero: Array = np.float64(0.0)
+    low, mid, high = zero, zero, zero
+    link_low, link_mid, link_high = zero, zero, zero
+    compute, weight, kv, launch, link = zero, zero, zero, zero, zero
+    launches = zero
+    extrapolated = zero
+    bases: dict[str, float] = {}
+    for op in operations:
+        t = time_operation(op, hardware, engine.name)
+        n = op.count
+        mid_s = n * t.mid_s
+        bases[t.basis] = bases.get(t.basis, 0.0) + float(np.sum(mid_s))
+        extrapolated = np.maximum(extrapolated, t.extrapolated)
+        launches = launches + n * op.launches
+        launch = launch + n * t.launch_s
+        if op.kind == "host_link":
+            link_low, link_mid = link_low + n * t.low_s, link_mid + mid_s
+            link_high = link_high + n * t.high_s
+            continue
+        low, mid, high = low + n * t.low_s, mid + mid_s, high + n * t.high_s
+        link = link + n * t.link_s
+        c, w, k = _split(op, t)
+        compute, weight, kv = compute + n * c, weight + n * w, kv + n * k
+    return Busy(
+        low_s=low,
+        mid_s=mid,
+        high_s=high,
+        link_low_s=link_low,
+        link_mid_s=link_mid,
+        link_high_s=link_high,
+        parts=(compute, weight, kv, launch, link + link_mid),
+        launches=launches,
+        extrapolated=extrapolated,
+        bases=bases,
+    )
+
+
+def pass_time(
+    busy: Busy, hardware: HardwareProfile, engine: Engine, *, level: Level, graph: bool
+) -> PhaseTime:
+    """What a pass takes: transfers overlapped or queued, host launches, the engine's own overhead.
+
+    ``graph``: the pass is replayed from a captured graph.
+    """
+    if level == "ideal":
+        low, mid = np.maximum(busy.low_s, busy.link_low_s), np.maximum(busy.mid_s, busy.link_mid_s)
+    else:
+        low, mid = busy.low_s + busy.link_low_s, busy.mid_s + busy.link_mid_s
+    high = busy.high_s + busy.link_high_s
+    compute, weight, kv, launch, link = busy.parts
+    if hardware.is_cpu:  # starting a kernel is part of its measured time
+        return PhaseTime(low, mid, high, busy.parts, busy.bases, busy.extrapolated)
+    if not graph:
+        host = [busy.launches * x for x in engine.host_launch_s]
+        launch = np.maximum(launch, host[1])
+        low, mid, high = (np.maximum(t, h) for t, h in zip((low, mid, high), host, strict=True))
+    overhead = engine.step_overhead_s
+    return PhaseTime(
+        low + overhead[0],
+        mid + overhead[1],
+        high + overhead[2],
+        (compute, weight, kv, launch + overhead[1], link),
+        busy.bases,
+        busy.extrapolated,
+    )
+
+
 def phase_time(
     operations: Operations,
     hardware: HardwareProfile,
@@ -56,46 +175,9 @@ def phase_time(
     level: Level,
     graph: bool,
 ) -> PhaseTime:
-    """Add up a pass. ``graph``: the pass is replayed from a captured graph."""
-    zero: Array = np.float64(0.0)
-    low, mid, high = zero, zero, zero
-    link_low, link_mid, link_high = zero, zero, zero
-    compute, weight, kv, launch, link = zero, zero, zero, zero, zero
-    launches = zero
-    extrapolated = zero
-    bases: set[str] = set()
-    for op in operations:
-        t = time_operation(op, hardware)
-        n = op.count
-        bases.add(t.basis)
-        extrapolated = np.maximum(extrapolated, t.extrapolated)
-        launches = launches + n * op.launches
-        launch = launch + n * t.launch_s
-        if op.kind == "host_link":
-            link_low, link_mid = link_low + n * t.low_s, link_mid + n * t.mid_s
-            link_high = link_high + n * t.high_s
-            continue
-        low, mid, high = low + n * t.low_s, mid + n * t.mid_s, high + n * t.high_s
-        link = link + n * t.link_s
-        c, w, k = _split(op, t)
-        compute, weight, kv = compute + n * c, weight + n * w, kv + n * k
-    if level == "ideal":
-        low, mid, high = np.maximum(low, link_low), np.maximum(mid, link_mid), high + link_high
-    else:
-        low, mid, high = low + link_low, mid + link_mid, high + link_high
-    link = link + link_mid
-    if not graph and not hardware.is_cpu:
-        host = [launches * x for x in engine.host_launch_s]
-        launch = np.maximum(launch, host[1])
-        low, mid, high = (np.maximum(t, h) for t, h in zip((low, mid, high), host, strict=True))
-    overhead = (0.0, 0.0, 0.0) if hardware.is_cpu else engine.step_overhead_s
-    return PhaseTime(
-        low + overhead[0],
-        mid + overhead[1],
-        high + overhead[2],
-        (compute, weight, kv, launch + overhead[1], link),
-        frozenset(bases),
-        extrapolated,
+    """Time of a pass made of ``operations``."""
+    return pass_time(
+        busy_of(operations, hardware, engine), hardware, engine, level=level, graph=graph
     )
 
 
@@ -112,20 +194,16 @@ def _split(op: Operation, t: KernelTime) -> tuple[Array, Array, Array]:
     return compute, busy * op.weight_bytes, busy * (op.state_bytes + op.workspace_bytes)
 
 
-def roofline_s(operations: Operations, hardware: HardwareProfile, hbm_bytes: Array, tp: int) -> Array:
-    """The bound nothing can beat: max(total FLOPs / peak, total bytes / bandwidth).
-
-    ``operations`` are the whole model's (unsharded), so their useful FLOPs are divided by ``tp``;
-    ``hbm_bytes`` are one GPU's. FLOPs of different compute types are each taken at their own peak.
-    """
+def peak_s(operations: Operations, hardware: HardwareProfile) -> Array:
+    """Seconds of the useful FLOPs at the datasheet peaks of their compute types."""
     by_dtype: dict[str, Array] = {}
     for op in operations:
         if np.any(op.flops):
             by_dtype[op.dtype] = by_dtype.get(op.dtype, 0.0) + op.count * op.flops
-    compute: Array = np.float64(0.0)
+    seconds: Array = np.float64(0.0)
     for dtype, flops in by_dtype.items():
-        compute = compute + flops / (hardware.peak(dtype) * tp)
-    return np.maximum(compute, hbm_bytes / hardware.hbm_bytes_per_s)
+        seconds = seconds + flops / hardware.peak(dtype)
+    return seconds
 
 
 def hbm_bytes(operations: Operations) -> Array:

@@ -7,6 +7,7 @@ Everything broadcasts: one call prices a whole sweep. Large workloads are evalua
 stay in cache, so a million points need no more memory than their results.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,12 +17,28 @@ from costmodel.architecture import Architecture
 from costmodel.engines import Engine, load_engine
 from costmodel.errors import ConfigError, NotApplicableError
 from costmodel.hardware import HardwareProfile
-from costmodel.layout import Execution, decode_operations, prefill_operations, total
-from costmodel.memory import memory_of, solve_max_batch, solve_max_context
+from costmodel.layout import (
+    Execution,
+    decode_operations,
+    mixing_operations,
+    prefill_operations,
+    step_operations,
+    total,
+)
+from costmodel.memory import largest_transient, memory_of, solve_max_batch, solve_max_context
 from costmodel.methods.parse import parse_method
 from costmodel.methods.stack import MethodStack
 from costmodel.operation import Array, Operation, Operations
-from costmodel.phase import BOUNDS, PhaseTime, hbm_bytes, link_bytes, phase_time, roofline_s
+from costmodel.phase import (
+    BOUNDS,
+    Busy,
+    PhaseTime,
+    busy_of,
+    hbm_bytes,
+    link_bytes,
+    pass_time,
+    peak_s,
+)
 from costmodel.power import decode_power_w
 from costmodel.results import METRICS, Prediction
 from costmodel.workload import Level, Point, Workload
@@ -91,15 +108,21 @@ def predict(
     size = batch.size
     out = {name: np.empty(size) for name in METRICS}
     bounds = {name: np.zeros(size, dtype=np.intp) for name in ("prefill_bound", "decode_bound")}
-    bases: set[str] = set()
+    bases: dict[str, float] = {}
+    # What depends on the batch alone is priced once for every distinct batch.
+    batches, where = np.unique(batch, return_inverse=True)
+    step = model.step(batches)
     for start in range(0, size, CHUNK_POINTS):
         part = slice(start, start + CHUNK_POINTS)
-        values, bound, basis = model.evaluate(batch[part], context[part], output[part])
+        values, bound, basis = model.evaluate(
+            batch[part], context[part], output[part], step.take(where[part])
+        )
         for name, value in values.items():
             out[name][part] = value
         for name, index in bound.items():
             bounds[name][part] = index
-        bases |= basis
+        for name, share in basis.items():
+            bases[name] = bases.get(name, 0.0) + share
     if solve and size:
         model.solve(batch, context, output, out)
     else:
@@ -128,8 +151,25 @@ def predict(
 _BASES = ("measured", "calibrated", "anchored", "transferred", "published", "prior", "datasheet")
 
 
-def _weakest(bases: set[str]) -> str:
-    return max(bases, key=_BASES.index) if bases else "prior"
+#: A basis counts once operations of it hold this share of the time.
+BASIS_SHARE = 0.1
+
+
+def _shares(*phases: Mapping[str, float]) -> dict[str, float]:
+    """Share of the time by basis, every phase counted alike."""
+    out: dict[str, float] = {}
+    for seconds in phases:
+        whole = sum(seconds.values()) or 1.0
+        for basis, value in seconds.items():
+            out[basis] = out.get(basis, 0.0) + value / whole
+    return out
+
+
+def _weakest(bases: Mapping[str, float]) -> str:
+    """The weakest basis that holds at least a tenth of the time."""
+    whole = sum(bases.values())
+    counted = [b for b, seconds in bases.items() if seconds >= BASIS_SHARE * whole]
+    return max(counted, key=_BASES.index) if counted else "prior"
 
 
 def default_dtype(architecture: Architecture) -> str:
@@ -234,40 +274,59 @@ class Model:
             "decode": decode_operations(self.run, self.point(b, c, n)),
         }
 
-    def times(self, operations: Operations, *, decode: bool) -> PhaseTime:
+    def times(self, busy: Busy, *, decode: bool) -> PhaseTime:
         """Time of a pass of one GPU."""
-        return phase_time(
-            operations,
+        return pass_time(
+            busy,
             self.run.hardware,
             self.engine,
             level=self.options.level,
             graph=decode and self.engine.decode_graph,
         )
 
+    def step(self, batch: Array) -> "Step":
+        """The part of a decode step that depends on the batch alone."""
+        zero = np.zeros(np.shape(batch))
+        point = self.point(batch, zero, zero)
+        operations = step_operations(self.run, point)
+        whole = operations
+        if self.options.tp > 1:
+            whole = step_operations(self.sharded(1).run, point)
+        return Step(
+            busy=busy_of(operations, self.run.hardware, self.engine),
+            flops=total(whole, _flops),
+            counted_flops=total(whole, _counted),
+            peak_s=peak_s(whole, self.run.hardware),
+            hbm_bytes=hbm_bytes(operations),
+            transient_bytes=largest_transient(operations),
+        )
+
     def evaluate(
-        self, batch: Array, context: Array, output: Array
-    ) -> tuple[dict[str, Array], dict[str, NDArray[np.intp]], set[str]]:
-        """Every metric but the solved ones, for one chunk of points."""
+        self, batch: Array, context: Array, output: Array, step: "Step"
+    ) -> tuple[dict[str, Array], dict[str, NDArray[np.intp]], dict[str, float]]:
+        """Every metric but the solved ones, for one chunk of points; ``step`` is that of ``batch``."""
         hardware, tp = self.run.hardware, self.options.tp
         point = self.point(batch, context, output)
         prefill = self.prefill(batch, context, output)
-        decode = decode_operations(self.run, point)
-        last = decode_operations(self.run, point.at(point.prompt_tokens + output))
+        decode = mixing_operations(self.run, point, decode=True)
+        last = mixing_operations(self.run, point.at(point.prompt_tokens + output), decode=True)
         whole_prefill, whole_decode = prefill, decode
         if tp > 1:
             whole = self.sharded(1)
             whole_prefill = whole.prefill(batch, context, output)
-            whole_decode = decode_operations(whole.run, point)
-        memory = memory_of(self.run, point, output, prefill, last)
-        ttft = self.times(prefill, decode=False)
-        tpot = self.times(decode, decode=True)
-        tpot_last = self.times(last, decode=True)
-        prefill_bytes, decode_bytes = hbm_bytes(prefill), hbm_bytes(decode)
+            whole_decode = mixing_operations(whole.run, point, decode=True)
+        memory = memory_of(self.run, point, output, prefill, last, step.transient_bytes)
+        ttft = self.times(busy_of(prefill, hardware, self.engine), decode=False)
+        tpot = self.times(busy_of(decode, hardware, self.engine) + step.busy, decode=True)
+        tpot_last = self.times(busy_of(last, hardware, self.engine) + step.busy, decode=True)
+        prefill_bytes, decode_bytes = hbm_bytes(prefill), hbm_bytes(decode) + step.hbm_bytes
         mean_tpot = (tpot.mid_s + tpot_last.mid_s) / 2
         tokens_per_s = batch * output / (ttft.mid_s + (output - 1) * mean_tpot)
         capacity = hardware.memory_bytes * self.options.memory_fraction
         room = np.maximum(capacity - memory.weights_bytes, 1.0)
         power = decode_power_w(hardware, memory.state_allocated_bytes / room)
+        bandwidth = hardware.hbm_bytes_per_s
+        peak_decode_s = peak_s(whole_decode, hardware) + step.peak_s
         values: dict[str, Array] = {
             "weights_bytes": memory.weights_bytes,
             "state_bytes": memory.state_bytes,
@@ -276,9 +335,9 @@ class Model:
             "peak_prefill_bytes": memory.peak_prefill_bytes,
             "peak_decode_bytes": memory.peak_decode_bytes,
             "prefill_flops": total(whole_prefill, _flops),
-            "decode_flops": total(whole_decode, _flops),
+            "decode_flops": total(whole_decode, _flops) + step.flops,
             "executed_prefill_flops": total(whole_prefill, _counted),
-            "executed_decode_flops": total(whole_decode, _counted),
+            "executed_decode_flops": total(whole_decode, _counted) + step.counted_flops,
             "prefill_hbm_bytes": prefill_bytes,
             "decode_hbm_bytes": decode_bytes,
             "prefill_link_bytes": link_bytes(prefill),
@@ -289,8 +348,10 @@ class Model:
             "tpot_s": tpot.mid_s,
             "tpot_low_s": tpot.low_s,
             "tpot_high_s": tpot.high_s,
-            "roofline_ttft_s": roofline_s(whole_prefill, hardware, prefill_bytes, tp),
-            "roofline_tpot_s": roofline_s(whole_decode, hardware, decode_bytes, tp),
+            "roofline_ttft_s": np.maximum(
+                peak_s(whole_prefill, hardware) / tp, prefill_bytes / bandwidth
+            ),
+            "roofline_tpot_s": np.maximum(peak_decode_s / tp, decode_bytes / bandwidth),
             "fits": np.where(memory.peak_bytes <= capacity, 1.0, 0.0),
             "tokens_per_s": tokens_per_s,
             "energy_j_per_token": np.nan if power is None else power * tp * tpot.mid_s / batch,
@@ -298,7 +359,7 @@ class Model:
             "extrapolated": np.maximum(ttft.extrapolated, tpot.extrapolated),
         }
         bound = {"prefill_bound": ttft.bound(), "decode_bound": tpot.bound()}
-        return values, bound, set(ttft.bases | tpot.bases)
+        return values, bound, _shares(ttft.bases, tpot.bases)
 
     def _usd_per_million(self, tokens_per_s: Array) -> Array:
         price = self.run.hardware.price_usd_per_hour
@@ -351,6 +412,30 @@ class Model:
             if not np.any(np.isnan(found)):
                 break
         return found
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Step:
+    """What a decode step does whatever is cached: projections, MLPs, head, collectives; by batch."""
+
+    busy: Busy
+    flops: Array
+    counted_flops: Array
+    peak_s: Array
+    hbm_bytes: Array
+    transient_bytes: Array
+
+    def take(self, index: NDArray[np.intp]) -> "Step":
+        """The batches of ``index``."""
+        share = index.size / max(1, np.size(self.busy.mid_s))
+        amounts = ("flops", "counted_flops", "peak_s", "hbm_bytes", "transient_bytes")
+        return Step(
+            busy=self.busy.take(index, share),
+            **{
+                name: np.broadcast_to(getattr(self, name), np.shape(self.busy.mid_s))[index]
+                for name in amounts
+            },
+        )
 
 
 def _flops(op: Operation) -> Array:

@@ -226,7 +226,7 @@ def explain(run: Sweep) -> list[dict[str, Any]]:
                                 "link_bytes": float(np.max(op.link_bytes)),
                                 "launches": float(op.launches),
                                 "dtype": op.dtype,
-                                "time_s": float(np.max(op.count * time_operation(op, hardware).mid_s)),
+                                "time_s": float(np.max(op.count * time_operation(op, hardware, model.engine.name).mid_s)),
                                 "formula": op.formula,
                                 "source": op.source,
                             }

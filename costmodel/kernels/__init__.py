@@ -6,15 +6,19 @@ device, then fitted kernel families, then the prior. Every estimate names its ``
 
 from costmodel.hardware import HardwareProfile
 from costmodel.kernels.curves import calibrated_time
+from costmodel.kernels.fitted import fitted_time
 from costmodel.kernels.prior import KernelTime as KernelTime
 from costmodel.kernels.prior import prior_time
 from costmodel.operation import Operation
 
 
-def time_operation(operation: Operation, hardware: HardwareProfile) -> KernelTime:
-    """Interval, parts and basis of one run of ``operation``."""
+def time_operation(
+    operation: Operation, hardware: HardwareProfile, engine: str = ""
+) -> KernelTime:
+    """Interval, parts and basis of one run of ``operation`` as ``engine`` runs it."""
     if hardware.curves:
         calibrated = calibrated_time(operation, hardware)
         if calibrated is not None:
             return calibrated
-    return prior_time(operation, hardware)
+    fitted = fitted_time(operation, hardware, engine)
+    return prior_time(operation, hardware) if fitted is None else fitted
