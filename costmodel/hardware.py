@@ -154,13 +154,22 @@ def load_hardware(name_or_path: str | Path, *, prices: str | Path | None = None)
     """
     text = str(name_or_path)
     if isinstance(name_or_path, Path) or text.endswith(".toml") or "/" in text or "\\" in text:
-        path: Traversable = Path(name_or_path).expanduser()
-        if not path.is_file() and not path.is_dir():
-            raise ConfigError(f"{text}: there is no such profile file. See: lccost gpus list")
+        path: Traversable = _file(text)
     else:
         path = _folder().joinpath(f"{resolve_gpu(text)}.toml")
     profile = profile_from_table(read_toml(path), str(path))
     return _priced(profile, prices)
+
+
+def _file(text: str) -> Path:
+    try:
+        path = Path(text).expanduser()
+        found = path.is_file() or path.is_dir()
+    except (OSError, RuntimeError, ValueError):  # too long, no such user, a null character
+        found = False
+    if not found:
+        raise ConfigError(f"{text[:200]}: there is no such profile file. See: lccost gpus list")
+    return path
 
 
 def _priced(profile: HardwareProfile, prices: str | Path | None) -> HardwareProfile:
@@ -196,6 +205,8 @@ def profile_from_table(table: Mapping[str, Any], where: str) -> HardwareProfile:
     """
     f = Fields(table, where)
     name = f.text("name", required=True)
+    if not name.isprintable() or len(name) > 100:
+        f.problem("name", f"expected up to 100 printable characters, got {short(name)}")
     memory_bytes = _size(f, "memory_bytes", 1e8, required=True) or 0.0
     profile = HardwareProfile(
         name=name,
@@ -280,6 +291,7 @@ def _curves(f: Fields) -> dict[str, Curve]:
             f.problem(key, f"expected a table with x, y and spread, got {short(row)}")
             continue
         inner = Fields(row, f.where, f"{key}.")
+        _check_curve_name(inner, name)
         x, y = (
             tuple(inner.check_number(a, v, "a number above 0", 1e-30, 1e30) for v in inner.array(a))
             for a in ("x", "y")
@@ -295,6 +307,18 @@ def _curves(f: Fields) -> dict[str, Curve]:
         f.problems += inner.problems
         out[name] = Curve(x=x, y=y, spread=spread)
     return out
+
+
+def _check_curve_name(f: Fields, name: str) -> None:
+    """``<class>/<dtype>[/<parameter>=<number above 0>]...``, as ``kernels.curves`` reads it."""
+    for part in name.split("/"):
+        _, equals, value = part.partition("=")
+        try:
+            ok = not equals or 0.0 < float(value) < 1e30
+        except ValueError:
+            ok = False
+        if not ok or not part:
+            f.problem("name", f"expected parameter=number in {short(name)}, got {short(part)}")
 
 
 def _families(f: Fields) -> dict[str, dict[str, float]]:

@@ -306,3 +306,24 @@ def test_bad_prices_are_named(tmp_path: Path, text: str, key: str) -> None:
     path = write(tmp_path, text, "prices.toml")
     with pytest.raises(ConfigError, match=rf"prices\.toml:(.|\n)*{key}: "):
         read_prices(path)
+
+
+@pytest.mark.parametrize("name", ["g" * 5000 + ".toml", "~no-such-user-here/x.toml", "a\0/b.toml"])
+def test_paths_that_cannot_exist(name: str) -> None:
+    with pytest.raises(ConfigError, match="no such profile file") as caught:
+        load_hardware(name)
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("curve", ["gemm/bf16/n=abc", "gemm/bf16/n=0", "gemm/bf16/n=nan", "gemm//"])
+def test_names_of_curves_are_checked(tmp_path: Path, curve: str) -> None:
+    path = write(tmp_path, MINIMAL + f'\n[curves."{curve}"]\nx = [1.0]\ny = [1e-12]\n')
+    with pytest.raises(ConfigError, match="expected parameter=number"):
+        load_hardware(path)
+
+
+def test_a_name_is_one_printable_line(tmp_path: Path) -> None:
+    text = MINIMAL.replace('name = "mine"', 'name = "mine\\u001b[31m\\n"')
+    assert text != MINIMAL
+    with pytest.raises(ConfigError, match="printable"):
+        load_hardware(write(tmp_path, text))
