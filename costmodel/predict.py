@@ -7,7 +7,8 @@ Everything broadcasts: one call prices a whole sweep. Large workloads are evalua
 stay in cache, so a million points need no more memory than their results.
 """
 
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -44,8 +45,13 @@ from costmodel.results import METRICS, Prediction
 from costmodel.workload import Level, Point, Workload
 
 #: Points evaluated at once: about 20 live arrays of this many float64 stay in a 2 MB L2 cache.
-CHUNK_POINTS = 8192
+CHUNK_POINTS = 16384
+PARALLEL_CHUNKS = 8
 TP_CANDIDATES = (1, 2, 4, 8, 16, 32, 64)
+
+
+#: Metrics, bounds and shares of the bases of one chunk.
+Evaluated = tuple[dict[str, Array], dict[str, NDArray[np.intp]], dict[str, float]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,11 +118,12 @@ def predict(
     # What depends on the batch alone is priced once for every distinct batch.
     batches, where = np.unique(batch, return_inverse=True)
     step = model.step(batches)
-    for start in range(0, size, CHUNK_POINTS):
-        part = slice(start, start + CHUNK_POINTS)
-        values, bound, basis = model.evaluate(
-            batch[part], context[part], output[part], step.take(where[part])
-        )
+
+    def evaluate(part: slice) -> Evaluated:
+        return model.evaluate(batch[part], context[part], output[part], step.take(where[part]))
+
+    parts = [slice(i, i + CHUNK_POINTS) for i in range(0, size, CHUNK_POINTS)]
+    for part, (values, bound, basis) in zip(parts, _in_threads(evaluate, parts), strict=True):
         for name, value in values.items():
             out[name][part] = value
         for name, index in bound.items():
@@ -153,6 +160,19 @@ _BASES = ("measured", "calibrated", "anchored", "transferred", "published", "pri
 
 #: A basis counts once operations of it hold this share of the time.
 BASIS_SHARE = 0.1
+
+
+def _in_threads(function: Callable[[slice], Evaluated], parts: list[slice]) -> Iterator[Evaluated]:
+    """Results in order. numpy lets go of the interpreter, so several chunks run at once; few chunks
+    are not worth the threads.
+    """
+    if len(parts) < PARALLEL_CHUNKS:
+        yield from map(function, parts)
+        return
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        yield from pool.map(function, parts)
 
 
 def _shares(*phases: Mapping[str, float]) -> dict[str, float]:
@@ -303,7 +323,7 @@ class Model:
 
     def evaluate(
         self, batch: Array, context: Array, output: Array, step: "Step"
-    ) -> tuple[dict[str, Array], dict[str, NDArray[np.intp]], dict[str, float]]:
+    ) -> Evaluated:
         """Every metric but the solved ones, for one chunk of points; ``step`` is that of ``batch``."""
         hardware, tp = self.run.hardware, self.options.tp
         point = self.point(batch, context, output)
