@@ -24,6 +24,7 @@ class Outcome:
                  other from ``starts`` and take first, first + growth, ...
     stalls       (request, seconds) of gaps across preemptions
     gap_replica  first gap of each replica in ``gaps``
+    decoding_s   from when a request's gaps are those of its replica; None: from its first token
     aborted      it was stopped because the objectives could no longer be met
     """
 
@@ -41,6 +42,7 @@ class Outcome:
     kv_occupancy: float
     peak_occupancy: float
     replicas: int
+    decoding_s: np.ndarray | None = None
     aborted: bool = False
 
 
@@ -55,14 +57,16 @@ def simulate(
     seed: int = 0,
     ttft_limit_s: np.ndarray | None = None,
     allowed_late: float = inf,
+    started_s: np.ndarray | None = None,
 ) -> Outcome:
     """Run every request to its end.
 
     ``sessions`` closes the loop: that many requests at once, each answer brings the next, and
     ``load.arrival_s`` is not used. More than ``allowed_late`` requests above their ``ttft_limit_s``
-    stop the run early (``aborted``).
+    stop the run early (``aborted``). ``started_s``: prompts were computed elsewhere, where the
+    first tokens came out at these times; ``load.arrival_s`` is when their state arrives here.
     """
-    work = Work(load, ttft_limit_s)
+    work = Work(load, ttft_limit_s, started_s)
     fleet = [Replica(steps, pool, work) for _ in range(replicas)]
     run = _Run(work, fleet, _router(router, fleet, seed), allowed_late)
     done = run.closed(sessions) if sessions else run.open()

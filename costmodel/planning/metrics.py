@@ -122,11 +122,12 @@ def _over(outcome: Outcome, limit_s: float, output: Floats) -> Floats:
     )
     over = m - np.clip(below, 0, m)
     share = np.zeros(outcome.arrival_s.size)
+    joined = outcome.first_s if outcome.decoding_s is None else outcome.decoding_s
     ends = np.append(outcome.gap_replica[1:], begin.size)
     for j, (a, b) in enumerate(zip(outcome.gap_replica, ends, strict=True)):
         mine = np.flatnonzero(outcome.replica == j)
         count = np.concatenate(([0.0], np.cumsum(over[a:b])))
-        started = np.searchsorted(begin[a:b], outcome.first_s[mine])
+        started = np.searchsorted(begin[a:b], joined[mine])
         ended = np.searchsorted(begin[a:b], outcome.finish_s[mine])
         share[mine] = count[ended] - count[started]
     np.add.at(share, outcome.stalls[0], (outcome.stalls[1] > limit_s).astype(float))

@@ -294,4 +294,5 @@ class Replica:
             else:
                 work.generated[i] = self._leave(i)
                 work.stalled_since[i] = now
+            work.cached[i] = work.kept[i]
             self.waiting.appendleft(i)

@@ -4,7 +4,7 @@ from typing import Any
 
 from costmodel.planning.candidate import Screened
 from costmodel.planning.metrics import goodput_rps, intervals, percentiles
-from costmodel.planning.money import fleet_cost, rent_usd_per_hour
+from costmodel.planning.money import Cost, fleet_cost, rent_usd_per_hour
 from costmodel.planning.search import Search, Trial
 from costmodel.planning.spec import PlanSpec
 
@@ -46,17 +46,17 @@ def _base(screened: Screened) -> dict[str, Any]:
     return row
 
 
-def _pools(screened: Screened, row: dict[str, Any], replicas: int) -> list[dict[str, Any]]:
-    c = screened.candidate
-    return [
-        {
-            "role": "both", "model": row["model"], "method": row["method_spec"], "gpu": row["gpu"],
-            "tp": c.tp, "pp": c.pp, "ep": c.ep, "cp": c.cp, "replicas": replicas,
-        }
-    ]  # fmt: skip
+def pool_of(screened: Screened, role: str, replicas: int) -> dict[str, Any]:
+    """One pool of a plan."""
+    c, names = screened.candidate, screened.names
+    return {
+        "role": role, "model": names["model"], "method": names["method_spec"],
+        "gpu": names["gpu"], "tp": c.tp, "pp": c.pp, "ep": c.ep, "cp": c.cp, "replicas": replicas,
+    }  # fmt: skip
 
 
-def _filled(row: dict[str, Any]) -> dict[str, Any]:
+def filled(row: dict[str, Any]) -> dict[str, Any]:
+    """All keys of the contract in order, then what else is there."""
     return {k: row.get(k) for k in (*KEYS, *(k for k in row if k not in KEYS))}
 
 
@@ -76,7 +76,7 @@ def bound_row(screened: Screened, reason: str | None = None) -> dict[str, Any]:
         }
         if usd is not None:
             row |= {"bound_usd_per_hour": usd[1]}
-    return _filled(row)
+    return filled(row)
 
 
 def binding(screened: Screened) -> dict[str, float]:
@@ -109,71 +109,81 @@ def binds(screened: Screened) -> str:
     return "decode"
 
 
-def simulated_row(
-    screened: Screened, search: Search, trial: Trial, spec: PlanSpec, *, most: bool
-) -> dict[str, Any]:
-    """A row answered by simulation. ``most``: also search the largest load it would hold."""
+def outcome_fields(trial: Trial, spec: PlanSpec) -> dict[str, Any]:
+    """What a simulation says, whatever was simulated."""
     assert trial.found is not None
-    parts, outcome, found = search.parts, trial.outcome, trial.found
-    per_replica = screened.candidate.gpus_per_replica
-    per_engine = per_replica // screened.candidate.engines_per_replica
-    cost = fleet_cost(parts.hardware, outcome, per_engine, spec.money)
-    row = _base(screened)
+    outcome, found = trial.outcome, trial.found
     values = percentiles(found, spec.slo)
-    tokens_in = float(found.input_tokens.sum()) / found.span_s
-    tokens_out = float(found.output_tokens.sum()) / found.span_s
-    row |= values
-    row |= {
+    fields: dict[str, Any] = {
+        **values,
         "feasible": trial.holds,
-        "replicas": trial.replicas,
-        "gpus": trial.replicas * per_replica,
-        "pools": _pools(screened, row, trial.replicas),
         "intervals": {k: v and list(v) for k, v in intervals(found, values).items()},
         "goodput_rps": goodput_rps(found, spec.slo),
         "throughput_rps": found.ttft.size / found.span_s,
-        "output_tokens_per_s": tokens_out,
+        "output_tokens_per_s": float(found.output_tokens.sum()) / found.span_s,
         "kv_occupancy": outcome.kv_occupancy,
         "kv_peak": outcome.peak_occupancy,
         "n_preempted": outcome.n_preempted,
-        "largest_share": float(parts.load.peak_bytes.max()) / parts.pool,
-        "binds": binds(screened),
-        "binding": binding(screened),
         "checks": [
             {"key": c.key, "value": c.value, "limit": c.limit, "holds": c.holds}
             for c in trial.checks
         ],
-        "bound_replicas": screened.bound_replicas,
-        "bound_gap": trial.replicas / (screened.bound_replicas or 1),
-        "holds": {str(n): t.holds for n, t in sorted(search.trials.items())},
         "answered_by": "simulated",
-        "price_date": parts.hardware.price_date or None,
-        "basis": "prior" if not parts.hardware.calibration else "calibrated",
     }
-    row["fragile"] = _fragile(row)
+    fields["fragile"] = _fragile(fields)
+    return fields
+
+
+def money_fields(cost: Cost, trial: Trial) -> dict[str, Any]:
+    """Cost of a fleet per hour and per token; prompts and answers share by busy seconds."""
+    assert trial.found is not None
+    outcome, found = trial.outcome, trial.found
+    tokens_in = float(found.input_tokens.sum()) / found.span_s
+    tokens_out = float(found.output_tokens.sum()) / found.span_s
+    fields: dict[str, Any] = {}
     if cost.usd_per_hour is not None:
         low, mid, high = cost.usd_per_hour
-        row |= {"usd_per_hour": mid, "usd_per_hour_low": low, "usd_per_hour_high": high}
         usd_per_s = mid / 3600.0
         busy = max(outcome.prefill_s + outcome.decode_s, 1e-300)
         prefill = usd_per_s * outcome.prefill_s / busy
-        row["usd_per_million_tokens"] = usd_per_s / (tokens_in + tokens_out) * 1e6
-        row["usd_per_million_input_tokens"] = prefill / tokens_in * 1e6
-        row["usd_per_million_output_tokens"] = (usd_per_s - prefill) / tokens_out * 1e6
+        fields = {
+            "usd_per_hour": mid,
+            "usd_per_hour_low": low,
+            "usd_per_hour_high": high,
+            "usd_per_million_tokens": usd_per_s / (tokens_in + tokens_out) * 1e6,
+            "usd_per_million_input_tokens": prefill / tokens_in * 1e6,
+            "usd_per_million_output_tokens": (usd_per_s - prefill) / tokens_out * 1e6,
+        }
     if cost.watts is not None:
-        row["energy_j_per_token"] = cost.watts / tokens_out
-    if most and trial.holds:
-        factor, first = search.most_load(trial.replicas)
-        row["headroom"] = factor - 1.0
-        row["breaks_first"] = first
-        rate = _rate(search)
-        row["max_rate_per_s"] = None if rate is None else rate * factor
-    return _filled(row)
+        fields["energy_j_per_token"] = cost.watts / tokens_out
+    return fields
 
 
-def _rate(search: Search) -> float | None:
-    load = search.parts.load
-    span = float(load.arrival_s[-1])
-    return (load.size - 1) / span if span > 0 and load.size > 1 else None
+def simulated_row(
+    screened: Screened, search: Search, trial: Trial, spec: PlanSpec
+) -> dict[str, Any]:
+    """A row answered by simulation."""
+    parts = search.parts
+    per_replica = screened.candidate.gpus_per_replica
+    per_engine = per_replica // screened.candidate.engines_per_replica
+    row = _base(screened)
+    row |= outcome_fields(trial, spec)
+    row |= {
+        "replicas": trial.replicas,
+        "gpus": trial.replicas * per_replica,
+        "pools": [pool_of(screened, "both", trial.replicas)],
+        "largest_share": float(parts.load.peak_bytes.max()) / parts.pool,
+        "binds": binds(screened),
+        "binding": binding(screened),
+        "bound_replicas": screened.bound_replicas,
+        "bound_gap": trial.replicas / (screened.bound_replicas or 1),
+        "holds": {str(n): t.holds for n, t in sorted(search.trials.items())},
+        "price_date": parts.hardware.price_date or None,
+        "basis": "prior" if not parts.hardware.calibration else "calibrated",
+    }
+    cost = fleet_cost(parts.hardware, trial.outcome, per_engine, spec.money)
+    row |= money_fields(cost, trial)
+    return filled(row)
 
 
 def _fragile(row: dict[str, Any]) -> bool:

@@ -6,6 +6,7 @@ time of one simulation, and a task lost with its process can run anywhere else.
 """
 
 from collections import OrderedDict
+from math import isfinite
 from typing import Any
 
 from costmodel.planning.candidate import Candidate, Screened, screen
@@ -70,11 +71,11 @@ def answer_task(candidate: Candidate) -> dict[str, Any]:
     start = min(screened.bound_replicas or 1, most)
     replicas = search.fewest(start, most)
     if replicas is not None:
-        return simulated_row(screened, search, search.trial(replicas), spec, most=False)
+        return simulated_row(screened, search, search.trial(replicas), spec)
     trial = search.trial(most)
     if trial.found is None or trial.holds:
         trial = search.run(most, whole=True)
-    row = simulated_row(screened, search, trial, spec, most=False)
+    row = simulated_row(screened, search, trial, spec)
     row["feasible"] = False
     row["miss"] = max((c.use for c in trial.checks), default=None)
     row["reason"] = _misses(row, most * per_replica)
@@ -93,11 +94,16 @@ def _misses(row: dict[str, Any], gpus: int) -> str:
 
 def headroom_task(candidate: Candidate, replicas: int) -> dict[str, Any]:
     """How much more load the plan holds, and what breaks first."""
-    spec, _ = _plan()
-    screened, search = _search(candidate)
+    _, requests = _plan()
+    _, search = _search(candidate)
     assert search is not None
-    row = simulated_row(screened, search, search.trial(replicas), spec, most=True)
-    return {k: row[k] for k in ("headroom", "max_rate_per_s", "breaks_first")}
+    factor, first = search.most_load(replicas)
+    rate = requests.rate_per_s
+    return {
+        "headroom": factor - 1.0,
+        "max_rate_per_s": rate * factor if isfinite(rate) else None,
+        "breaks_first": first,
+    }
 
 
 def sensitivity_task(candidate: Candidate, scenarios: tuple[Scenario, ...]) -> dict[str, float]:
