@@ -294,8 +294,12 @@ class Model:
             "decode": decode_operations(self.run, self.point(b, c, n)),
         }
 
-    def times(self, busy: Busy, *, decode: bool) -> PhaseTime:
-        """Time of a pass of one GPU."""
+    def times(self, operations: Operations, *, decode: bool) -> PhaseTime:
+        """Time of a pass of one GPU made of ``operations``."""
+        busy = busy_of(operations, self.run.hardware, self.engine)
+        return self._pass_time(busy, decode=decode)
+
+    def _pass_time(self, busy: Busy, *, decode: bool) -> PhaseTime:
         return pass_time(
             busy,
             self.run.hardware,
@@ -336,9 +340,9 @@ class Model:
             whole_prefill = whole.prefill(batch, context, output)
             whole_decode = mixing_operations(whole.run, point, decode=True)
         memory = memory_of(self.run, point, output, prefill, last, step.transient_bytes)
-        ttft = self.times(busy_of(prefill, hardware, self.engine), decode=False)
-        tpot = self.times(busy_of(decode, hardware, self.engine) + step.busy, decode=True)
-        tpot_last = self.times(busy_of(last, hardware, self.engine) + step.busy, decode=True)
+        ttft = self.times(prefill, decode=False)
+        tpot = self._pass_time(busy_of(decode, hardware, self.engine) + step.busy, decode=True)
+        tpot_last = self._pass_time(busy_of(last, hardware, self.engine) + step.busy, decode=True)
         prefill_bytes, decode_bytes = hbm_bytes(prefill), hbm_bytes(decode) + step.hbm_bytes
         mean_tpot = (tpot.mid_s + tpot_last.mid_s) / 2
         tokens_per_s = batch * output / (ttft.mid_s + (output - 1) * mean_tpot)
