@@ -100,6 +100,7 @@ class Execution:
 
 def prefill_operations(run: Execution, point: Point) -> Operations:
     """The pass over ``point.prompt_tokens`` (what reaches the model after prompt compression)."""
+    point = replace(point, fed_tokens=run.stack.fed_tokens(point))
     return _pass(run, point, tokens=point.batch * point.prompt_tokens, decode=False)
 
 
@@ -205,8 +206,7 @@ def _elementwise(run: Execution, point: Point, tokens: Array) -> Operation:
     d = run.architecture.d_model
     n_layers = max(1, run.architecture.n_layers)
     b = point.element_bytes
-    chunk = point.engine.prefill_chunk_tokens
-    alive = np.minimum(tokens, float(chunk)) if chunk else tokens
+    alive = np.minimum(tokens, point.pass_tokens)
     return Operation(
         name="norm_rope_activation",
         kind="elementwise",

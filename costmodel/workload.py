@@ -39,9 +39,8 @@ class Workload:
             ("output_tokens", output_tokens),
         ):
             array = np.asarray(value, dtype=np.float64)
-            if array.size and not (
-                np.all(np.isfinite(array)) and np.all(array >= 1) and np.all(array == np.floor(array))
-            ):
+            whole = np.isfinite(array) & (array >= 1) & (array == np.floor(array))
+            if not np.all(whole):
                 raise ConfigError(f"{name}: expected whole numbers of at least 1, got {value!r}")
             arrays.append(array)
         try:
@@ -69,6 +68,8 @@ class Point:
     prompt_tokens    S: prompt tokens that reach the model (after prompt compression)
     cached_tokens    T: tokens in the cache that the decode step reads, prompt included (T >= S)
     reserved_tokens  tokens for which a preallocating implementation has made room (S + output)
+    fed_tokens       prompt tokens of one sequence that the method itself feeds at once; 0: as many
+                     as the engine does
     dtype            activation and compute type
     kv_dtype         storage type of unquantised KV entries
     level            "ideal": one fused pass over the compressed state;
@@ -83,6 +84,19 @@ class Point:
     kv_dtype: str
     level: Level
     engine: Engine
+    fed_tokens: float = 0.0
+
+    @property
+    def pass_tokens(self) -> Array:
+        """Prompt tokens in one forward pass: engines (and some methods) feed long prompts in
+        chunks, so that activations of no more are alive at once.
+        """
+        tokens = self.batch * self.prompt_tokens
+        if self.engine.prefill_chunk_tokens:
+            tokens = np.minimum(tokens, float(self.engine.prefill_chunk_tokens))
+        if self.fed_tokens:
+            tokens = np.minimum(tokens, self.batch * self.fed_tokens)
+        return tokens
 
     @property
     def element_bytes(self) -> float:

@@ -154,6 +154,12 @@ class AbstractMethod(ABC):
         """Weights of a helper model, resident beside the model's own."""
         return 0.0
 
+    def fed_tokens(self, point: Point) -> float:
+        """Prompt tokens of a sequence that the implementation feeds at once; 0: no chunks of its
+        own.
+        """
+        return 0.0
+
     # Hooks over the cache --------------------------------------------------------------------
 
     def prefill_attention(
@@ -203,6 +209,14 @@ def kept(budget: Array, tokens: Array) -> Array:
 def layer_bytes(mixer: Attention, point: Point, tokens: Array) -> Array:
     """Unquantised K and V of ``tokens`` tokens in one layer, whole batch: B t K (Hk + Hv) b."""
     return point.batch * tokens * (mixer.kv_elements_per_token() * point.kv_element_bytes)
+
+
+def within_pass(operations: Operations, point: Point) -> Operations:
+    """Operations over a prompt whose intermediates belong to its tokens: only those of one forward
+    pass are alive at once.
+    """
+    share = point.pass_tokens / np.maximum(point.batch * point.prompt_tokens, 1.0)
+    return tuple(replace(op, transient_bytes=op.transient_bytes * share) for op in operations)
 
 
 def not_stored(attention: Operations, point: Point) -> Operations:

@@ -15,7 +15,7 @@ from costmodel.workload import Point
 
 MANAGER = "thunlp/InfLLM inf_llm/attention/context_manager.py"
 #: Prompt tokens that upstream feeds to the model at once (``chunk_size`` of its configurations).
-_MODEL_CHUNK = 8192.0
+MODEL_CHUNK = 8192.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -134,5 +134,5 @@ def prompt_copies(
         remainder=remainder,
         new_tokens=budget.chunk_tokens,
         count=np.ceil(s / budget.chunk_tokens),
-        cats=np.ceil(s / _MODEL_CHUNK),
+        cats=np.ceil(s / MODEL_CHUNK),
     )

@@ -36,12 +36,21 @@ from costmodel.methods.base import (
     attention_of,
     check_at_least,
     layer_bytes,
+    within_pass,
 )
-from costmodel.methods.block_retrieval import MANAGER, Budget, copies, links, lookup, prompt_copies
+from costmodel.methods.block_retrieval import (
+    MANAGER,
+    MODEL_CHUNK,
+    Budget,
+    copies,
+    links,
+    lookup,
+    prompt_copies,
+)
 from costmodel.methods.chains import host_link, score_pass
 from costmodel.mixers import Attention
 from costmodel.mixers.attention import decode_attention, prefill_attention
-from costmodel.operation import Array, Operations, causal_pairs
+from costmodel.operation import Array, Operation, Operations, causal_pairs
 from costmodel.workload import Point
 
 _KERNEL = f"{MANAGER} _append, Triton multi-stage kernel"
@@ -185,6 +194,10 @@ class InfLLM(AbstractMethod):
             host=group.n_layers * layer_bytes(mixer, point, n * self.block_tokens),
         )
 
+    def fed_tokens(self, point: Point) -> float:
+        """Upstream feeds the model chunks of 8192 tokens, cut into ``chunk_tokens`` for lookups."""
+        return MODEL_CHUNK
+
     def prefill_attention(
         self, group: MixerGroup, point: Point, attention: Operations
     ) -> Operations:
@@ -223,6 +236,9 @@ class InfLLM(AbstractMethod):
             state_bytes=layer_bytes(mixer, point, window + init + rem),
             transient_bytes=main.transient_bytes + size,
         )
+        (main,) = within_pass((main,), point)
+        if reference:
+            main = _in_chunks(main, chunks)
         operations = (
             main,
             score_pass(
@@ -290,3 +306,18 @@ class InfLLM(AbstractMethod):
             count=1.0,
             cats=1.0,
         )
+
+
+def _in_chunks(operation: Operation, chunks: Array) -> Operation:
+    """The same work as one run per chunk of queries: three kernels each (window, first tokens and
+    blocks, merge).
+    """
+    return replace(
+        operation,
+        count=chunks,
+        launches=3.0,
+        flops=operation.flops / chunks,
+        executed_flops=operation.counted_flops / chunks,
+        state_bytes=operation.state_bytes / chunks,
+        activation_bytes=operation.activation_bytes / chunks,
+    )

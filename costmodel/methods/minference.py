@@ -23,6 +23,7 @@ from costmodel.methods.base import (
     State,
     attention_of,
     check_at_least,
+    within_pass,
 )
 from costmodel.methods.chains import elementwise, select
 from costmodel.methods.eager import softmax_chain_bytes
@@ -95,6 +96,7 @@ class MInference(AbstractMethod):
             source=_CODE if reference else "",
             formula="2 (Hk + Hv) N for each of S queries and min(position, kept) keys",
         )
+        (sparse,) = within_pass((sparse,), point)
         index = Operation(
             name="index_scores",
             kind="prefill_attention",

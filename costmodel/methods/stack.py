@@ -13,7 +13,7 @@ import numpy as np
 
 from costmodel.architecture import Architecture, MixerGroup
 from costmodel.errors import NotApplicableError
-from costmodel.methods.base import STAGE_ORDER, AbstractMethod, Mask, State
+from costmodel.methods.base import STAGE_ORDER, AbstractMethod, Mask, State, within_pass
 from costmodel.mixers import AbstractMixer
 from costmodel.operation import Array, Operation, Operations
 from costmodel.workload import Point
@@ -130,9 +130,15 @@ class MethodStack:
             return _either(evict, group, point)
         return _native_state(group, point)
 
+    def fed_tokens(self, point: Point) -> float:
+        """Prompt tokens of a sequence fed at once by the method with the smallest chunks; 0: as the
+        engine does.
+        """
+        return min((n for m in self.methods if (n := m.fed_tokens(point))), default=0.0)
+
     def prefill(self, group: MixerGroup, point: Point) -> Operations:
         """Operations of one layer between the projections, over the prompt."""
-        operations: Operations = group.mixer.prefill(point)
+        operations: Operations = within_pass(group.mixer.prefill(point), point)
         after: Operations = ()
         inner = replace(point, cached_tokens=point.prompt_tokens)
         for method in self._covering(group):

@@ -31,6 +31,7 @@ from costmodel.methods.base import (
     check_at_least,
     kept,
     layer_bytes,
+    within_pass,
 )
 from costmodel.methods.chains import cache_cat, elementwise, rotate_in_fp32
 from costmodel.methods.eager import eager_prompt, eager_step, rotate_keys
@@ -116,6 +117,11 @@ class StreamingLLM(AbstractMethod):
         mixer = attention_of(group)
         return State(group.n_layers * layer_bytes(mixer, point, self.tokens(point)))
 
+    def fed_tokens(self, point: Point) -> float:
+        """The InfLLM harness feeds chunks; the original repository the whole prompt."""
+        chunked = point.level == "reference" and self.positions == "fixed"
+        return _CHUNK if chunked else 0.0
+
     def prefill_attention(
         self, group: MixerGroup, point: Point, attention: Operations
     ) -> Operations:
@@ -136,6 +142,7 @@ class StreamingLLM(AbstractMethod):
             formula="2 (Hk + Hv) N for each of S queries and at most I + W keys",
             shape={"window_tokens": sinks + window},
         )
+        (banded,) = within_pass((banded,), point)
         banded = replace(
             banded,
             activation_bytes=banded.activation_bytes

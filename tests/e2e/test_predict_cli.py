@@ -148,7 +148,7 @@ def test_table_says_what_the_method_does_not_change_and_explains() -> None:
 def test_solve_exit_codes() -> None:
     fits = run(*BASE, "--solve", "max-batch")
     assert fits.exit_code == 0
-    assert "max batch: full 12" in fits.stdout
+    assert "max batch: full 13" in fits.stdout
     nothing = run("predict", "--model", "llama-3.1-405b", "--gpu", "l4", "--context", "8k",
                   "--solve", "max-batch")
     assert nothing.exit_code == 3

@@ -83,8 +83,10 @@ def test_time_grows_with_context_and_batch(model: str, method: str) -> None:
     except NotApplicableError:
         pytest.skip(f"{method} does not apply to {model}")
     for name in ("ttft_s", "tpot_s", "state_bytes", "peak_prefill_bytes", "prefill_flops"):
-        assert np.all(np.diff(p[name], axis=1) >= -1e-9 * p[name][:, 1:]), name
-        assert np.all(np.diff(p[name], axis=0) >= -1e-9 * p[name][1:]), name
+        # a scan works on whole blocks, so its share of one forward pass saws a little
+        slack = 1e-3 if name == "peak_prefill_bytes" else 1e-9
+        assert np.all(np.diff(p[name], axis=1) >= -slack * p[name][:, 1:]), name
+        assert np.all(np.diff(p[name], axis=0) >= -slack * p[name][1:]), name
 
 
 @settings(max_examples=25, deadline=None)
