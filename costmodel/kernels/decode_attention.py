@@ -11,9 +11,11 @@ sequence and KV head,
     memory    batch * kv heads * kv * (miss / (e_b bw) + hit / (h bw))
     time      t0 + t_combine (1 - 1 / s) + longer + u shorter + queries and outputs
 
-Some kernels (FlashAttention-2) do not split a cache whose KV heads have one query head each
-(``split_single_head`` 0): a long single-head cache then streams through one CTA. fp8 caches add a
-start-up cost, and their CTAs stream at another rate because they convert what they read.
+FlashAttention-2 (``swaps_heads`` 1) packs a group by swapping its heads into the query axis, which
+only groups of several heads without a window allow. The others are not split: a long cache then
+streams through one CTA per query head. And with several KV heads the swap is a copy that costs as
+much as joining splits. fp8 caches add a start-up cost, and their CTAs stream at another rate
+because they convert what they read.
 
 What is ignored: page tables, the append of the new token, tensor-core time (two FLOPs per byte
 and query head: it shows only above some 64 query heads per KV head).
@@ -61,7 +63,7 @@ class DecodeAttentionParameters:
     cache_rate_ratio     last-level cache against DRAM bandwidth, h
     cache_fraction       share of the last-level cache that holds a replayed KV cache
     unhidden_fraction    share of the shorter activity that nothing hides, u
-    split_single_head    1: caches of single-head groups are split too; 0: never
+    swaps_heads          1: packs a group's heads as FlashAttention-2 does; 0: in the kernel
     """
 
     launch_s: float
@@ -79,7 +81,7 @@ class DecodeAttentionParameters:
     cache_rate_ratio: float
     cache_fraction: float
     unhidden_fraction: float
-    split_single_head: float = 1.0
+    swaps_heads: float = 0.0
 
 
 PRIORS: dict[str, Prior] = {
@@ -125,12 +127,16 @@ def decode_attention_time_s(
     if np.any(window):
         tokens = np.where(np.asarray(window) > 0, np.minimum(tokens, window), tokens)
     group = np.asarray(n_heads, dtype=np.float64) / n_kv_heads
-    n_units = np.asarray(batch, dtype=np.float64) * n_kv_heads * np.ceil(group / PACKED_HEADS)
+    packs = np.ceil(group / PACKED_HEADS)
+    if p.swaps_heads and np.any(window):
+        packs = np.where(np.asarray(window) > 0, group, packs)
+        group = np.where(np.asarray(window) > 0, 1.0, group)
+    n_units = np.asarray(batch, dtype=np.float64) * n_kv_heads * packs
     width = head_dim + (head_dim if v_head_dim is None else v_head_dim)
     kv_bytes = tokens * (width * np.asarray(element_bytes, dtype=np.float64))
     total_bytes = batch * n_kv_heads * kv_bytes
     is_fp8 = np.less(element_bytes, 1.5)
-    splits, joined = _splits(p, device, n_units, tokens, group)
+    splits, joined = _splits(p, device, n_units, tokens, (group, n_kv_heads))
 
     stream = p.stream_bytes_per_s * clock_ratio(device) * np.where(is_fp8, p.fp8_stream_ratio, 1.0)
     sms = units(device)
@@ -161,17 +167,22 @@ def _splits(
     device: HardwareProfile,
     n_units: Array,
     tokens: Array,
-    group: Array,
+    heads: tuple[Array, Array],
 ) -> tuple[Array, Array]:
     """Splits per cache, and the share of the joining kernel's cost that is due.
 
-    1 - 1 / s rather than a step at s > 1, so that no time falls as a batch grows.
+    1 - 1 / s rather than a step at s > 1, so that no time falls as a batch grows. ``heads`` are
+    query heads per KV head, and KV heads.
     """
     wanted = np.minimum(units(device) * p.split_ctas_per_unit / n_units, tokens / p.block_tokens)
     splits = np.maximum(np.minimum(wanted, p.max_splits), 1.0)
-    if p.split_single_head:
+    if not p.swaps_heads:
         return splits, 1.0 - 1.0 / splits
-    return np.where(group > 1.0, splits, 1.0), np.where(group > 1.0, 1.0, 0.0)
+    group, kv_heads = heads
+    swapped = np.greater(group, 1.0)
+    splits = np.where(swapped, splits, 1.0)
+    copied = swapped & np.greater(kv_heads, 1.0)
+    return splits, np.where(copied, 1.0, 1.0 - 1.0 / splits)
 
 
 def _time(
@@ -202,7 +213,7 @@ def _work(device: HardwareProfile, shape: Shape, variant: str) -> Work:
 
 
 def _structure(kernel: str, variant: str) -> dict[str, float]:
-    return {"split_single_head": float(kernel_class(kernel) != "fa2")}
+    return {"swaps_heads": float(kernel_class(kernel) == "fa2")}
 
 
 SHAPE = ("batch", "kv_len", "n_heads", "n_kv_heads", "head_dim", "element_bytes", "window")

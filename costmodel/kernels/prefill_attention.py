@@ -59,6 +59,7 @@ class PrefillAttentionParameters:
     wave_rounding        0 perfect sharing .. 1 whole waves; of encoders: encoder_wave_rounding
     bandwidth_fraction   attained share of DRAM bandwidth, e_b
     append_fraction      share of DRAM bandwidth of the kernel that writes keys and values away
+    append_token_s       more per token it writes
     unhidden_fraction    share of the shorter of compute and memory that nothing hides, u
     cache_fraction       share of the last-level cache that holds replayed operands
     cache_rate_ratio     last-level cache against DRAM bandwidth
@@ -79,6 +80,7 @@ class PrefillAttentionParameters:
     encoder_wave_rounding: float
     bandwidth_fraction: float
     append_fraction: float
+    append_token_s: float
     unhidden_fraction: float
     cache_fraction: float
     cache_rate_ratio: float
@@ -101,7 +103,8 @@ PRIORS: dict[str, Prior] = {
     "wave_rounding": Prior(0.5, 0.6, 0.02, 1.0, "0 perfect sharing, 1 whole waves"),
     "encoder_wave_rounding": Prior(0.5, 0.6, 0.02, 1.0, "the same, all rows alike"),
     "bandwidth_fraction": Prior(0.75, 0.15, 0.3, 1.0, "attained share of DRAM bandwidth"),
-    "append_fraction": Prior(0.5, 0.6, 0.05, 4.0, "bandwidth share of the cache append"),
+    "append_fraction": Prior(0.8, 0.4, 0.05, 4.0, "bandwidth share of the cache append"),
+    "append_token_s": Prior(5e-10, 1.2, 1e-12, 1e-7, "cache append, per token"),
     "unhidden_fraction": Prior(0.3, 0.6, 0.001, 1.0, "share of the shorter activity not hidden"),
     "cache_fraction": Prior(0.6, 0.4, 0.1, 1.5, "cache share that holds replayed operands"),
     "cache_rate_ratio": Prior(2.0, 0.4, 1.0, 8.0, "last-level cache against DRAM bandwidth"),
@@ -157,7 +160,9 @@ def prefill_attention_time_s(
     memory = moved * (per_byte / bandwidth)
     new = batch * q * n_kv_heads * width * 2.0
     slowdown = p.bandwidth_fraction / p.append_fraction
-    append = causal * (2.0 * new) * (per_byte * slowdown / bandwidth)
+    append = causal * (
+        batch * q * p.append_token_s + (2.0 * new) * (per_byte * slowdown / bandwidth)
+    )
     seconds = p.launch_s + overlapped(compute, memory, p.unhidden_fraction) + append
     is_fp8 = np.less(element_bytes, 1.5)
     if np.any(is_fp8):

@@ -55,6 +55,7 @@ PREFILL = PrefillAttentionParameters(
     encoder_wave_rounding=0.0,
     bandwidth_fraction=1.0,
     append_fraction=1e9,
+    append_token_s=0.0,
     unhidden_fraction=0.0,
     cache_fraction=1.0,
     cache_rate_ratio=1.0,
@@ -79,11 +80,21 @@ def test_decode_splits_one_long_sequence_over_the_machine() -> None:
 
 def test_decode_without_splits_streams_through_one_cta() -> None:
     # FlashAttention-2 with one query head per KV head: 67.1 MB at 100 GB/s = 671 us, no joining.
-    flat = replace(DECODE, split_single_head=0.0)
+    flat = replace(DECODE, swaps_heads=1.0)
     t = decode_attention_time_s(flat, device(), 1, 131072, 1, 1, 128)
     assert t == pytest.approx(1e-5 + 67108864 / 1e11 + 1e-6, rel=1e-6)
     grouped = decode_attention_time_s(flat, device(), 1, 131072, 8, 1, 128)
     assert grouped < t
+
+
+def test_swapped_heads_copy_with_several_kv_heads_and_stand_alone_in_a_window() -> None:
+    flat = replace(DECODE, swaps_heads=1.0)
+    one = decode_attention_time_s(flat, device(), 4, 64, 16, 1, 128)
+    two = decode_attention_time_s(flat, device(), 4, 64, 16, 2, 128)
+    assert two - one == pytest.approx(2e-6, rel=0.02)  # the copy; both are a single round
+    # 16 heads x 8 sequences = 128 CTAs on 100 SMs: two rounds of 2 x 128 x 128 x 2 / 100e9 + 1 us.
+    windowed = decode_attention_time_s(flat, device(), 8, 4096, 16, 2, 128, window=128)
+    assert windowed == pytest.approx(1e-5 + 2 * (65536 / 1e11 + 1e-6), rel=1e-6)
 
 
 def test_decode_fp8_reads_half_and_starts_later() -> None:
@@ -126,6 +137,14 @@ def test_a_window_shortens_the_walk() -> None:
     assert prefill_attention_time_s(
         masked, device(), 1, 16384, 32, 8, 128, window=1024
     ) == pytest.approx(float(full))
+
+
+def test_new_keys_and_values_are_appended_to_the_cache() -> None:
+    # 16384 tokens at 1 ns, and 16384 x 8 x 256 x 2 bytes read and written at half of 1 TB/s.
+    appending = replace(PREFILL, append_fraction=0.5, append_token_s=1e-9)
+    without = prefill_attention_time_s(PREFILL, device(), 1, 16384, 32, 8, 128)
+    t = prefill_attention_time_s(appending, device(), 1, 16384, 32, 8, 128)
+    assert t - without == pytest.approx(16384e-9 + 2 * 16384 * 8 * 256 * 2 / 0.5e12, rel=1e-6)
 
 
 def test_an_encoder_sees_every_key() -> None:
