@@ -21,6 +21,7 @@ from costmodel.kernels.physics import (
     Prior,
     cache_bytes,
     clock_ratio,
+    fp8_share,
     limited,
     miss_fraction,
     overlapped,
@@ -31,7 +32,6 @@ from costmodel.kernels.physics import (
 from costmodel.kernels.prefill_attention import PRIORS as PREFILL_PRIORS
 from costmodel.kernels.prefill_attention import (
     PrefillAttentionParameters,
-    fp8_share,
     prefill_attention_time_s,
 )
 from costmodel.operation import Array

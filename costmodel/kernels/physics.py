@@ -80,6 +80,12 @@ def tensor_peak(device: HardwareProfile, dtype: str) -> float:
 _STAND_INS = {"bf16": ("fp16",), "fp16": ("bf16",), "fp8": ("bf16", "fp16")}
 
 
+def fp8_share(device: HardwareProfile, element_bytes: Array) -> Array:
+    """Factor that turns fp8 FLOPs into the bf16 FLOPs that take as long at datasheet peaks."""
+    gain = tensor_peak(device, "bf16") / tensor_peak(device, "fp8")
+    return np.where(np.less(element_bytes, 1.5), gain, 1.0)
+
+
 def miss_fraction(working_set_bytes: Array, resident_bytes: float) -> Array:
     """Share of a replayed working set that has to come from DRAM again.
 

@@ -27,6 +27,7 @@ from costmodel.kernels.physics import (
     Prior,
     cache_bytes,
     clock_ratio,
+    fp8_share,
     limited,
     miss_fraction,
     overlapped,
@@ -171,12 +172,6 @@ def prefill_attention_time_s(
     flops = 2.0 * batch * n_heads * width * pairs * fp8_share(device, element_bytes)
     least = np.where(is_fp8, 0.5 * cache, cache) + (moved - cache)
     return limited(seconds, flops, tensor_peak(device, "bf16"), least, device, cold)
-
-
-def fp8_share(device: HardwareProfile, element_bytes: Array) -> Array:
-    """Factor that turns fp8 FLOPs into the bf16 FLOPs that take as long at datasheet peaks."""
-    gain = tensor_peak(device, "bf16") / tensor_peak(device, "fp8")
-    return np.where(np.less(element_bytes, 1.5), gain, 1.0)
 
 
 def _tiles(
