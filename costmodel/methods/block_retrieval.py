@@ -3,7 +3,7 @@
 A chunk of queries (one token when decoding) looks up its blocks once for all heads of a layer.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -59,8 +59,7 @@ def links(
     Blocks asked for are taken as uniform among all: a share cached / n of them is on the GPU.
     """
     reference = point.level == "reference"
-    wanted = np.minimum(budget.topk, n_blocks)
-    missed = wanted * np.maximum(1.0 - budget.cached / np.maximum(n_blocks, 1.0), 0.0)
+    _, missed = _wanted(budget, n_blocks)
     fetch = host_link(
         "fetch_blocks",
         layer_bytes(mixer, point, missed * budget.block_tokens),
@@ -83,6 +82,12 @@ def links(
     return wait, fetch
 
 
+def _wanted(budget: Budget, n_blocks: Array) -> tuple[Array, Array]:
+    """(blocks a lookup asks for, those of them that are not on the GPU)."""
+    wanted = np.minimum(budget.topk, n_blocks)
+    return wanted, wanted * np.maximum(1.0 - budget.cached / np.maximum(n_blocks, 1.0), 0.0)
+
+
 def copies(
     mixer: Attention,
     point: Point,
@@ -97,8 +102,10 @@ def copies(
     """What upstream copies around the kernel: ``cats`` joins of the caches, ``count`` lookups."""
     window = np.minimum(point.cached_tokens, budget.local)
     joined = layer_bytes(mixer, point, window + remainder + new_tokens)
-    held = np.minimum(budget.topk, n_blocks) * budget.block_tokens
-    held = held + np.maximum(remainder - window, 0.0)
+    wanted, missed = _wanted(budget, n_blocks)
+    # a missed block is copied twice: to the buffer and to the cache of blocks
+    block_copies = point.batch * (wanted + missed)
+    one = replace(point, batch=1.0)
     return (
         elementwise(
             "window_and_remainder_cat",
@@ -111,12 +118,20 @@ def copies(
         ),
         rotate_in_fp32(mixer, point, window + new_tokens, count=count),
         elementwise(
+            "copy_blocks",
+            count=count * block_copies,
+            workspace_bytes=2 * layer_bytes(mixer, one, budget.block_tokens),
+            launches=2,
+            source=f"{MANAGER} MemoryUnit.load, block after block and sequence after sequence",
+            formula="K, then V of one retrieved block into the attention buffer",
+        ),
+        elementwise(
             "fill_buffer",
             count=count,
-            workspace_bytes=2 * layer_bytes(mixer, point, held),
+            workspace_bytes=2 * layer_bytes(mixer, point, np.maximum(remainder - window, 0.0)),
             launches=4,
             source=f"{MANAGER} get_global_hidden_and_mask",
-            formula="retrieved blocks and the remainder copied into the attention buffer",
+            formula="first tokens and the remainder copied into the attention buffer",
         ),
     )
 
@@ -135,4 +150,31 @@ def prompt_copies(
         new_tokens=budget.chunk_tokens,
         count=np.ceil(s / budget.chunk_tokens),
         cats=np.ceil(s / MODEL_CHUNK),
+    )
+
+
+def in_chunks(
+    operation: Operation, chunks: Array, queries: Array, keys: Array, *, launches: float
+) -> Operation:
+    """The same work as one run per chunk of queries, of ``launches`` kernels (window, first tokens
+    and blocks, merge; or the scores).
+    """
+    shape = {
+        **operation.shape,
+        "q_len": queries,
+        "kv_len": np.minimum(operation.shape["kv_len"], keys),
+        "pairs": operation.shape["pairs"] / chunks,
+        "window_tokens": np.inf,
+    }
+    return replace(
+        operation,
+        shape=shape,
+        count=chunks,
+        launches=launches,
+        flops=operation.flops / chunks,
+        executed_flops=operation.counted_flops / chunks,
+        vector_flops=operation.vector_flops / chunks,
+        state_bytes=operation.state_bytes / chunks,
+        workspace_bytes=operation.workspace_bytes / chunks,
+        activation_bytes=operation.activation_bytes / chunks,
     )

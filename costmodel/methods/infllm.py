@@ -43,6 +43,7 @@ from costmodel.methods.block_retrieval import (
     MODEL_CHUNK,
     Budget,
     copies,
+    in_chunks,
     links,
     lookup,
     prompt_copies,
@@ -50,7 +51,7 @@ from costmodel.methods.block_retrieval import (
 from costmodel.methods.chains import host_link, score_pass
 from costmodel.mixers import Attention
 from costmodel.mixers.attention import decode_attention, prefill_attention
-from costmodel.operation import Array, Operation, Operations, causal_pairs
+from costmodel.operation import Array, Operations, causal_pairs
 from costmodel.workload import Point
 
 _KERNEL = f"{MANAGER} _append, Triton multi-stage kernel"
@@ -237,19 +238,22 @@ class InfLLM(AbstractMethod):
             transient_bytes=main.transient_bytes + size,
         )
         (main,) = within_pass((main,), point)
+        local = score_pass(
+            mixer,
+            point,
+            local_pairs,
+            name="local_scores",
+            result_bytes=scores,
+            transient_bytes=scores,
+            source=f"{MANAGER} get_score=True, _score_kernel" if reference else "",
+        )
         if reference:
-            main = _in_chunks(main, chunks)
+            queries = np.minimum(s, float(self.chunk_tokens))
+            main = in_chunks(main, chunks, queries, seen, launches=3.0)
+            local = in_chunks(local, chunks, queries, budget.local, launches=1.0)
         operations = (
             main,
-            score_pass(
-                mixer,
-                point,
-                local_pairs,
-                name="local_scores",
-                result_bytes=scores,
-                transient_bytes=scores,
-                source=f"{MANAGER} get_score=True, _score_kernel" if reference else "",
-            ),
+            local,
             # over the prompt there are n / 2 blocks on average
             lookup(mixer, point, budget, n / 2, count=chunks),
             *links(mixer, point, budget, n / 2, count=chunks),
@@ -306,18 +310,3 @@ class InfLLM(AbstractMethod):
             count=1.0,
             cats=1.0,
         )
-
-
-def _in_chunks(operation: Operation, chunks: Array) -> Operation:
-    """The same work as one run per chunk of queries: three kernels each (window, first tokens and
-    blocks, merge).
-    """
-    return replace(
-        operation,
-        count=chunks,
-        launches=3.0,
-        flops=operation.flops / chunks,
-        executed_flops=operation.counted_flops / chunks,
-        state_bytes=operation.state_bytes / chunks,
-        activation_bytes=operation.activation_bytes / chunks,
-    )

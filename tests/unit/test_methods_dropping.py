@@ -260,6 +260,27 @@ def test_infllm_link_traffic() -> None:
     assert not any(np.any(op.link_bytes) for op in stack.decode(layers, point(8000)))
 
 
+def test_infllm_upstream_works_chunk_by_chunk() -> None:
+    stack, layers = parse_method("infllm"), group()
+    n = (100_000 - 128 - 4096) // 128
+    chunks = 196  # 100,000 tokens in chunks of 512
+    ideal = stack.prefill(layers, point(100_000))
+    upstream = stack.prefill(layers, point(100_000, level="reference"))
+    for name, kernels in (("attention", 3), ("local_scores", 1)):
+        one, chain = named(ideal, name), named(upstream, name)
+        assert (float(chain.count), chain.launches) == (chunks, kernels)
+        assert float(chain.shape["q_len"]) == 512
+        for amount in ("counted_flops", "moved_bytes", "vector_flops"):
+            assert float(getattr(chain, amount)) * chunks == pytest.approx(
+                float(getattr(one, amount))
+            )
+    # per lookup 16 blocks, and once more those that were not on the GPU
+    missed = 16 * (1 - 32 / n)
+    copies = named(upstream, "copy_blocks")
+    assert float(copies.count) == pytest.approx(chunks * (16 + missed))
+    assert float(copies.workspace_bytes) == 2 * 128 * 8 * 256 * 2
+
+
 # SnapKV, PyramidKV, Knorm, TOVA ---------------------------------------------------------------
 
 

@@ -243,7 +243,7 @@ def test_reference_operations_cite_their_source(spec: str) -> None:
 
 @pytest.mark.parametrize(
     ("spec", "n_operations"),
-    [("kivi", 7), ("flexgen", 6), ("h2o", 5), ("streaming_llm", 6), ("tova", 7), ("infllm", 7)],
+    [("kivi", 7), ("flexgen", 6), ("h2o", 5), ("streaming_llm", 6), ("tova", 7), ("infllm", 8)],
 )
 def test_reference_is_a_chain_of_operations(spec: str, n_operations: int) -> None:
     where = point(50_000, 50_100, level="reference")
