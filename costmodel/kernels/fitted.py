@@ -9,26 +9,33 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from costmodel.hardware import HardwareProfile
 from costmodel.kernels.families import Family, load_family
 from costmodel.kernels.moe import grouped_product_time_s
-from costmodel.kernels.prior import KernelTime
+from costmodel.kernels.prior import KernelTime, prior_time
 from costmodel.operation import Array, Operation, causal_pairs
 
+#: Which points something holds for.
+Mask = NDArray[np.bool_] | np.bool_ | bool
 #: Two amounts that should be one and the same may differ by this much.
 SAME = 0.02
 
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What an operation asks a family: its kind, variant, shape, and where it should be at home."""
+    """What an operation asks a family: its kind, variant, shape, and where it should be at home.
+
+    ``mask``: the points it describes (a packed cache is a plain one while all of it is residual).
+    """
 
     kind: str
     variant: str
     shape: Mapping[str, Array]
     kernel: str = ""
     within: Mapping[str, float] | None = None
+    mask: Mask = True
 
 
 def fitted_time(
@@ -51,8 +58,18 @@ def fitted_time(
     )
     if family is None:
         return None
-    low, mid, high = _seconds(family, hardware, asked)
-    return _kernel_time(operation, hardware, family, asked, (low, mid, high))
+    found = _kernel_time(operation, hardware, family, asked, _seconds(family, hardware, asked))
+    return found if np.all(asked.mask) else _mixed(asked.mask, found, prior_time(operation, hardware))
+
+
+def _mixed(mask: Mask, found: KernelTime, prior: KernelTime) -> KernelTime:
+    """``found`` where ``mask``, the prior elsewhere: every point gets what it would get alone."""
+    names = ("low_s", "mid_s", "high_s", "compute_s", "memory_s", "launch_s", "link_s")
+    return KernelTime(
+        **{name: np.where(mask, getattr(found, name), getattr(prior, name)) for name in names},
+        basis=prior.basis,
+        extrapolated=np.where(mask, found.extrapolated, prior.extrapolated),
+    )
 
 
 def _seconds(family: Family, hardware: HardwareProfile, asked: Asked) -> tuple[Array, Array, Array]:
@@ -116,14 +133,15 @@ def _kernel_time(
     )
 
 
-def _close(a: Array, b: Array) -> bool:
-    return bool(np.all(np.abs(np.asarray(a) - b) <= SAME * np.abs(np.asarray(b)) + 1e-9))
+def _close(a: Array, b: Array) -> Mask:
+    near: Mask = np.abs(np.asarray(a) - b) <= SAME * np.abs(np.asarray(b)) + 1e-9
+    return near
 
 
 def _variant(operation: Operation, elements: Array) -> str | None:
     """bf16 or fp8 where the weights are stored as they are multiplied; else None."""
     stored = np.asarray(operation.weight_bytes) / np.maximum(elements, 1.0)
-    if operation.dtype in ("bf16", "fp16") and _close(stored, 2.0):
+    if operation.dtype in ("bf16", "fp16") and np.all(_close(stored, 2.0)):
         return "bf16"
     if operation.dtype == "fp8" and np.all((stored >= 0.98) & (stored <= 1.1)):
         return "fp8"
@@ -135,7 +153,7 @@ def _gemm(operation: Operation) -> Asked | None:
     if not {"m", "n", "k"} <= shape.keys() or np.any(operation.workspace_bytes):
         return None
     m, n, k = shape["m"], shape["n"], shape["k"]
-    if not _close(operation.flops, 2.0 * np.asarray(m) * n * k):
+    if not np.all(_close(operation.flops, 2.0 * np.asarray(m) * n * k)):
         return None
     variant = _variant(operation, np.asarray(n) * k)
     if variant is None:
@@ -163,12 +181,14 @@ def _decode(operation: Operation) -> Asked | None:
     width = np.asarray(shape["head_dim"]) + shape["v_head_dim"]
     elements = np.asarray(shape["batch"]) * shape["kv_len"] * shape["n_kv_heads"] * width
     stored = np.asarray(shape["kv_bytes"]) / np.maximum(elements, 1.0)
-    element_bytes = next((b for b in (2.0, 1.0) if _close(stored, b)), None)
+    element_bytes = next((b for b in (2.0, 1.0) if np.any(_close(stored, b))), None)
     if element_bytes is None:
         return None
+    mask = _close(stored, element_bytes)
     names = ("batch", "kv_len", "n_heads", "n_kv_heads", "head_dim", "v_head_dim")
     asked = {name: shape[name] for name in names} | {"element_bytes": element_bytes, "window": 0.0}
-    return Asked("decode_attention", "", asked, within={"element_bytes": element_bytes})
+    within = {"element_bytes": element_bytes}
+    return Asked("decode_attention", "", asked, within=within, mask=mask)
 
 
 def _prefill(operation: Operation) -> Asked | None:
@@ -186,10 +206,9 @@ def _prefill(operation: Operation) -> Asked | None:
     if not needed <= shape.keys() or np.any(operation.workspace_bytes):
         return None
     q, window = np.asarray(shape["q_len"]), np.asarray(shape.get("window_tokens", np.inf))
-    if not _close(shape["kv_len"], q):
-        return None
-    expected = causal_pairs(q, None if np.all(np.isinf(window)) else float(np.min(window)))
-    if not _close(shape["pairs"], expected):
+    expected = causal_pairs(q, None if np.all(np.isinf(window)) else window)
+    mask = _close(shape["kv_len"], q) & _close(shape["pairs"], expected)
+    if not np.any(mask):
         return None
     names = ("batch", "q_len", "n_heads", "n_kv_heads", "head_dim", "v_head_dim")
     more: dict[str, Array] = {
@@ -198,7 +217,7 @@ def _prefill(operation: Operation) -> Asked | None:
         "causal": 1.0,
     }
     asked = {**{name: shape[name] for name in names}, **more}
-    return Asked("prefill_attention", "", asked, within={"causal": 1.0})
+    return Asked("prefill_attention", "", asked, within={"causal": 1.0}, mask=mask)
 
 
 def _mla_decode(operation: Operation) -> Asked | None:
@@ -209,12 +228,13 @@ def _mla_decode(operation: Operation) -> Asked | None:
         return None
     elements = np.asarray(shape["batch"]) * shape["kv_len"] * 576.0
     stored = np.asarray(shape["kv_bytes"]) / np.maximum(elements, 1.0)
-    if not (_close(stored, 2.0) or np.all((stored >= 0.98) & (stored <= 1.2))):
-        return None
     is_fp8 = float(np.min(stored)) < 1.5
+    mask = (stored >= 0.98) & (stored <= 1.2) if is_fp8 else _close(stored, 2.0)
+    if not np.any(mask):
+        return None
     asked = {name: shape[name] for name in ("batch", "kv_len", "n_heads")}
     more = {"element_bytes": 1.0 if is_fp8 else 2.0}
-    return Asked("mla_decode_attention", "fp8" if is_fp8 else "bf16", asked | more)
+    return Asked("mla_decode_attention", "fp8" if is_fp8 else "bf16", asked | more, mask=mask)
 
 
 def _mla_prefill(operation: Operation) -> Asked | None:
@@ -223,10 +243,11 @@ def _mla_prefill(operation: Operation) -> Asked | None:
         return None
     if shape["head_dim"] != 192 or shape["v_head_dim"] != 128:
         return None
-    if not _close(shape["pairs"], causal_pairs(shape["q_len"])):
+    mask = _close(shape["pairs"], causal_pairs(shape["q_len"]))
+    if not np.any(mask):
         return None
     asked = {name: shape[name] for name in ("batch", "q_len", "n_heads")} | {"element_bytes": 2.0}
-    return Asked("mla_prefill_attention", "bf16", asked)
+    return Asked("mla_prefill_attention", "bf16", asked, mask=mask)
 
 
 def _scan(operation: Operation) -> Asked | None:

@@ -73,7 +73,7 @@ def test_everything_the_engine_runs_has_a_curve(found, tmp_path, method, dtype):
     )
     for phase, operations in model.operations(1, 1000, 8).items():
         time = model.times(operations, decode=phase == "decode")
-        assert time.bases == {"calibrated"}, phase
+        assert set(time.bases) == {"calibrated"}, phase
 
 
 def test_no_calibration_shape_is_a_models(request):
