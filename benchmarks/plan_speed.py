@@ -1,11 +1,11 @@
 """Speed of planning: one trace, a million requests, a whole plan.
 
-    python benchmarks/plan_speed.py                     the shipped sample repeated to 12,000 requests
-    python benchmarks/plan_speed.py --trace FILE        a trace of your own
+    python benchmarks/plan_speed.py                 the shipped sample, repeated to 12,000 requests
+    python benchmarks/plan_speed.py --trace FILE    a trace of your own
     python benchmarks/plan_speed.py --skip-million
 
-Goals: 12,000 requests in under 1 s, 1,000,000 requests in under 60 s and 2 GiB, and a plan over 5 methods x 4
-GPUs x 3 tensor-parallel degrees in under 60 s, on two cores.
+Goals: 12,000 requests in under 1 s, 1,000,000 requests in under 60 s and 2 GiB, and a plan over
+5 methods x 4 GPUs x 3 tensor-parallel degrees in under 60 s, on two cores.
 """
 
 import argparse

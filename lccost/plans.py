@@ -71,6 +71,9 @@ def explanations(plan: Plan) -> list[str]:
     """Why the answer is what it is."""
     out = sentences.binding_sentences(plan.rows)
     out += filter(None, (sentences.gap_sentence(plan.rows), sentences.tail_sentence(plan.workload)))
+    if plan.feasible:
+        promise = sentences.realised_sentence(plan.feasible[0])
+        out += [promise] if promise else []
     shown: dict[str, str] = {}
     for row in plan.feasible:
         text = sentences.pool_sentence(row, plan.workload)

@@ -96,9 +96,14 @@ class Unloaded:
     ttft_s: np.ndarray
     tpot_s: np.ndarray
 
+    def e2e_s(self, output_tokens: np.ndarray) -> np.ndarray:
+        """Arrival to last token alone."""
+        alone: np.ndarray = self.ttft_s + self.tpot_s * (output_tokens - 1)
+        return alone
+
     def broken(self, slo: Slo, input_tokens: np.ndarray, output_tokens: np.ndarray) -> str | None:
         """An objective that not even an idle fleet meets, in words; None when there is none."""
-        e2e = self.ttft_s + self.tpot_s * (output_tokens - 1)
+        e2e = self.e2e_s(output_tokens)
         several = output_tokens > 1
         values = {"ttft": self.ttft_s, "tpot": self.tpot_s[several], "e2e": e2e}
         for limit in slo.limits:

@@ -5,6 +5,7 @@ one about 0.11 (80 W of 700 W on H100 and H200 hosts, as other planners take the
 includes power: a power price adds to it only where the user names one.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from costmodel.hardware import HardwareProfile
@@ -22,6 +23,17 @@ class Cost:
 
     usd_per_hour: tuple[float, float, float] | None
     watts: float | None
+
+
+def summed(costs: Sequence[Cost]) -> Cost:
+    """Of several pools; None where one of them is unknown."""
+    usd = [c.usd_per_hour for c in costs if c.usd_per_hour is not None]
+    watts = [c.watts for c in costs if c.watts is not None]
+    low, mid, high = (sum(x[i] for x in usd) for i in range(3))
+    return Cost(
+        usd_per_hour=(low, mid, high) if len(usd) == len(costs) else None,
+        watts=sum(watts) if len(watts) == len(costs) else None,
+    )
 
 
 def rent_usd_per_hour(hardware: HardwareProfile, gpus: int) -> tuple[float, float, float] | None:

@@ -10,18 +10,24 @@ Waves have a fixed size, so answers do not depend on the number of processes.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from math import inf
+from math import inf, isfinite
 from typing import Any
 
+import numpy as np
+
 from costmodel.planning.candidate import Candidate, candidates
+from costmodel.planning.disaggregated import Pair, pairs
 from costmodel.planning.executors import Executor, Progress, Task
+from costmodel.planning.mixed import MOST_TYPES, mixes
 from costmodel.planning.requests import Requests
 from costmodel.planning.sensitivity import SCENARIOS, sensitivities
 from costmodel.planning.spec import PlanSpec
 from costmodel.planning.worker import (
     answer_task,
+    class_task,
     curve_task,
     headroom_task,
+    mix_task,
     screen_task,
     sensitivity_task,
 )
@@ -69,16 +75,18 @@ def make_plan(
     details: bool = True,
 ) -> Plan:
     """Screen, simulate, rank. ``details``: headroom, sensitivities and the latency curve too."""
-    everyone = candidates(spec.grid)
+    everyone: list[Candidate | Pair] = [*candidates(spec.grid)]
+    if spec.grid.disaggregated:
+        everyone += pairs(candidates(spec.grid))
     screened = executor.run(
         [(screen_task, (c,)) for c in everyone], report("screening", len(everyone))
     )
-    rows: dict[Candidate, Row] = dict(zip(everyone, screened, strict=True))
+    rows: dict[Candidate | Pair, Row] = dict(zip(everyone, screened, strict=True))
     todo = [c for c in everyone if rows[c]["reason"] is None]
     todo.sort(key=lambda c: (rows[c].get("bound_usd_per_hour") or inf, rows[c]["bound_replicas"]))
     progress = report("simulating", len(todo))
     while todo:
-        kept: list[Candidate] = []
+        kept: list[Candidate | Pair] = []
         for c in todo:
             winner = _beaten_by(rows[c], list(rows.values())) if prune else None
             if winner is None:
@@ -93,20 +101,27 @@ def make_plan(
         wave, todo = kept[:WAVE], kept[WAVE:]
         answers = executor.run([(answer_task, (c,)) for c in wave], progress)
         rows |= dict(zip(wave, answers, strict=True))
-    ranked = _ranked(list(rows.values()))
+    made = list(rows.values())
+    if spec.grid.mixed_fleets and isfinite(requests.rate_per_s):
+        made += _mixed(spec, requests, executor, report)
+    ranked = _ranked(made)
     by_row = {id(row): c for c, row in rows.items()}
     plan = Plan(spec=spec, workload=requests.stats(), rows=ranked)
     return _with_details(plan, by_row, executor, report) if details and plan.feasible else plan
 
 
 def _with_details(
-    plan: Plan, by_row: dict[int, Candidate], executor: Executor, report: Report
+    plan: Plan, by_row: dict[int, Candidate | Pair], executor: Executor, report: Report
 ) -> Plan:
-    best = plan.feasible
+    best = [r for r in plan.feasible if id(r) in by_row]
     top = best[:TOP]
-    tasks: list[Task] = [(headroom_task, (by_row[id(r)], r["replicas"])) for r in top]
+    if not best:
+        return plan
+    tasks: list[Task] = [(headroom_task, (by_row[id(r)], r["pools"])) for r in top]
     tasks += [(sensitivity_task, (by_row[id(r)], SCENARIOS)) for r in best]
-    tasks.append((curve_task, (by_row[id(best[0])], best[0]["replicas"], CURVE)))
+    drawn = best[0] is plan.feasible[0]
+    if drawn:
+        tasks.append((curve_task, (by_row[id(best[0])], best[0]["pools"], CURVE)))
     results = executor.run(tasks, report("headroom and sensitivities", len(tasks)))
     for row, extra in zip(top, results, strict=False):
         row |= extra
@@ -116,8 +131,30 @@ def _with_details(
     )
     return Plan(
         spec=plan.spec, workload=plan.workload, rows=plan.rows, sensitivities=changed,
-        curve=results[-1],
+        curve=results[-1] if drawn else [],
     )
+
+
+def _mixed(
+    spec: PlanSpec, requests: Requests, executor: Executor, report: Report
+) -> list[Row]:
+    """Per model, the cheapest mix of server types that holds."""
+    out: list[Row] = []
+    for model in spec.grid.models:
+        types = [c for c in candidates(spec.grid) if c.model == model][:MOST_TYPES]
+        rates = executor.run(
+            [(class_task, (c,)) for c in types], report("classes of lengths", len(types))
+        )
+        found = mixes(types, np.array(rates), spec, requests)
+        if not found:
+            continue
+        tasks: list[Task] = [(mix_task, (tuple(types), mix)) for mix in found]
+        rows = [r for r in executor.run(tasks, report("mixed fleets", len(tasks))) if r]
+        # A mix that grew into servers of one type is that type's own row.
+        rows = [r for r in rows if len(r["pools"]) > 1]
+        rows.sort(key=lambda r: r["usd_per_hour"] if r["usd_per_hour"] is not None else inf)
+        out += rows[:1]
+    return out
 
 
 def _beaten_by(row: Row, others: Sequence[Row]) -> Row | None:

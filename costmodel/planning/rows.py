@@ -49,9 +49,14 @@ def _base(screened: Screened) -> dict[str, Any]:
 def pool_of(screened: Screened, role: str, replicas: int) -> dict[str, Any]:
     """One pool of a plan."""
     c, names = screened.candidate, screened.names
+    gpus = replicas * c.gpus_per_replica
+    rent = None
+    if screened.parts is not None:
+        rent = rent_usd_per_hour(screened.parts.hardware, gpus)
     return {
         "role": role, "model": names["model"], "method": names["method_spec"],
         "gpu": names["gpu"], "tp": c.tp, "pp": c.pp, "ep": c.ep, "cp": c.cp, "replicas": replicas,
+        "gpus": gpus, "rent_usd_per_hour": rent and list(rent),
     }  # fmt: skip
 
 

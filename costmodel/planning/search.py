@@ -1,5 +1,9 @@
 """The fewest replicas that hold, and how much more they would take.
 
+Below the closed-form bound a queue grows without end, however late an objective would notice, so
+the search never goes there; and a run whose queue is still long after the last arrival does not
+hold.
+
 Percentiles are not monotone in the number of replicas (a router spreads the long prompts
 differently each time), so a plan counts only where it holds at n *and* at n + 1. The search gallops
 up from the closed-form bound, halves the last interval to find an edge, and then checks both sides
@@ -19,6 +23,8 @@ from costmodel.planning.spec import PlanSpec
 
 #: Share of drawn requests that only fill the empty system.
 WARM_UP = 0.05
+#: Share of the run after which no work may be left over.
+BACKLOG = 0.1
 #: Rates up to this many times the planned one are tried.
 _MOST_LOAD = 16.0
 _LOAD_STEPS = 7
@@ -43,6 +49,19 @@ class Trial:
         """The objective that is broken most."""
         worse = [c for c in self.checks if not c.holds]
         return max(worse, key=lambda c: c.use, default=None)
+
+
+def backlog(outcome: Outcome, alone_e2e_s: np.ndarray) -> list[Check]:
+    """Broken where work is left long after the last arrival: a tenth of the whole run, or three
+    times what the longest request takes alone. Percentiles of gaps do not see such a queue.
+    """
+    last = float(outcome.arrival_s.max())
+    span = last - float(outcome.arrival_s.min())
+    limit = max(BACKLOG * span, 3.0 * float(alone_e2e_s.max()))
+    value = float(outcome.finish_s.max()) - last
+    if value <= limit:
+        return []
+    return [Check(key="backlog_s", value=value, limit=limit, holds=False)]
 
 
 class Search:
@@ -80,13 +99,23 @@ class Search:
 
     def run(self, replicas: int, *, factor: float = 1.0, whole: bool = False) -> Trial:
         """Simulate ``factor`` times the load. ``whole``: never stop early."""
+        outcome = self._simulated(replicas, factor, whole)
+        if outcome.aborted:
+            return Trial(replicas=replicas, outcome=outcome, found=None, checks=())
+        found = measured(outcome, self.parts.load, self.spec.slo, self.warm_up)
+        verdict = checks(found, self.spec.slo)
+        if self.spec.demand.sessions is None:
+            verdict += backlog(outcome, self.parts.alone.e2e_s(self.parts.load.output_tokens))
+        return Trial(replicas=replicas, outcome=outcome, found=found, checks=tuple(verdict))
+
+    def _simulated(self, replicas: int, factor: float, whole: bool) -> Outcome:
         load, demand = self.parts.load, self.spec.demand
         sessions = demand.sessions
         if factor != 1.0:
             load = replace(load, arrival_s=load.arrival_s / factor)
             sessions = None if sessions is None else max(1, round(sessions * factor))
         limit, allowed = self._limit
-        outcome = simulate(
+        return simulate(
             load,
             self.parts.steps,
             self.parts.pool,
@@ -96,15 +125,6 @@ class Search:
             seed=demand.seed,
             ttft_limit_s=None if whole else limit,
             allowed_late=np.inf if whole else allowed,
-        )
-        if outcome.aborted:
-            return Trial(replicas=replicas, outcome=outcome, found=None, checks=())
-        found = measured(outcome, load, self.spec.slo, self.warm_up)
-        return Trial(
-            replicas=replicas,
-            outcome=outcome,
-            found=found,
-            checks=tuple(checks(found, self.spec.slo)),
         )
 
     def trial(self, replicas: int) -> Trial:
@@ -133,8 +153,6 @@ class Search:
                 high = middle
             else:
                 low = middle
-        while high > 1 and high <= start and self.holds(high - 1):
-            high -= 1  # the bound's own start held: go below it
         while high <= most:
             if self.holds(high) and self.holds(high + 1):
                 return high

@@ -11,6 +11,7 @@ from math import ceil, inf, isfinite
 from typing import TYPE_CHECKING, Any
 
 from costmodel.planning.candidate import Candidate, screen
+from costmodel.planning.disaggregated import Pair, screen_pair
 from costmodel.planning.pricing import Estimate
 from costmodel.planning.requests import Requests
 
@@ -43,7 +44,7 @@ SCENARIOS = (
 
 
 def needed_replicas(
-    candidate: Candidate, spec: "PlanSpec", requests: Requests, scenario: Scenario
+    candidate: Candidate | Pair, spec: "PlanSpec", requests: Requests, scenario: Scenario
 ) -> float:
     """Replicas in closed form, as a fraction; infinite where the candidate no longer fits."""
     changed = requests
@@ -51,6 +52,12 @@ def needed_replicas(
         changed = changed.lengthened(scenario.lengths)
     if scenario.outputs != 1.0:
         changed = changed.with_outputs(scenario.outputs)
+    if isinstance(candidate, Pair):
+        both = screen_pair(candidate, spec, changed, scenario.estimate).parts
+        if both is None or not isfinite(changed.rate_per_s):
+            return inf
+        each = 1 / both.prompt_bound.rate_per_s + 1 / both.answer_bound.rate_per_s
+        return changed.rate_per_s * scenario.rate * each
     screened = screen(candidate, spec, changed, scenario.estimate)
     if screened.parts is None or not isfinite(changed.rate_per_s):
         return inf
@@ -74,14 +81,20 @@ def sensitivities(
     first = _best(rows, costs("as planned"))
     for scenario in SCENARIOS[1:]:
         out.append(_entry(scenario.name, rows, costs(scenario.name), first))
-    for gpu in dict.fromkeys(r["gpu"] for r in rows):
-        for end in ("low", "high"):
-            usd = [
-                r[f"usd_per_hour_{end}"] if r["gpu"] == gpu else r["usd_per_hour"] for r in rows
-            ]
-            usd = [inf if x is None else x for x in usd]
+    for gpu in dict.fromkeys(p["gpu"] for r in rows for p in r["pools"]):
+        for end, place in (("low", 0), ("high", 2)):
+            usd = [_at_price(r, gpu, place) for r in rows]
             out.append(_entry(f"{gpu} at its {end} price", rows, usd, first))
     return out
+
+
+def _at_price(row: Mapping[str, Any], gpu: str, place: int) -> float:
+    """Cost of a plan when one GPU's rent is at an end of its range."""
+    if row["usd_per_hour"] is None:
+        return inf
+    rents = [p["rent_usd_per_hour"] for p in row["pools"] if p["gpu"] == gpu]
+    changed: float = row["usd_per_hour"] + sum(r[place] - r[1] for r in rents)
+    return changed
 
 
 def _usd(row: Mapping[str, Any], need: Mapping[str, float], name: str, max_gpus: int) -> float:

@@ -155,17 +155,46 @@ def assumptions(plan: Plan) -> list[str]:
     return out
 
 
-def deploy(row: Row, spec: PlanSpec) -> list[str]:
-    """Commands that start one replica of a plan, and that put the planned load on it. Empty for an
-    engine without such a command, or that does not have the method.
-    """
-    stack = parse_method(str(row["method_spec"]))
+def not_built_in(row: Row) -> list[str]:
+    """Methods of a plan that its engine does not have today."""
+    stacks = [parse_method(str(p["method"])) for p in row["pools"]]
     engine = str(row["engine"])
-    built_in = [m.ENGINE_FLAGS.get(engine) for m in stack.methods if m.STAGES]
-    if engine not in ("vllm", "sglang") or None in built_in:
-        return []
-    flags = [flag for group in built_in if group for flag in group]
+    own = engine in ("lccost", "torch", "transformers")
+    return list(
+        dict.fromkeys(
+            m.NAME
+            for stack in stacks
+            for m in stack.methods
+            if m.STAGES and engine not in m.ENGINE_FLAGS and not own
+        )
+    )
+
+
+def realised_sentence(row: Row) -> str | None:
+    """Where rank 1 is a promise: its engine lacks the method, others have it."""
+    names = not_built_in(row)
+    if not names:
+        return None
+    where = []
+    for name in names:
+        found = ", ".join(parse_method(name).methods[0].REALISED_BY) or "nowhere yet"
+        where.append(f"{name}: {found}")
+    return (
+        f"Rank 1 prices {', '.join(names)} in {row['engine']}, which does not have it; it runs in "
+        f"{'; '.join(where)}."
+    )
+
+
+def deploy(row: Row, spec: PlanSpec) -> list[str]:
+    """Commands that start one replica of a plan (where its engine has the method and there is one
+    pool), and that put the planned load on the service.
+    """
+    engine = str(row["engine"])
     model, pool = _hub_id(str(row["model"])), row["pools"][0]
+    if engine not in ("vllm", "sglang") or len(row["pools"]) > 1 or not_built_in(row):
+        return [_load_test(model, spec)]
+    stack = parse_method(str(row["method_spec"]))
+    flags = [flag for m in stack.methods for flag in m.ENGINE_FLAGS.get(engine, ())]
     chunk, fraction = spec.grid.chunk_tokens or 8192, f"{spec.grid.memory_fraction:g}"
     if engine == "sglang":
         serve = [

@@ -20,6 +20,8 @@ from costmodel.prices import user_prices
 from costmodel.tables import MAX_FILE_BYTES, Fields, parse_toml, short
 
 SECTIONS = ("workload", "slo", "candidates", "accuracy", "prices")
+#: 400 Gbit/s per GPU, as InfiniBand NDR or RoCE nodes have.
+TRANSFER_BYTES_PER_S = 50e9
 ROUTERS = ("least_requests", "round_robin", "random")
 
 
@@ -30,6 +32,7 @@ class Grid:
     chunk_tokens   most tokens of one engine iteration; None: the engine's own
     max_batch      most sequences decoding together on one replica
     router         how requests are spread over replicas
+    transfer_bytes_per_s  network rate per GPU between prefill and decode pools
     """
 
     models: tuple[str, ...]
@@ -50,6 +53,7 @@ class Grid:
     chunk_tokens: int | None
     max_batch: int
     router: str
+    transfer_bytes_per_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -208,6 +212,10 @@ def _grid(table: Mapping[str, Any], where: str, problems: list[str]) -> Grid:
         chunk_tokens=f.whole("chunk_tokens", unit="tokens", low=16, high=1 << 22),
         max_batch=f.whole("max_batch", unit="sequences", low=1, high=4096) or 256,
         router=f.text("router", default=ROUTERS[0]),
+        transfer_bytes_per_s=f.number(
+            "transfer_bytes_per_s", unit="bytes per second", low=1e6, high=1e13
+        )
+        or TRANSFER_BYTES_PER_S,
     )
     f.unknown()
     for key, loader, names in (

@@ -10,9 +10,18 @@ from math import isfinite
 from typing import Any
 
 from costmodel.planning.candidate import Candidate, Screened, screen
+from costmodel.planning.disaggregated import (
+    Pair,
+    PairSearch,
+    ScreenedPair,
+    screen_pair,
+)
+from costmodel.planning.mixed import Mix, class_rates
+from costmodel.planning.mixed_fleet import mix_answer
+from costmodel.planning.pair_rows import pair_bound_row, pair_row
 from costmodel.planning.requests import Requests
 from costmodel.planning.rows import bound_row, simulated_row
-from costmodel.planning.search import Search
+from costmodel.planning.search import Search, Trial
 from costmodel.planning.sensitivity import Scenario, needed_replicas
 from costmodel.planning.spec import PlanSpec
 
@@ -24,7 +33,9 @@ class _Context:
     def __init__(self) -> None:
         self.spec: PlanSpec | None = None
         self.requests: Requests | None = None
-        self.searches: OrderedDict[Candidate, tuple[Screened, Search | None]] = OrderedDict()
+        self.searches: OrderedDict[
+            Candidate | Pair, tuple[Screened | ScreenedPair, Search | None]
+        ] = OrderedDict()
 
 
 _CONTEXT = _Context()
@@ -42,12 +53,18 @@ def _plan() -> tuple[PlanSpec, Requests]:
     return _CONTEXT.spec, _CONTEXT.requests
 
 
-def _search(candidate: Candidate) -> tuple[Screened, Search | None]:
+def _search(candidate: Candidate | Pair) -> tuple[Screened | ScreenedPair, Search | None]:
     spec, requests = _plan()
     kept = _CONTEXT.searches
     if candidate not in kept:
-        screened = screen(candidate, spec, requests)
-        search = None if screened.parts is None else Search(screened.parts, spec)
+        search: Search | None = None
+        screened: Screened | ScreenedPair
+        if isinstance(candidate, Pair):
+            screened = screen_pair(candidate, spec, requests)
+            search = None if screened.parts is None else PairSearch(screened, spec)
+        else:
+            screened = screen(candidate, spec, requests)
+            search = None if screened.parts is None else Search(screened.parts, spec)
         kept[candidate] = (screened, search)
         most = max(1, int(_KEPT_BYTES / (100.0 * requests.size)))
         while len(kept) > most:
@@ -55,18 +72,23 @@ def _search(candidate: Candidate) -> tuple[Screened, Search | None]:
     return kept[candidate]
 
 
-def screen_task(candidate: Candidate) -> dict[str, Any]:
+def screen_task(candidate: Candidate | Pair) -> dict[str, Any]:
     """The row before any simulation; feasible so far where ``reason`` is None."""
     screened, _ = _search(candidate)
+    if isinstance(screened, ScreenedPair):
+        return pair_bound_row(screened, _plan()[1].rate_per_s)
     return bound_row(screened)
 
 
-def answer_task(candidate: Candidate) -> dict[str, Any]:
+def answer_task(candidate: Candidate | Pair) -> dict[str, Any]:
     """The row with the fewest replicas that hold; else the largest fleet, and what it misses."""
-    spec, _ = _plan()
+    spec, requests = _plan()
     screened, search = _search(candidate)
+    if isinstance(screened, ScreenedPair):
+        assert isinstance(search, PairSearch)
+        return _pair_answer(screened, search, spec, requests)
     assert search is not None
-    per_replica = candidate.gpus_per_replica
+    per_replica = screened.candidate.gpus_per_replica
     most = spec.grid.max_gpus // per_replica
     start = min(screened.bound_replicas or 1, most)
     replicas = search.fewest(start, most)
@@ -75,10 +97,25 @@ def answer_task(candidate: Candidate) -> dict[str, Any]:
     trial = search.trial(most)
     if trial.found is None or trial.holds:
         trial = search.run(most, whole=True)
-    row = simulated_row(screened, search, trial, spec)
+    return _missed(simulated_row(screened, search, trial, spec), trial, most * per_replica)
+
+
+def _pair_answer(
+    screened: ScreenedPair, search: PairSearch, spec: PlanSpec, requests: Requests
+) -> dict[str, Any]:
+    start = screened.bounds(requests.rate_per_s)
+    found = search.fewest_pair(start, spec.grid.max_gpus)
+    if found is None:
+        row = pair_bound_row(screened, requests.rate_per_s)
+        row["reason"] = f"no split of {spec.grid.max_gpus} GPUs over both pools holds"
+        return row
+    return pair_row(search, search.trial(found[1]), spec)
+
+
+def _missed(row: dict[str, Any], trial: Trial, gpus: int) -> dict[str, Any]:
     row["feasible"] = False
     row["miss"] = max((c.use for c in trial.checks), default=None)
-    row["reason"] = _misses(row, most * per_replica)
+    row["reason"] = _misses(row, gpus)
     return row
 
 
@@ -92,11 +129,10 @@ def _misses(row: dict[str, Any], gpus: int) -> str:
     return f"with all {gpus} GPUs allowed: {', '.join(parts)}"
 
 
-def headroom_task(candidate: Candidate, replicas: int) -> dict[str, Any]:
+def headroom_task(candidate: Candidate | Pair, pools: list[dict[str, Any]]) -> dict[str, Any]:
     """How much more load the plan holds, and what breaks first."""
     _, requests = _plan()
-    _, search = _search(candidate)
-    assert search is not None
+    search, replicas = _placed(candidate, pools)
     factor, first = search.most_load(replicas)
     rate = requests.rate_per_s
     return {
@@ -106,18 +142,28 @@ def headroom_task(candidate: Candidate, replicas: int) -> dict[str, Any]:
     }
 
 
-def sensitivity_task(candidate: Candidate, scenarios: tuple[Scenario, ...]) -> dict[str, float]:
+def _placed(candidate: Candidate | Pair, pools: list[dict[str, Any]]) -> tuple[Search, int]:
+    """The search of a plan with its pools set, and the replicas of the pool it varies."""
+    _, search = _search(candidate)
+    assert search is not None
+    if isinstance(search, PairSearch):
+        search.set_prefill(pools[0]["replicas"])
+    return search, pools[-1]["replicas"]
+
+
+def sensitivity_task(
+    candidate: Candidate | Pair, scenarios: tuple[Scenario, ...]
+) -> dict[str, float]:
     """Replicas (a fraction) that each scenario needs in closed form."""
     spec, requests = _plan()
     return {s.name: needed_replicas(candidate, spec, requests, s) for s in scenarios}
 
 
 def curve_task(
-    candidate: Candidate, replicas: int, factors: tuple[float, ...]
+    candidate: Candidate | Pair, pools: list[dict[str, Any]], factors: tuple[float, ...]
 ) -> list[dict[str, Any]]:
     """Latency against rate, for the picture: whole simulations at fractions of the load."""
-    _, search = _search(candidate)
-    assert search is not None
+    search, replicas = _placed(candidate, pools)
     out = []
     for factor in factors:
         found = search.run(replicas, factor=factor, whole=True).found
@@ -132,3 +178,13 @@ def curve_task(
             }
         )
     return out
+
+
+def class_task(candidate: Candidate) -> list[float]:
+    """Closed-form rate of one server for every class of lengths."""
+    return class_rates(candidate, *_plan())
+
+
+def mix_task(types: tuple[Candidate, ...], mix: Mix) -> dict[str, Any] | None:
+    """A mix, simulated and grown until it holds."""
+    return mix_answer(types, mix, *_plan())

@@ -32,7 +32,8 @@ def test_init_then_plan(tmp_path: Path) -> None:
     checked = run("plan", str(file), "--validate-only")
     assert checked.exit_code == 0
     assert "16 candidates, 6,000 requests" in checked.stdout
-    found = run("plan", str(file), "--set", "workload.requests=300", "--workers", "1", "-q")
+    found = run("plan", str(file), "--set", "workload.requests=300", "--method", "full,fp8_kv",
+                "--workers", "1", "-q")  # fmt: skip
     assert found.exit_code == 0, found.output
     for part in ("rank", "Binds on h100-sxm", "TTFT: arrival to first token, queue included",
                  "Check rank 1:", "vllm serve", "holds at"):  # fmt: skip
@@ -98,9 +99,9 @@ def test_a_trace_and_its_statistics(tmp_path: Path) -> None:
     same = ("requests", "input_tokens_mean", "output_tokens_max", "prefix_share")
     assert {k: again[k] for k in same} == {k: row[k] for k in same}
     done = run(
-        "plan", "--trace", str(TRACE), "--prefix-cache", "ideal", "--model", "llama-3.1-8b", "--gpu",
-        "h200-sxm", "--slo", "ttft_p99_s=30", "--slo", "itl_p95_ms=300", "--workers", "1", "-q",
-        "--no-details",
+        "plan", "--trace", str(TRACE), "--prefix-cache", "ideal", "--model", "llama-3.1-8b",
+        "--gpu", "h200-sxm", "--slo", "ttft_p99_s=30", "--slo", "itl_p95_ms=300",
+        "--workers", "1", "-q", "--no-details",
     )  # fmt: skip
     assert done.exit_code == 0, done.output
     assert "prefix cache ideal" in done.stdout

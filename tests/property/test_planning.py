@@ -1,4 +1,4 @@
-"""What must hold for every workload: conservation, memory, time, and queueing theory where it applies."""
+"""What must hold for every workload: conservation, memory, time, and queueing theory."""
 
 import numpy as np
 import pytest

@@ -1,38 +1,24 @@
 """Metrics, closed form, search, evidence and ranking: hand-worked figures."""
 
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
+from planning_cases import candidate, outcome, solved, spec
 
+from costmodel.methods.parse import parse_method
 from costmodel.planning.bound import bound_of
-from costmodel.planning.candidate import Candidate, screen
+from costmodel.planning.candidate import screen
 from costmodel.planning.evidence import given_up
-from costmodel.planning.executors import Inline
-from costmodel.planning.fleet import Outcome
 from costmodel.planning.load import Load
 from costmodel.planning.metrics import checks, goodput_rps, intervals, measured, percentiles
-from costmodel.planning.plan import make_plan
 from costmodel.planning.rows import KEYS
 from costmodel.planning.sensitivity import sensitivities
+from costmodel.planning.sentences import binding_sentences, deploy, realised_sentence
 from costmodel.planning.slo import Limit, Slo
-from costmodel.planning.spec import AccuracyFloor, PlanSpec, plan_from_table
+from costmodel.planning.spec import AccuracyFloor
 from costmodel.planning.steps import StepTable
-from costmodel.methods.parse import parse_method
 from costmodel.registry import load_architecture
-
-
-def outcome(arrival: list[float], first: list[float], finish: list[float], gaps: list[list[float]],
-            stalls: list[tuple[int, float]] = []) -> Outcome:  # noqa: B006
-    columns = [np.array(c, dtype=float) for c in zip(*gaps, strict=True)]
-    table = np.array(stalls, dtype=float).reshape(-1, 2)
-    return Outcome(
-        arrival_s=np.array(arrival), first_s=np.array(first), finish_s=np.array(finish),
-        replica=np.zeros(len(arrival), dtype=int), gaps=tuple(columns),  # type: ignore[arg-type]
-        gap_replica=np.array([0]), stalls=(table[:, 0].astype(int), table[:, 1]), n_preempted=0,
-        prefill_s=1.0, decode_s=1.0, span_s=10.0, kv_occupancy=0.5, peak_occupancy=0.9, replicas=1,
-    )  # fmt: skip
 
 
 def load(prompt: list[int], output: list[int]) -> Load:
@@ -81,7 +67,8 @@ def test_growing_gaps_keep_their_weight() -> None:
 def test_goodput_needs_every_limit() -> None:
     slow_gap = outcome(
         [0.0, 2.0], [1.0, 3.0], [5.0, 5.0],
-        [[1.0, 1.0, 0.0, 1, 1], [2.0, 1.0, 0.0, 1, 1], [3.0, 0.5, 0.0, 1, 2], [3.5, 1.5, 0.0, 1, 2]],
+        [[1.0, 1.0, 0.0, 1, 1], [2.0, 1.0, 0.0, 1, 1],
+         [3.0, 0.5, 0.0, 1, 2], [3.5, 1.5, 0.0, 1, 2]],
     )  # fmt: skip
     work = load([10, 20], [5, 3])
     limits = [
@@ -174,36 +161,6 @@ def test_answers_of_one_token_need_prefill_only() -> None:
 # Screening and whole plans -------------------------------------------------------------------
 
 
-def spec(**changes: dict[str, object]) -> PlanSpec:
-    table: dict[str, dict[str, object]] = {
-        "workload": {
-            "rate_per_s": 8, "requests": 600, "seed": 3,
-            "input_tokens": {"distribution": "lognormal", "mean": 2000, "p99": 12000,
-                             "maximum": 30000},
-            "output_tokens": {"distribution": "exponential", "mean": 100, "maximum": 800},
-        },
-        "slo": {"ttft_p99_s": 5, "itl_p95_ms": 100},
-        "candidates": {"models": ["llama-3.1-8b"], "gpus": ["h100-sxm", "l40s"],
-                       "methods": ["full", "kivi"], "max_gpus": 24},
-        "accuracy": {"allow_unknown": True},
-    }  # fmt: skip
-    for key, value in changes.items():
-        table[key] = {**table.get(key, {}), **value}
-    return plan_from_table(table, "plan.toml", Path())
-
-
-def solved(plan_spec: PlanSpec, **options: bool):  # type: ignore[no-untyped-def]
-    requests = plan_spec.demand.requests()
-    with Inline(plan_spec, requests) as executor:
-        return make_plan(plan_spec, requests, executor, lambda a, b: lambda c: None, **options)
-
-
-def candidate(**changes: object) -> Candidate:
-    values = {"model": "llama-3.1-8b", "method": "full", "level": "ideal", "gpu": "h100-sxm",
-              "engine": None, "tp": 1, **changes}  # fmt: skip
-    return Candidate(**values)  # type: ignore[arg-type]
-
-
 @pytest.mark.parametrize(
     ("changes", "demand", "reason"),
     [
@@ -292,7 +249,8 @@ def test_pruned_rows_are_listed_and_change_nothing() -> None:
     assert [r["method_spec"] for r in pruned.rows] != []
     assert len(pruned.rows) == len(whole.rows) == 4
     a, b = pruned.feasible[0], whole.feasible[0]
-    assert (a["gpu"], a["method_spec"], a["replicas"]) == (b["gpu"], b["method_spec"], b["replicas"])
+    for key in ("gpu", "method_spec", "replicas"):
+        assert a[key] == b[key]
     for row in pruned.rows:
         if not row["feasible"]:
             assert row["answered_by"] == "bound"
@@ -337,7 +295,8 @@ def test_a_price_can_flip_the_ranking() -> None:
     def row(gpu: str, rank: int, usd: tuple[float, float, float]) -> dict[str, object]:
         return {"gpu": gpu, "rank": rank, "model": "m", "method_spec": "full", "tp": 1,
                 "usd_per_hour_low": usd[0], "usd_per_hour": usd[1], "usd_per_hour_high": usd[2],
-                "replicas": 2, "gpus": 2}  # fmt: skip
+                "replicas": 2, "gpus": 2,
+                "pools": [{"gpu": gpu, "rent_usd_per_hour": list(usd)}]}  # fmt: skip
 
     rows = [row("a", 1, (2.0, 4.0, 9.0)), row("b", 2, (4.5, 5.0, 6.0))]
     needs = [{n: 1.5 for n in _scenarios()}, {n: 1.5 for n in _scenarios()}]
@@ -352,3 +311,43 @@ def _scenarios() -> list[str]:
     from costmodel.planning.sensitivity import SCENARIOS
 
     return [s.name for s in SCENARIOS]
+
+
+# Words ---------------------------------------------------------------------------------------
+
+
+def plan_row(**changes: object) -> dict[str, object]:
+    pool = {"role": "both", "method": changes.get("method_spec", "full"), "gpu": "h100-sxm",
+            "tp": 1, "pp": 1, "ep": 1, "cp": 1, "replicas": 2}  # fmt: skip
+    return {"method": "full", "method_spec": "full", "model": "llama-3.1-8b", "engine": "vllm",
+            "gpu": "h100-sxm", "tp": 1, "pools": [pool], **changes}  # fmt: skip
+
+
+def test_commands_switch_the_method_on_where_the_engine_has_it() -> None:
+    plain = deploy(plan_row(), spec())
+    assert plain[0].startswith("vllm serve meta-llama/")
+    assert "--max-num-batched-tokens 8192" in plain[0]
+    assert "--request-rate 8" in plain[1]
+    fp8 = deploy(plan_row(method="fp8_kv", method_spec="fp8_kv"), spec())
+    assert "--kv-cache-dtype fp8" in fp8[0]
+    assert realised_sentence(plan_row(method="fp8_kv", method_spec="fp8_kv")) is None
+
+
+def test_a_method_the_engine_lacks_is_said() -> None:
+    row = plan_row(method="kivi", method_spec="kivi")
+    assert len(deploy(row, spec())) == 1  # the load test alone
+    assert "Rank 1 prices kivi in vllm, which does not have it" in str(realised_sentence(row))
+
+
+def test_what_binds_in_words() -> None:
+    def row(method: str, replicas: int) -> dict[str, object]:
+        return plan_row(
+            method=method, method_spec=method, feasible=True, replicas=replicas, reason=None,
+            bound_replicas=1, binds="prefill",
+            binding={"prefill_s": 0.5, "decode_s": 0.2, "kv_pool_s": 0.3},
+        )  # fmt: skip
+
+    same = binding_sentences([row("full", 3), row("kivi", 3)])
+    assert "No method here saves a replica: prefill binds" in same[0]
+    fewer = binding_sentences([row("full", 12), row("kivi", 6)])
+    assert "kivi: 6 replicas instead of 12" in fewer[0]

@@ -65,9 +65,10 @@ def test_own_csv_with_prefixes(tmp_path: Path) -> None:
     assert trace.prefix_tokens.tolist() == [99, 0]  # one token is always computed
 
 
+GOOD = '{"timestamp": 0, "input_length": 5, "output_length": 2}\n'
 OWN = "arrival_s,input_tokens,output_tokens\n"
 BAD = [
-    ("x.jsonl", '{"timestamp": 0, "input_length": 5, "output_length": 2}\n{"timestamp": 1,\n', ":2:"),
+    ("x.jsonl", GOOD + '{"timestamp": 1,\n', ":2:"),
     ("x.jsonl", '{"timestamp": 0, "input_length": "a", "output_length": 2}\n', "input_length"),
     ("x.jsonl", '{"timestamp": -5, "input_length": 5, "output_length": 2}\n', "at least 0"),
     ("x.csv", OWN + "0,5,2\n-1,5,2\n", ":3: expected a time of at least 0"),
@@ -259,7 +260,8 @@ def test_demand_is_the_same_for_the_same_seed() -> None:
 
 def test_prefix_share_and_ideal(tmp_path: Path) -> None:
     lines = "".join(
-        f'{{"timestamp": {i}, "input_length": 1000, "output_length": 5, "hash_ids": [0, {i + 1}]}}\n'
+        f'{{"timestamp": {i}, "input_length": 1000, "output_length": 5, '
+        f'"hash_ids": [0, {i + 1}]}}\n'
         for i in range(3)
     )
     trace = write(tmp_path, "t.jsonl", lines)
