@@ -1,8 +1,10 @@
-"""The only place where a model is laid out: which operations a prefill or a decode step consists of.
+"""The only place where a model is laid out: which operations a prefill or a decode step consists
+of.
 
 Everything is for ONE GPU of a tensor-parallel group: the architecture comes in already sharded
 (``Architecture.sharded``), so amounts are per GPU and ``tp`` only adds collectives and divides the
-vocabulary. Token mixing comes from the method (or the mixer itself), matmuls from ``linear_groups``.
+vocabulary. Token mixing comes from the method (or the mixer itself), matmuls from
+``linear_groups``.
 
 Left out: sampling, embedding lookup (one row per token), prompt padding.
 """
@@ -144,7 +146,7 @@ def token_operations(run: Execution, point: Point, tokens: Array) -> Operations:
 
 
 def _gemm(point: Point, matmul: Matmul, tokens: Array) -> Operation:
-    """y = x W: 2 m n k FLOPs, the weights read once."""
+    """Product y = x W: 2 m n k FLOPs, the weights read once."""
     linear = matmul.linear
     return Operation(
         name=linear.name,
@@ -206,7 +208,7 @@ def _elementwise(run: Execution, point: Point, tokens: Array) -> Operation:
     d = run.architecture.d_model
     n_layers = max(1, run.architecture.n_layers)
     b = point.element_bytes
-    alive = np.minimum(tokens, point.pass_tokens)
+    alive = np.minimum(tokens, np.maximum(point.pass_tokens, point.batch))
     return Operation(
         name="norm_rope_activation",
         kind="elementwise",
@@ -253,8 +255,8 @@ def _head(run: Execution, point: Point) -> Operation:
 
 
 def _collectives(run: Execution, point: Point, tokens: Array) -> Operations:
-    """Tensor parallelism: an all-reduce after every mixer block and every MLP block, and a gather of
-    the logits. Ring: each GPU sends 2 (n-1)/n of an all-reduced message.
+    """Tensor parallelism: an all-reduce after every mixer block and every MLP block, and a gather
+    of the logits. Ring: each GPU sends 2 (n-1)/n of an all-reduced message.
     """
     if run.tp == 1:
         return ()

@@ -76,3 +76,18 @@ def test_infllm_brings_its_own_chunks() -> None:
     )
     assert p["peak_prefill_bytes"] < 30e9
     assert p["fits"]
+
+
+def test_decode_holds_the_widest_of_a_step() -> None:
+    # Mixtral: two experts of 4 * 14,336 elements a token are wider than 32,000 logits of 6 bytes
+    p = predict(
+        load_architecture("mixtral-8x7b"),
+        "full",
+        Workload.of(64, 1024, 16),
+        load_hardware("b200-sxm"),
+        engine="sglang",
+        solve=False,
+    )
+    cache = 64 * 1040 * 131_072
+    besides = float(p["peak_decode_bytes"] - p["weights_bytes"]) - 289_910_292 - cache
+    assert besides == 64 * 2 * 4 * 14_336 * 2
