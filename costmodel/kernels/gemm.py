@@ -195,11 +195,20 @@ def _compute_s(
         )
         loop = per_k * k
         x = tiles / sms
-        whole = waves(x, p.wave_rounding) * (loop + p.tile_s)
-        splits = np.floor(np.minimum(1.0 / x, most_splits))
-        splits = np.exp2(np.floor(np.log2(np.maximum(splits, 1.0))))
-        split = loop / splits + (p.tile_s + p.split_s) + splits * reduce_s
-        best = np.minimum(best, np.where(splits > 1.0, np.minimum(whole, split), whole))
+        seconds = waves(x, p.wave_rounding) * (loop + p.tile_s)
+        few = x <= 0.5  # the product fills at most half the SMs: K may be split
+        if np.any(few):
+            shape = np.shape(seconds)
+            loop_few, x_few, reduce_few, most_few = (
+                np.broadcast_to(v, shape)[few] for v in (loop, x, reduce_s, most_splits)
+            )
+            splits = np.floor(np.minimum(1.0 / x_few, most_few))
+            splits = np.exp2(np.floor(np.log2(np.maximum(splits, 1.0))))
+            split = loop_few / splits + (p.tile_s + p.split_s) + splits * reduce_few
+            whole = seconds[few]
+            seconds = np.asarray(seconds)
+            seconds[few] = np.where(splits > 1.0, np.minimum(whole, split), whole)
+        best = np.minimum(best, seconds)
     return best
 
 

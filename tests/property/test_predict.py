@@ -28,7 +28,7 @@ METHODS = list(method_names())
 #: Grouped expert kernels change to larger tiles as experts get more tokens: at the change a slightly
 #: larger prompt is really faster.
 WITH_EXPERTS = {"mixtral-8x7b-v0.1", "jamba-v0.1", "deepseek-v3", "deepseek-v3.2", "qwen3-next-80b-a3b"}
-TILE_SWITCH = 0.15
+TILE_SWITCH = 0.25
 contexts = st.lists(st.integers(1, 2**20), min_size=1, max_size=6)
 
 
