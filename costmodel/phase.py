@@ -1,8 +1,8 @@
 """From the operations of a pass to its time, its bound and its totals.
 
-A pass is the sum of its kernels. The host limits it when there is no captured graph and starting the
-kernels takes longer than running them. Transfers over the host link overlap with the kernels in
-an ideal implementation (prefetch) and queue behind them in a published one.
+A pass is the sum of its kernels. The host limits it when there is no captured graph and starting
+the kernels takes longer than running them. Transfers over the host link overlap with the kernels
+in an ideal implementation (prefetch) and queue behind them in a published one.
 """
 
 from collections.abc import Mapping
@@ -54,7 +54,8 @@ class PhaseTime:
 class Busy:
     """Seconds of operations added up, before overlap and host are considered; adds to others.
 
-    ``low_s``, ``mid_s``, ``high_s`` are of kernels, ``link_*`` of the host link; ``parts`` as in ``PhaseTime``.
+    ``low_s``, ``mid_s``, ``high_s`` are of kernels, ``link_*`` of the host link; ``parts`` as in
+    ``PhaseTime``.
     """
 
     low_s: Array = 0.0
@@ -209,6 +210,11 @@ def peak_s(operations: Operations, hardware: HardwareProfile) -> Array:
 def hbm_bytes(operations: Operations) -> Array:
     """Bytes a pass must move through HBM."""
     return total(operations, lambda op: op.hbm_bytes)
+
+
+def collective_bytes(operations: Operations) -> Array:
+    """Bytes one GPU sends to the others of its group."""
+    return total(operations, lambda op: op.link_bytes if op.kind == "collective" else 0.0)
 
 
 def link_bytes(operations: Operations) -> Array:

@@ -35,6 +35,7 @@ from costmodel.phase import (
     Busy,
     PhaseTime,
     busy_of,
+    collective_bytes,
     hbm_bytes,
     link_bytes,
     pass_time,
@@ -94,8 +95,8 @@ def predict(
     ``dtype`` to the checkpoint's 16-bit type. ``solve=False`` skips ``max_batch``,
     ``max_context_tokens`` and ``min_gpus`` (NaN).
 
-    Raises ``NotApplicableError`` where method, model and device do not go together, ``ConfigError`` for
-    impossible options. Arrays in the result have ``workload.shape``.
+    Raises ``NotApplicableError`` where method, model and device do not go together,
+    ``ConfigError`` for impossible options. Arrays in the result have ``workload.shape``.
     """
     options = Options(
         dtype=dtype,
@@ -197,6 +198,13 @@ def default_dtype(architecture: Architecture) -> str:
     return architecture.dtype if architecture.dtype in ("bf16", "fp16") else "bf16"
 
 
+def default_engine(hardware: HardwareProfile, level: Level) -> str:
+    """Who executes when nobody is named."""
+    if hardware.is_cpu:
+        return "torch"
+    return "vllm" if level == "ideal" else "transformers"
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Model:
     """One (architecture, method, hardware, options), checked and ready to be evaluated."""
@@ -227,13 +235,9 @@ class Model:
         refusal = stack.refusal(architecture)
         if refusal:
             raise NotApplicableError(refusal)
-        name = options.engine or (
-            "torch"
-            if hardware.is_cpu
-            else "vllm"
-            if options.level == "ideal"
-            else "transformers"
-        )
+        name = options.engine
+        if name is None:
+            name = default_engine(hardware, options.level)
         return cls(
             architecture=architecture,
             run=Execution.of(
@@ -322,13 +326,14 @@ class Model:
             counted_flops=total(whole, _counted),
             peak_s=peak_s(whole, self.run.hardware),
             hbm_bytes=hbm_bytes(operations),
+            collective_bytes=collective_bytes(operations),
             transient_bytes=largest_transient(operations),
         )
 
     def evaluate(
         self, batch: Array, context: Array, output: Array, step: "Step"
     ) -> Evaluated:
-        """Every metric but the solved ones, for one chunk of points; ``step`` is that of ``batch``."""
+        """Every metric but the solved ones, for one chunk of points; ``step`` is ``batch``'s."""
         hardware, tp = self.run.hardware, self.options.tp
         point = self.point(batch, context, output)
         prefill = self.prefill(batch, context, output)
@@ -366,6 +371,8 @@ class Model:
             "decode_hbm_bytes": decode_bytes,
             "prefill_link_bytes": link_bytes(prefill),
             "decode_link_bytes": link_bytes(decode),
+            "prefill_collective_bytes": collective_bytes(prefill),
+            "decode_collective_bytes": collective_bytes(decode) + step.collective_bytes,
             "ttft_s": ttft.mid_s,
             "ttft_low_s": ttft.low_s,
             "ttft_high_s": ttft.high_s,
@@ -440,26 +447,33 @@ class Model:
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Step:
-    """What a decode step does whatever is cached: projections, MLPs, head, collectives; by batch."""
+    """What a decode step does whatever is cached, by batch: projections, MLPs, head,
+    collectives.
+    """
 
     busy: Busy
     flops: Array
     counted_flops: Array
     peak_s: Array
     hbm_bytes: Array
+    collective_bytes: Array
     transient_bytes: Array
 
     def take(self, index: NDArray[np.intp]) -> "Step":
         """The batches of ``index``."""
         share = index.size / max(1, np.size(self.busy.mid_s))
-        amounts = ("flops", "counted_flops", "peak_s", "hbm_bytes", "transient_bytes")
         return Step(
             busy=self.busy.take(index, share),
             **{
                 name: np.broadcast_to(getattr(self, name), np.shape(self.busy.mid_s))[index]
-                for name in amounts
+                for name in _STEP_AMOUNTS
             },
         )
+
+
+_STEP_AMOUNTS = (
+    *("flops", "counted_flops", "peak_s", "hbm_bytes", "collective_bytes", "transient_bytes"),
+)
 
 
 def _flops(op: Operation) -> Array:

@@ -1,7 +1,7 @@
 """What comes out: a Prediction, and its rows as JSON-ready dictionaries.
 
-The keys of a row are the contract with whoever scripts lccost. Unknown numbers are None, never NaN or
-Infinity. A result never prints, saves or plots itself.
+The keys of a row are the contract with whoever scripts lccost. Unknown numbers are None, never NaN
+or Infinity. A result never prints, saves or plots itself.
 """
 
 import math
@@ -35,6 +35,8 @@ METRICS = (
     "decode_hbm_bytes",
     "prefill_link_bytes",
     "decode_link_bytes",
+    "prefill_collective_bytes",
+    "decode_collective_bytes",
     "ttft_s",
     "ttft_low_s",
     "ttft_high_s",
@@ -88,6 +90,8 @@ KEYS = (
     "decode_hbm_bytes",
     "prefill_link_bytes",
     "decode_link_bytes",
+    "prefill_collective_bytes",
+    "decode_collective_bytes",
     "ttft_s",
     "ttft_low_s",
     "ttft_high_s",
@@ -128,9 +132,9 @@ _WHOLE = frozenset(
 class Prediction:
     """Every metric of one (model, method, device, options) over a workload.
 
-    ``metrics`` maps each name of ``METRICS`` to a float64 array of the workload's shape (booleans as 0 and 1,
-    unknown as NaN, unlimited as infinity); ``prefill_bound`` and ``decode_bound`` are arrays of
-    names. ``prediction["ttft_s"]`` reads one.
+    ``metrics`` maps each name of ``METRICS`` to a float64 array of the workload's shape (booleans
+    as 0 and 1, unknown as NaN, unlimited as infinity); ``prefill_bound`` and ``decode_bound`` are
+    arrays of names. ``prediction["ttft_s"]`` reads one.
     """
 
     architecture: Architecture
@@ -184,15 +188,18 @@ class Prediction:
             row["decode_bound"] = str(decode_bound[i])
             row["applicable"] = True
             row["basis"] = self.basis
-            drop, source = accuracy(
-                self.architecture.name,
-                self.method.name,
-                row["method_parameters"],
-                int(context[i]),
-            )
-            row["accuracy_drop_points"], row["accuracy_source"] = drop, source
             row["equals_full"] = bool(
                 np.all(self.method.equals_full(float(context[i]), self.architecture))
+            )
+            row["accuracy_drop_points"], row["accuracy_source"] = (
+                (0.0, "the budget holds the whole context")
+                if row["equals_full"] and self.method.name != "full"
+                else accuracy(
+                    self.architecture.name,
+                    self.method.name,
+                    row["method_parameters"],
+                    int(context[i]),
+                )
             )
             row["notes"] = list(self.architecture.notes)
             rows.append({k: row.get(k) for k in KEYS})

@@ -1,0 +1,49 @@
+"""Rows of a prediction: what tensor parallelism sends, and budgets that hold everything."""
+
+import pytest
+
+from costmodel.errors import ConfigError, UnknownNameError
+from costmodel.hardware import load_hardware
+from costmodel.methods import method_names
+from costmodel.predict import predict
+from costmodel.registry import load_architecture
+from costmodel.workload import Workload
+
+H100 = load_hardware("h100-sxm")
+LLAMA = load_architecture("llama-3.1-8b")
+
+
+def test_what_each_gpu_sends() -> None:
+    # 2 all-reduces a layer, 2 * 3/4 of 4,096 elements a token sent by each of four GPUs, and 3/4 of
+    # the logits; nothing passes over the host link
+    p = predict(LLAMA, "full", Workload.of(2, 1000), H100, tp=4, solve=False)
+    per_token = 32 * 2 * 2 * 3 / 4 * 4096 * 2
+    logits = 2 * 128_256 * 2 * 3 / 4
+    assert p["prefill_collective_bytes"] == 2 * 1000 * per_token + logits
+    assert p["decode_collective_bytes"] == 2 * per_token + logits
+    assert p["decode_link_bytes"] == 0
+    alone = predict(LLAMA, "full", Workload.of(2, 1000), H100, solve=False)
+    assert alone["prefill_collective_bytes"] == 0
+
+
+@pytest.mark.parametrize("method", method_names())
+def test_a_budget_that_holds_the_context_gives_up_nothing(method: str) -> None:
+    (row,) = predict(LLAMA, method, Workload.of(1, 64), H100, solve=False).rows()
+    if row["equals_full"]:
+        assert row["accuracy_drop_points"] == 0.0
+        assert row["accuracy_source"]
+        full = predict(LLAMA, "full", Workload.of(1, 64), H100, solve=False).rows()[0]
+        for key in ("state_bytes", "ttft_s", "tpot_s", "decode_hbm_bytes"):
+            assert row[key] == full[key], key
+    else:
+        assert method in {
+            "fp8_kv", "flexgen", "kivi", "kvquant", "h2o", "llmlingua2", "kv_offload", "gear",
+            "knorm", "hf_quanto", "hf_hqq",
+        }  # fmt: skip
+
+
+def test_an_empty_engine_is_no_default() -> None:
+    with pytest.raises(UnknownNameError, match="engine"):
+        predict(LLAMA, "full", Workload.of(), H100, engine="")
+    with pytest.raises(ConfigError, match="level"):
+        predict(LLAMA, "full", Workload.of(), H100, level="best")  # type: ignore[arg-type]
