@@ -48,6 +48,8 @@ from costmodel.workload import Level, Point, Workload
 #: Points evaluated at once: about 20 live arrays of this many float64 stay in a 2 MB L2 cache.
 CHUNK_POINTS = 16384
 PARALLEL_CHUNKS = 8
+#: Up to here distinct batches are found by listing, not by sorting.
+MOST_LISTED = 2**20
 TP_CANDIDATES = (1, 2, 4, 8, 16, 32, 64)
 
 
@@ -117,7 +119,7 @@ def predict(
     bounds = {name: np.zeros(size, dtype=np.intp) for name in ("prefill_bound", "decode_bound")}
     bases: dict[str, float] = {}
     # What depends on the batch alone is priced once for every distinct batch.
-    batches, where = np.unique(batch, return_inverse=True)
+    batches, where = _distinct(batch)
     step = model.step(batches)
 
     def evaluate(part: slice) -> Evaluated:
@@ -161,6 +163,21 @@ _BASES = ("measured", "calibrated", "anchored", "transferred", "published", "pri
 
 #: A basis counts once operations of it hold this share of the time.
 BASIS_SHARE = 0.1
+
+
+def _distinct(
+    values: NDArray[np.float64],
+) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
+    """Distinct values, and which of them each value is; small whole numbers without sorting."""
+    if not values.size or values.max() > MOST_LISTED:
+        return np.unique(values, return_inverse=True)
+    whole = values.astype(np.intp)
+    seen = np.zeros(int(whole.max()) + 1, dtype=bool)
+    seen[whole] = True
+    found = np.flatnonzero(seen)
+    place = np.zeros(seen.size, dtype=np.intp)
+    place[found] = np.arange(found.size)
+    return found.astype(np.float64), place[whole]
 
 
 def _in_threads(function: Callable[[slice], Evaluated], parts: list[slice]) -> Iterator[Evaluated]:
