@@ -163,11 +163,12 @@ def _row(
     lost = [x for g in used if (x := screened[g].given_up) is not None]
     worst = max(lost, key=lambda x: np.inf if x.drop_points is None else x.drop_points)
     specs = list(dict.fromkeys(n["method_spec"] for n in names))
-    costs, dates = [], []
+    costs, dates, bases = [], [], []
     for g in used:
         parts = screened[g].parts
         assert parts is not None
         dates.append(parts.hardware.price_date)
+        bases.append(parts.steps.basis)
         side = replace(sides[g], span_s=trial.outcome.span_s)
         per = types[g].gpus_per_replica // types[g].engines_per_replica
         costs.append(fleet_cost(parts.hardware, side, per, spec.money))
@@ -182,7 +183,7 @@ def _row(
         "replicas": sum(counts.values()), "gpus": sum(p["gpus"] for p in pools), "pools": pools,
         "binds": "mix", "accuracy_drop_points": worst.drop_points,
         "accuracy_source": worst.source, "accuracy_analogy": worst.analogy,
-        "price_date": max(dates) or None, "basis": "prior",
+        "price_date": max(dates) or None, "basis": bases[0],
         **outcome_fields(trial, spec), **money_fields(cost, trial),
     }  # fmt: skip
     return filled(row)

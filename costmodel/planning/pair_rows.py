@@ -85,6 +85,6 @@ def pair_row(search: PairSearch, trial: Trial, spec: PlanSpec) -> dict[str, Any]
         "transfer_p50_s": float(np.median(both.transfer_s)),
         "transfer_p99_s": float(np.percentile(both.transfer_s, 99)),
         "price_date": both.prefill.hardware.price_date or None,
-        "basis": "prior" if not both.prefill.hardware.calibration else "calibrated",
+        "basis": both.prefill.steps.basis,
     }
     return filled(row | money_fields(summed(costs), trial))

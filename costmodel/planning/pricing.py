@@ -29,6 +29,8 @@ class StepBuilder:
         self.run = model.run
         self.parallel = parallel
         self.index = {"low": 0, "mid": 1, "high": 2}[estimate]
+        #: Seconds priced so far by their basis.
+        self.bases: dict[str, float] = {}
         on_host = model.run.hardware.is_cpu
         self.overhead_s = 0.0 if on_host else model.engine.step_overhead_s[self.index]
 
@@ -48,6 +50,8 @@ class StepBuilder:
             level=self.model.options.level,
             graph=graph,
         )
+        for basis, seconds in time.bases.items():
+            self.bases[basis] = self.bases.get(basis, 0.0) + seconds
         return (time.low_s, time.mid_s, time.high_s)[self.index]
 
     def kernels_s(self, operations: Operations) -> Array:

@@ -184,7 +184,7 @@ def simulated_row(
         "bound_gap": trial.replicas / (screened.bound_replicas or 1),
         "holds": {str(n): t.holds for n, t in sorted(search.trials.items())},
         "price_date": parts.hardware.price_date or None,
-        "basis": "prior" if not parts.hardware.calibration else "calibrated",
+        "basis": parts.steps.basis,
     }
     cost = fleet_cost(parts.hardware, trial.outcome, per_engine, spec.money)
     row |= money_fields(cost, trial)

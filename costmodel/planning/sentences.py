@@ -41,10 +41,15 @@ def verdict(plan: Plan) -> str:
 
 
 def binding_sentences(rows: Sequence[Row]) -> list[str]:
-    """Per model and GPU: what binds without any method, and whether the methods help."""
+    """Per model and GPU, at its best-ranked split: what binds without any method, and whether the
+    methods help.
+    """
     out = []
-    keys = dict.fromkeys((r["model"], r["gpu"], r["tp"]) for r in rows if r["binding"])
-    for key in keys:
+    splits: dict[tuple[str, str], tuple[str, str, int]] = {}
+    for r in rows:
+        if r["binding"]:
+            splits.setdefault((r["model"], r["gpu"]), (r["model"], r["gpu"], r["tp"]))
+    for key in splits.values():
         group = [r for r in rows if (r["model"], r["gpu"], r["tp"]) == key and r["binding"]]
         base = next((r for r in group if r["method"] == "full"), group[0])
         out.append(_binding(base, group))
@@ -135,11 +140,11 @@ def assumptions(plan: Plan) -> list[str]:
     else:
         out.append("prefix cache off")
     bases = sorted({r["basis"] for r in plan.rows if r["basis"]})
-    if "prior" in bases:
-        out.append(
-            "kernel times rest on a prior, not on measurements of these GPUs: run "
-            "`lccost calibrate`"
-        )
+    if bases:
+        text = f"basis of kernel times: {', '.join(bases)}"
+        if not {"measured", "calibrated", "anchored"} & set(bases):
+            text += "; these GPUs were not measured here: run `lccost calibrate`"
+        out.append(text)
     dates = sorted({r["price_date"] for r in plan.rows if r["price_date"]})
     if dates:
         file = spec.money.file

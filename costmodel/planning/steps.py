@@ -18,6 +18,7 @@ Ignored: that kernels of prompt and decode may overlap; what a captured graph sa
 """
 
 from bisect import bisect_right
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,7 +26,7 @@ from numpy.typing import NDArray
 
 from costmodel.planning.parallel import Parallel
 from costmodel.planning.pricing import Estimate, Floats, StepBuilder
-from costmodel.predict import Model
+from costmodel.predict import BASIS_SHARE, Model
 
 #: Token counts up to this have their own entry in L; above, one of ``_STRIDE`` and interpolation.
 _EXACT = 1024
@@ -44,6 +45,7 @@ class StepTable:
     knots    bytes per sequence at which D changes slope; ``base[n][j] + slope[n][j] * R`` holds
              while ``knots[j] <= R / n < knots[j + 1]``
     alone_s  an iteration without decoding sequences, before its tokens are priced
+    basis    the weakest source of the times
     host_s   the host cannot start the kernels of a mixed iteration faster than this
     """
 
@@ -60,6 +62,7 @@ class StepTable:
     floor_s: float
     alone_s: float
     host_s: float
+    basis: str = "prior"
 
     def decode_s(self, n: int, moved: float) -> float:
         """D(n, R), n >= 1."""
@@ -163,8 +166,20 @@ def build_steps(
         floor_s=floor,
         alone_s=make.alone_s(),
         host_s=make.host_s(),
+        basis=weakest_basis(make.bases),
     )
     return parallel.applied(table, model)
+
+
+#: From the weakest source of a time to the strongest.
+_WEAKEST = ("datasheet", "prior", "published", "transferred", "anchored", "calibrated", "measured")
+
+
+def weakest_basis(seconds: Mapping[str, float]) -> str:
+    """The weakest source that makes up a share of the time that counts."""
+    whole = sum(seconds.values())
+    counted = {b for b, s in seconds.items() if s >= BASIS_SHARE * whole}
+    return next((b for b in _WEAKEST if b in counted), "prior")
 
 
 def _straightened(x: Floats, y: Floats) -> NDArray[np.intp]:
