@@ -4,19 +4,22 @@ Benchmarks replay the same buffers, so what fits in the last-level cache is read
 step is priced cold.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from costmodel.calibration.schemas import SCHEMAS, Read, Schema
-from costmodel.errors import ConfigError, NotApplicableError, UnknownNameError
-from costmodel.hardware import HardwareProfile, load_hardware, resolve_gpu
+from costmodel.errors import ConfigError, NotApplicableError
+from costmodel.hardware import HardwareProfile
 from costmodel.kernels.families import load_family
 from costmodel.kernels.kinds import kernel_kind
+from costmodel.kernels.physics import cache_bytes, cache_bytes_per_s
+from costmodel.validation.cells import observed_value
+from costmodel.validation.devices import Devices
 from costmodel.validation.kernel_priors import prior_block, prior_row
 from costmodel.validation.kinds import Options
-from costmodel.validation.result import Block, Predictions
+from costmodel.validation.result import Block, Floats, Predictions
 from costmodel.validation.table import Record
 
 #: Schema of each kind, column that names the kernel, further columns that tell groups apart.
@@ -97,43 +100,6 @@ def _shape(schema: Schema, record: Record) -> Read:
         return prior
 
 
-class Devices:
-    """GPUs of a table by their spelling in it, each resolved and loaded once."""
-
-    def __init__(self, override: HardwareProfile | None) -> None:
-        self._override = override
-        self._names: dict[tuple[str, ...], str] = {}
-        self._profiles: dict[str, HardwareProfile] = {}
-
-    def name(self, record: Record, columns: Sequence[str] = ("hw", "device")) -> str:
-        """Bundled name of a row's GPU; ``ConfigError`` when no spelling is known."""
-        if self._override is not None:
-            return self._override.name
-        spellings = tuple(record.get(c, "") for c in columns)
-        if spellings not in self._names:
-            self._names[spellings] = _resolved(columns, spellings)
-        return self._names[spellings]
-
-    def profile(self, name: str) -> HardwareProfile:
-        """The profile of a name that :meth:`name` has returned."""
-        if self._override is not None:
-            return self._override
-        if name not in self._profiles:
-            self._profiles[name] = load_hardware(name)
-        return self._profiles[name]
-
-
-def _resolved(columns: Sequence[str], spellings: Sequence[str]) -> str:
-    for spelling in spellings:
-        if spelling:
-            try:
-                return resolve_gpu(spelling)
-            except UnknownNameError:
-                continue
-    given = ", ".join(f"{c}={s[:60]!r}" for c, s in zip(columns, spellings, strict=True) if s)
-    raise ConfigError(f"no profile of the GPU {given or 'of the row: it is not named'}")
-
-
 def _block(
     key: _Key,
     items: Sequence[tuple[int, Mapping[str, float]]],
@@ -152,11 +118,21 @@ def _block(
     }
     if key.kind.startswith("prior:"):
         return prior_block(key.kind, key.variant, group, rows, columns, device, options.datasheet)
+    limit = warm_limit_s(key.kind, device, columns, key.variant)
+    limit = np.broadcast_to(limit, rows.shape)
     if options.datasheet:
         seconds = np.asarray(kernel_kind(key.kind).roofline_s(device, columns, key.variant))
         mid = np.broadcast_to(seconds, rows.shape).astype(np.float64)
         unknown = np.full(rows.shape, np.nan)
-        return Block(group=group, rows=rows, low=unknown, mid=mid, high=unknown, basis="datasheet")
+        return Block(
+            group=group,
+            rows=rows,
+            low=unknown,
+            mid=mid,
+            high=unknown,
+            basis="datasheet",
+            limit=limit,
+        )
     family = load_family(
         key.kind,
         key.engine,
@@ -171,24 +147,28 @@ def _block(
         np.broadcast_to(np.asarray(t, dtype=np.float64), rows.shape)
         for t in family.time_s(device, columns, cold=False)
     )
-    return Block(group=group, rows=rows, low=low, mid=mid, high=high, basis=family.basis)
+    return Block(
+        group=group, rows=rows, low=low, mid=mid, high=high, basis=family.basis, limit=limit
+    )
+
+
+def warm_limit_s(
+    kind: str, device: HardwareProfile, columns: Mapping[str, Floats], variant: str
+) -> Floats:
+    """Least seconds of a replayed call: FLOPs at the peak, bytes at the rate of what holds them.
+
+    What the last-level cache cannot hold has to come from memory in every run.
+    """
+    work = kernel_kind(kind).work(device, columns, variant)
+    n_bytes = np.asarray(work.n_bytes, dtype=np.float64)
+    from_memory = np.maximum(n_bytes - cache_bytes(device), 0.0) / device.hbm_bytes_per_s
+    compute = np.asarray(work.flops, dtype=np.float64) / work.peak_flops_per_s
+    limit: Floats = np.maximum(
+        compute, np.maximum(from_memory, n_bytes / cache_bytes_per_s(device))
+    )
+    return limit
 
 
 def observed(record: Record, block: Block) -> float:
     """Latency in seconds; raises ``ConfigError`` where it is no positive number."""
-    return positive(record, "latency_us") * 1e-6
-
-
-def positive(record: Record, column: str) -> float:
-    """A positive finite number."""
-    cell = record.get(column, "")
-    try:
-        value = float(cell)
-    except ValueError:
-        value = float("nan")
-    if not 0.0 < value < float("inf"):
-        raise ConfigError(f"{column}: the observed value is missing or no positive number")
-    return value
-
-
-Observe = Callable[[Record, Block], float]
+    return observed_value(record, "latency_us") * 1e-6

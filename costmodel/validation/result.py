@@ -1,7 +1,7 @@
 """What a validation says: figures overall, by group, what could not be modelled, the worst rows."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,8 @@ class Block:
     basis    where the numbers come from
     primary  counts in the overall figures of the kind
     unit     of low, mid, high
+    parts    names of the parts of the table these rows belong to, judged apart
+    limit    what no device could beat with the shape the row states; None: nothing is known
     """
 
     group: Mapping[str, str]
@@ -30,6 +32,19 @@ class Block:
     basis: str
     primary: bool = True
     unit: str = "s"
+    parts: tuple[str, ...] = ()
+    limit: Floats | None = None
+
+    def where(self, mask: NDArray[np.bool_]) -> "Block":
+        """The rows a mask selects."""
+        return replace(
+            self,
+            rows=self.rows[mask],
+            low=self.low[mask],
+            mid=self.mid[mask],
+            high=self.high[mask],
+            limit=None if self.limit is None else self.limit[mask],
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,9 @@ from costmodel.validation.table import Record, Table, read_table
 UNIT_FACTOR = 100.0
 #: Calls longer than this are judged apart: launches no longer decide them.
 LARGE_CALL_S = 100e-6
-#: A prompt longer than this is judged apart in single-stream prefill.
-LONG_PROMPT_TOKENS = 10_000
+#: A value this far below what the device could do as stated is left out, with the reason.
+LIMIT_TOLERANCE = 0.95
+IMPOSSIBLE = "faster than the device can be: the row's columns do not describe what ran"
 
 Compared = tuple[Block, Floats]
 
@@ -75,7 +77,9 @@ def validate(
     compared, unread = _observed(table, chosen, predicted)
     if not options.datasheet:
         _check_unit(table, compared)
-    reasons = Counter(reason for _, reason in (*predicted.unsupported, *unread))
+    whole = _figures([c for c in compared if c[0].primary])
+    compared, impossible = _possible(compared)
+    reasons = Counter(reason for _, reason in (*predicted.unsupported, *unread, *impossible))
     reasons["more cells than the header has columns"] += len(table.ragged)
     return Validation(
         kind=chosen.name,
@@ -84,7 +88,7 @@ def validate(
         groups=_groups(compared),
         unsupported=tuple((r, n) for r, n in reasons.most_common() if n),
         worst=_worst(table, compared, n_worst),
-        parts=_parts(table, chosen, compared),
+        parts=_parts(chosen, compared) | ({"with_impossible_rows": whole} if impossible else {}),
         assumptions=predicted.assumptions,
     )
 
@@ -95,19 +99,7 @@ def predict_rows(records: Sequence[Record], kind: Kind, options: Options) -> Pre
     mine = np.array([kind.takes(r) for r in hidden], dtype=np.bool_)
     out = kind.load().predict([r for r, m in zip(hidden, mine, strict=True) if m], options)
     index = np.flatnonzero(mine)
-    blocks = tuple(
-        Block(
-            group=b.group,
-            rows=index[b.rows],
-            low=b.low,
-            mid=b.mid,
-            high=b.high,
-            basis=b.basis,
-            primary=b.primary,
-            unit=b.unit,
-        )
-        for b in out.blocks
-    )
+    blocks = tuple(replace(b, rows=index[b.rows]) for b in out.blocks)
     unsupported = [(int(index[i]), reason) for i, reason in out.unsupported]
     for i in np.flatnonzero(~mine).tolist():
         value = "; ".join(f"{c} = {records[i].get(c, '')[:40]!r}" for c in kind.selects)
@@ -130,18 +122,7 @@ def _observed(
             except ConfigError as error:
                 unread.append((int(row), str(error)))
         keep = np.isfinite(values)
-        if not keep.all():
-            block = Block(
-                group=block.group,
-                rows=block.rows[keep],
-                low=block.low[keep],
-                mid=block.mid[keep],
-                high=block.high[keep],
-                basis=block.basis,
-                primary=block.primary,
-                unit=block.unit,
-            )
-        compared.append((block, values[keep]))
+        compared.append((block.where(keep), values[keep]))
     return compared, unread
 
 
@@ -175,44 +156,33 @@ def _groups(
     return tuple(out)
 
 
-def _where(compared: Compared, mask: np.ndarray[Any, np.dtype[np.bool_]]) -> Compared:
-    b, o = compared
-    part = Block(
-        group=b.group,
-        rows=b.rows[mask],
-        low=b.low[mask],
-        mid=b.mid[mask],
-        high=b.high[mask],
-        basis=b.basis,
-        primary=b.primary,
-        unit=b.unit,
-    )
-    return part, o[mask]
+def _possible(
+    compared: Sequence[Compared],
+) -> tuple[list[Compared], list[tuple[int, str]]]:
+    """Rows that the device could have run as stated; the others with why they are left out."""
+    kept: list[Compared] = []
+    left_out: list[tuple[int, str]] = []
+    for block, observed in compared:
+        if block.limit is None:
+            kept.append((block, observed))
+            continue
+        possible = ~(observed < LIMIT_TOLERANCE * block.limit)
+        kept.append((block.where(possible), observed[possible]))
+        left_out += [(int(row), IMPOSSIBLE) for row in block.rows[~possible]]
+    return kept, left_out
 
 
-def _parts(table: Table, kind: Kind, compared: Sequence[Compared]) -> dict[str, Figures]:
+def _parts(kind: Kind, compared: Sequence[Compared]) -> dict[str, Figures]:
     """Figures of the parts of a table that are judged apart."""
+    by_name: dict[str, list[Compared]] = {}
+    for block, observed in compared:
+        for name in block.parts:
+            by_name.setdefault(name, []).append((block, observed))
+    parts = {name: _figures(members) for name, members in sorted(by_name.items())}
     if kind.module == "kernels":
-        large = [_where(c, c[1] > LARGE_CALL_S) for c in compared]
-        return {"over_100_us": _figures(large)}
-    if kind.name == "latency_throughput":
-        prefill = [c for c in compared if c[0].group["metric"] == "ttft"]
-        long = [
-            _where(
-                c, np.array([_tokens(table.records[r]) >= LONG_PROMPT_TOKENS for r in c[0].rows])
-            )
-            for c in prefill
-            if c[0].rows.size
-        ]
-        return {"ttft_from_10000_tokens": _figures(long)}
-    return {}
-
-
-def _tokens(record: Record) -> float:
-    try:
-        return float(record.get("isl", ""))
-    except ValueError:
-        return 0.0
+        large = [(b.where(o > LARGE_CALL_S), o[o > LARGE_CALL_S]) for b, o in compared]
+        parts["over_100_us"] = _figures(large)
+    return parts
 
 
 def _worst(table: Table, compared: Sequence[Compared], n: int) -> tuple[Mapping[str, Any], ...]:
