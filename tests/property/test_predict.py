@@ -89,6 +89,8 @@ def test_time_grows_with_context_and_batch(model: str, method: str) -> None:
     for name in ("ttft_s", "tpot_s", "state_bytes", "peak_prefill_bytes", "prefill_flops"):
         # a scan works on whole blocks, so its share of one forward pass saws a little
         slack = 1e-3 if name == "peak_prefill_bytes" else 1e-9
+        if name == "ttft_s" and model in WITH_EXPERTS:
+            slack = TILE_SWITCH
         assert np.all(np.diff(p[name], axis=1) >= -slack * p[name][:, 1:]), name
         assert np.all(np.diff(p[name], axis=0) >= -slack * p[name][1:]), name
 

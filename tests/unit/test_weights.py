@@ -2,9 +2,11 @@
 
 import contextlib
 import dataclasses
+import json
 import math
 import time
 from collections.abc import Mapping
+from importlib import resources
 
 import pytest
 from hypothesis import given, settings
@@ -513,3 +515,13 @@ def test_the_config_of_a_user_is_read_like_a_bundled_one() -> None:
     scales = 2 * 4 * 7  # q, k, v, o, gate, up, down
     norms = 2 * (2 * 2 * 256 + 256)
     assert weights_bytes(architecture, "checkpoint") == matrices + scales + norms + 2 * 2 * 256000
+
+
+@pytest.mark.parametrize("method", ["awq", "gptq"])
+def test_groups_of_nothing_are_refused(method: str) -> None:
+    config = json.loads(
+        resources.files("costmodel").joinpath("architectures/llama-2-7b.json").read_text("utf-8")
+    )
+    config["quantization_config"] = {"quant_method": method, "bits": 4, "group_size": 0}
+    with pytest.raises(ConfigError, match="group_size"):
+        weights_bytes(architecture_from_config(config), "checkpoint")
