@@ -2,7 +2,7 @@
 
     LccostError
     ├── UnknownNameError     a name that is not in a registry; carries the near matches
-    ├── ConfigError          a file, key or value that cannot be used: what was expected, what was got
+    ├── ConfigError          a file, key or value that cannot be used: expected what, got what
     │   └── UnsupportedArchitectureError   a model_type or key nobody understood
     ├── NotApplicableError   a valid method, model and GPU that do not go together
     ├── MissingExtraError    an optional package or device that is not here
@@ -29,6 +29,7 @@ class UnknownNameError(LccostError):
 
     def __init__(self, kind: str, name: str, known: Iterable[str], hint: str = "") -> None:
         names = sorted(set(known))
+        name = name if len(name) <= 80 else f"{name[:77]}..."
         low = name.lower()
         # A name that is part of others ("h100") is a family: its members come first.
         near = [n for n in names if len(low) > 2 and low in n][:6]

@@ -7,7 +7,7 @@ Different architectures stand side by side with absolute scores (rows of ``full`
 
 A row names its setting by parameters (all must agree), by the share of the prompt kept, or by the
 number of tokens kept; budgets agree within ``_TOLERANCE``. Evidence reaches to ``_REACH`` times the
-context it was taken at, and down to any shorter one.
+context it was taken at, and down to any shorter one; for a budget in tokens down to a quarter.
 """
 
 import csv
@@ -20,6 +20,9 @@ from typing import Any
 
 _TOLERANCE = 0.06
 _REACH = 1.25
+#: How much shorter than the evaluated inputs a prompt may be for a budget in tokens, which leaves
+#: less out the shorter the prompt is.
+_SHORTER = 4.0
 #: Tasks of a family; "average" is what speaks for a method as a whole, the broadest first.
 _FAMILIES = {
     "average": ("LongBench average", "RULER", "InfiniteBench average"),
@@ -160,10 +163,13 @@ def accuracy(
     matches = [row for row in matches if _same_setting(row, parameters, budget, context)]
     if not matches:
         return None, f"unknown: {method_name} was not measured with this setting on {name}"
-    reaching = [row for row in matches if (row.context_tokens or 0.0) * _REACH >= context]
+    reaching = [row for row in matches if _reaches(row, context)]
     if not reaching:
         end = max(row.context_tokens or 0.0 for row in matches)
-        return None, f"unknown at {context:,.0f} tokens: evidence ends at {end:,.0f}"
+        side = "ends at" if end * _REACH < context else "starts near"
+        if side == "starts near":
+            end = min(row.context_tokens or 0.0 for row in matches) / _SHORTER
+        return None, f"unknown at {context:,.0f} tokens: evidence {side} {end:,.0f}"
     best = min(
         reaching,
         key=lambda row: (_rank(row, tasks), abs(math.log((row.context_tokens or 1.0) / context))),
@@ -210,6 +216,12 @@ def _same_setting(
     if wanted is None:
         return bool(row.parameters)
     return budget is not None and abs(budget / wanted - 1) <= _TOLERANCE
+
+
+def _reaches(row: Evidence, context: float) -> bool:
+    measured = row.context_tokens or 0.0
+    long_enough = row.kept_tokens is None or context * _SHORTER >= measured
+    return long_enough and measured * _REACH >= context
 
 
 def _rank(row: Evidence, tasks: tuple[str, ...]) -> int | None:

@@ -21,7 +21,8 @@ DTYPE_BYTES = {
     "fp4": 0.5,
 }
 
-_COUNT = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(k|ki|m|mi|g|gi)?\s*$", re.IGNORECASE)
+_COUNT = re.compile(r"^\s*([0-9]+(?:\.[0-9]+)?)\s*(k|ki|m|mi|g|gi)?\s*$", re.IGNORECASE)
+_MOST = 2**50
 _FACTOR = {"": 1, "k": 1024, "ki": 1024, "m": 1024**2, "mi": 1024**2, "g": 1024**3, "gi": 1024**3}
 
 
@@ -32,10 +33,12 @@ def parse_count(text: str) -> int:
     """
     match = _COUNT.match(text.replace("_", ""))
     if match is None:
-        raise ValueError(f"expected a whole number such as 4096, 8k or 1m, got {text!r}")
+        raise ValueError(f"expected a whole number such as 4096, 8k or 1m, got {text[:60]!r}")
     value = float(match[1]) * _FACTOR[(match[2] or "").lower()]
-    if value < 1 or value != int(value) or value > 2**50:
-        raise ValueError(f"expected a whole number of at least 1, got {text!r}")
+    if value > _MOST:
+        raise ValueError(f"expected at most {_MOST:,}, got {text[:60]!r}")
+    if value < 1 or value != int(value):
+        raise ValueError(f"expected a whole number of at least 1, got {text[:60]!r}")
     return int(value)
 
 

@@ -36,7 +36,7 @@ def _joined(value: Sequence[str]) -> str:
 METHOD_COLUMNS: Columns = {
     "name": ("method", _text),
     "title": ("what it is", _text),
-    "stages": ("acts on", _joined),
+    "acts": ("acts", _text),
     "parameters": ("parameters", lambda p: ", ".join(f"{k}={v}" for k, v in p.items()) or "-"),
     "reference": ("reference", _text),
 }
@@ -94,6 +94,7 @@ def method_rows() -> list[dict[str, Any]]:
             {
                 "name": name,
                 "title": cls.TITLE,
+                "acts": cls.ACTS,
                 "stages": sorted(cls.STAGES),
                 "parameters": {k: v for k, v in method.parameters.items() if v is not None},
                 "reference": cls.REFERENCE,
@@ -118,6 +119,7 @@ def method_details(spec: str, model: str, context: int) -> dict[str, Any]:
         "spec": stack.spec,
         "title": cls.TITLE,
         "reference": cls.REFERENCE,
+        "acts": cls.ACTS,
         "stages": sorted(cls.STAGES),
         "parameters": {
             k: {"value": v, "meaning": cls.PARAMETERS.get(k, "")}
@@ -172,7 +174,7 @@ def method_text(shown: Mapping[str, Any]) -> str:
     lines = [
         f"{shown['spec']}: {shown['title']}",
         f"  {shown['reference']}",
-        f"  acts on: {_joined(shown['stages'])}",
+        f"  acts: {shown['acts']} (stages: {_joined(shown['stages'])})",
         "",
         "Parameters",
     ]
@@ -185,11 +187,13 @@ def method_text(shown: Mapping[str, Any]) -> str:
         lines.append(f"  {e['not_applicable']}")
     else:
         symbols = ", ".join(f"{k} = {v:,}" for k, v in e["symbols"].items())
-        host = f" + {format_bytes(e['state_host_bytes'])} on the host" if e["state_host_bytes"] else ""
+        on_host = e["state_host_bytes"]
+        host = f" + {format_bytes(on_host)} on the host" if on_host else ""
+        full = e["full_state_bytes"]
         lines += [
             f"  {e['model']} with {symbols}:",
-            f"  = {e['state_bytes']:,} bytes ({format_bytes(e['state_bytes'])}){host}; full attention "
-            f"{e['full_state_bytes']:,} bytes ({format_bytes(e['full_state_bytes'])})"
+            f"  = {e['state_bytes']:,} bytes ({format_bytes(e['state_bytes'])}){host}; "
+            f"full attention {full:,} bytes ({format_bytes(full)})"
             + (
                 f", {e['full_state_bytes'] / e['state_bytes']:.2f} x smaller"
                 if e["state_bytes"] and e["full_state_bytes"] > e["state_bytes"]
@@ -317,7 +321,8 @@ def model_text(shown: Mapping[str, Any]) -> str:
         "",
         f"{shown['layers']} layers",
     ]
-    lines += [f"  {m['layers']:>3} x {m['description']}" for m in (*shown["mixers"], *shown["mlps"])]
+    parts = (*shown["mixers"], *shown["mlps"])
+    lines += [f"  {m['layers']:>3} x {m['description']}" for m in parts]
     lines += ["", f"source      {shown['source']}", f"confidence  {shown['confidence']}"]
     lines += [f"note        {n}" for n in shown["notes"]]
     if shown["assumed"]:

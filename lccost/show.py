@@ -1,4 +1,5 @@
-"""Predictions as text: one table per model, GPU, context and batch, and what each method leaves alone.
+"""Predictions as text: one table per model, GPU, context and batch, and what each method leaves
+alone.
 
 rich draws the tables, on a terminal and in a pipe alike (no colour there, nothing cut off).
 """
@@ -14,7 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from costmodel.units import format_bytes, format_seconds, format_si, format_traffic
-from lccost.sweep import Sweep, explain
+from lccost.explain import explain
+from lccost.sweep import Sweep
 
 Row = dict[str, Any]
 BOUND_WORDS = {
@@ -129,9 +131,8 @@ def _table(members: Sequence[Row], markdown: bool, compact: bool) -> Table:
     line = " " if markdown else "\n"
     between = "\n" if compact else " "
     table.add_column("method", overflow="fold")
-    for title in (
-        "KV/state", "peak", f"decode{line}bytes", f"TTFT{line}(low - high)", f"TPOT{line}(low - high)",
-    ):  # fmt: skip
+    times = (f"TTFT{line}(low - high)", f"TPOT{line}(low - high)")
+    for title in ("KV/state", "peak", f"decode{line}bytes", *times):
         table.add_column(title, justify="right", no_wrap=not compact)
     table.add_column(f"decode{line}bound", no_wrap=True)
     table.add_column("fits", no_wrap=True)
@@ -196,15 +197,19 @@ def _leaves_alone(run: Sweep) -> Iterable[str]:
 
 
 def explanations(run: Sweep) -> str:
-    """Every operation with its numbers and formula, for the first context and batch."""
+    """Memory by part, and every operation with its formula and numbers, for the first context and
+    batch.
+    """
     file = io.StringIO()
     out = console(file)
     for block in explain(run):
         out.print()
         out.print(
             f"{block['model']} · {block['gpu']} · {block['method_spec']} · context "
-            f"{block['context_tokens']:,} · batch {block['batch']:,}: operations of one GPU"
+            f"{block['context_tokens']:,} · batch {block['batch']:,}: one GPU"
         )
+        for line in _memory_lines(block):
+            out.print(line)
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         for title, justify in (
             ("phase", "left"),
@@ -238,8 +243,38 @@ def explanations(run: Sweep) -> str:
                     )
                 ),
                 format_seconds(op["time_s"]),
-                op["formula"],
+                _with_numbers(op),
                 op["source"],
             )
         out.print(table)
     return "\n".join(line.rstrip() for line in file.getvalue().splitlines()) + "\n"
+
+
+def _memory_lines(block: Row) -> Iterable[str]:
+    """State formula and peaks with the numbers put in."""
+    state, memory = block["state"], block["memory"]
+    symbols = ", ".join(f"{k} = {v:,}" for k, v in state["symbols"].items())
+    host = f" + {state['host_bytes']:,} on the host" if state["host_bytes"] else ""
+    yield f"state    {state['formula']}; all layers, {symbols}: {state['bytes']:,} bytes{host}"
+    for phase in ("prefill", "decode"):
+        m = memory[phase]
+        peak, weights, cache, transient, engine = (
+            format_bytes(m[f"{name}_bytes"])
+            for name in ("peak", "weights", "state_allocated", "transient", "engine")
+        )
+        yield (
+            f"peak     {phase} {peak} = weights {weights} + KV/state {cache} + "
+            f"{m['transient_of']} {transient} + engine {engine}"
+        )
+    yield (
+        f"capacity {format_bytes(memory['capacity_bytes'])} of "
+        f"{format_bytes(memory['reported_bytes'])} the driver reports"
+    )
+
+
+def _with_numbers(op: Row) -> str:
+    numbers = ", ".join(
+        f"{name} {value:,.0f}" if value == int(value) else f"{name} {value:.6g}"
+        for name, value in op["shape"].items()
+    )
+    return f"{op['formula']} [{numbers}]" if numbers else str(op["formula"])

@@ -6,26 +6,29 @@ Everything that varies within one (model, GPU, method) is one vectorised call.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from costmodel.architecture import Architecture
-from costmodel.errors import LccostError, NotApplicableError
+from costmodel.engines import load_engine
+from costmodel.errors import ConfigError, LccostError, NotApplicableError
 from costmodel.hardware import HardwareProfile, load_hardware
 from costmodel.methods.parse import parse_methods
 from costmodel.methods.stack import MethodStack
 from costmodel.mlps import MoE
-from costmodel.predict import Model, Options, default_dtype, predict
+from costmodel.predict import Options, default_dtype, default_engine, predict
 from costmodel.registry import load_architecture
 from costmodel.results import SCHEMA_VERSION as SCHEMA_VERSION
 from costmodel.results import Prediction, inapplicable_row, key_fields
 from costmodel.workload import Workload
 
+_Named = TypeVar("_Named", Architecture, HardwareProfile)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sweep:
-    """What ``lccost predict`` was asked for, resolved."""
+    """What ``lccost predict`` was asked for, resolved; ``asked`` keeps models and GPUs as typed."""
 
     architectures: tuple[Architecture, ...]
     hardware: tuple[HardwareProfile, ...]
@@ -34,6 +37,8 @@ class Sweep:
     batches: tuple[int, ...]
     output_tokens: int
     options: Options
+    assume: str | None
+    asked: dict[str, list[str]]
 
     @classmethod
     def of(
@@ -49,21 +54,24 @@ class Sweep:
         assume: str | None = None,
     ) -> "Sweep":
         """Load everything by name; raises ``LccostError`` for what does not exist."""
+        if options.get("engine") is not None:
+            options = {**options, "engine": load_engine(options["engine"]).name}
         return cls(
-            architectures=tuple(load_architecture(m, assume=assume) for m in models),
-            hardware=tuple(load_hardware(g) for g in gpus),
+            architectures=_distinct("model", [load_architecture(m, assume=assume) for m in models]),
+            hardware=_distinct("GPU", [load_hardware(g) for g in gpus]),
             stacks=tuple(dict.fromkeys(parse_methods(methods))),
             contexts=tuple(contexts),
             batches=tuple(batches),
             output_tokens=output_tokens,
             options=Options(**options),
+            assume=assume,
+            asked={"model": list(models), "gpu": list(gpus)},
         )
 
     def inputs(self) -> dict[str, Any]:
         """The request, so that it can be repeated from a result."""
         return {
-            "model": [a.name for a in self.architectures],
-            "gpu": [h.name for h in self.hardware],
+            **self.asked,
             "method": [s.spec for s in self.stacks],
             "context": list(self.contexts),
             "batch": list(self.batches),
@@ -74,6 +82,7 @@ class Sweep:
             "tp": self.options.tp,
             "engine": self.options.engine,
             "memory_fraction": self.options.memory_fraction,
+            "assume": self.assume,
         }
 
     def rows(self) -> list[dict[str, Any]]:
@@ -83,7 +92,8 @@ class Sweep:
         workload = Workload.of(
             np.array(self.batches)[None, :], np.array(self.contexts)[:, None], self.output_tokens
         )
-        n = len(self.architectures) * len(self.hardware) * len(self.stacks)
+        axes = (self.architectures, self.hardware, self.stacks, self.contexts, self.batches)
+        alone = all(len(axis) == 1 for axis in axes)
         out: list[dict[str, Any]] = []
         for architecture in self.architectures:
             for hardware in self.hardware:
@@ -94,13 +104,11 @@ class Sweep:
                             self.predict(architecture, stack, hardware, workload).rows()
                         )
                     except LccostError as error:
-                        if n == 1 or not isinstance(error, NotApplicableError):
+                        if alone or not isinstance(error, NotApplicableError):
                             raise
                         per_method.append(self._refused(architecture, stack, hardware, error))
                 # --method stands before --context and --batch
                 out += [row for rows in per_method for row in rows]
-        if not any(r["applicable"] for r in out) and len(self.stacks) == 1:
-            raise NotApplicableError(out[0]["reason"])
         return out
 
     def predict(
@@ -139,7 +147,7 @@ class Sweep:
                     method=stack,
                     gpu=hardware.name,
                     level=self.options.level,
-                    engine=self.options.engine,
+                    engine=self.options.engine or default_engine(hardware, self.options.level),
                     tp=self.options.tp,
                     dtype=self.options.dtype or default_dtype(architecture),
                     weight_dtype=self.options.weight_dtype,
@@ -152,6 +160,17 @@ class Sweep:
             for context in self.contexts
             for batch in self.batches
         ]
+
+
+def _distinct(kind: str, found: Sequence[_Named]) -> tuple[_Named, ...]:
+    """Without doubles (aliases of one thing); two things of one name cannot be told apart."""
+    out: dict[str, _Named] = {}
+    for item in found:
+        if out.setdefault(item.name, item) != item:
+            raise ConfigError(
+                f"two different {kind}s are called {item.name}: give one of the files another name"
+            )
+    return tuple(out.values())
 
 
 def solvable(row: dict[str, Any], solve: str) -> bool:
@@ -179,65 +198,27 @@ def assumptions(rows: Sequence[dict[str, Any]], run: Sweep) -> list[str]:
             "run `lccost calibrate`, or read low-high as the answer"
         )
     for a in run.architectures:
+        beyond = [c for c in run.contexts if a.max_context_tokens and c > a.max_context_tokens]
+        if beyond:
+            out.append(
+                f"{a.name}: {max(beyond):,} tokens are more than the {a.max_context_tokens:,} its "
+                "config allows; costs hold, answers may not"
+            )
         if a.assumed:
             out.append(f"{a.name}: read as family {a.family} because --assume says so")
         if any(isinstance(m, MoE) for layer in a.layers for m in layer.mlps):
             out.append(f"{a.name}: experts are assumed to be chosen uniformly")
     for h in run.hardware:
+        if run.options.tp > h.max_gpus_per_node:
+            out.append(
+                f"{h.name}: tp {run.options.tp} spans nodes of {h.max_gpus_per_node}; collectives "
+                "are priced at the speed of the link within a node"
+            )
         if h.price_usd_per_hour:
             low, mid, high = h.price_usd_per_hour
             out.append(
                 f"{h.name}: {mid:.2f} USD per GPU-hour ({low:.2f}-{high:.2f}), {h.price_date}"
             )
-    return out
-
-
-def explain(run: Sweep) -> list[dict[str, Any]]:
-    """Every operation of the first context and batch of each combination, with its numbers."""
-    from costmodel.kernels import time_operation
-
-    out = []
-    for architecture in run.architectures:
-        for hardware in run.hardware:
-            for stack in run.stacks:
-                try:
-                    model = Model.of(architecture, stack, hardware, run.options)
-                except NotApplicableError:
-                    continue
-                out.append(
-                    {
-                        "model": architecture.name,
-                        "gpu": hardware.name,
-                        "method_spec": stack.spec,
-                        "context_tokens": run.contexts[0],
-                        "batch": run.batches[0],
-                        "operations": [
-                            {
-                                "phase": phase,
-                                "name": op.name,
-                                "kind": op.kind,
-                                "count": float(np.max(op.count)),
-                                "flops": float(np.max(op.flops)),
-                                "executed_flops": float(np.max(op.counted_flops)),
-                                "weight_bytes": float(np.max(op.weight_bytes)),
-                                "state_bytes": float(np.max(op.state_bytes)),
-                                "workspace_bytes": float(np.max(op.workspace_bytes)),
-                                "activation_bytes": float(np.max(op.activation_bytes)),
-                                "link_bytes": float(np.max(op.link_bytes)),
-                                "launches": float(op.launches),
-                                "dtype": op.dtype,
-                                "time_s": float(np.max(op.count * time_operation(op, hardware, model.engine.name).mid_s)),
-                                "formula": op.formula,
-                                "source": op.source,
-                            }
-                            for phase, operations in model.operations(
-                                run.batches[0], run.contexts[0], run.output_tokens
-                            ).items()
-                            for op in operations
-                            if np.max(op.count) > 0
-                        ],
-                    }
-                )
     return out
 
 

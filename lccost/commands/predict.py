@@ -8,6 +8,7 @@ import click
 from lccost import __version__
 from lccost.commands.common import (
     EXIT_INFEASIBLE,
+    EXIT_USAGE,
     CommaList,
     CommandError,
     Count,
@@ -21,6 +22,11 @@ from lccost.commands.common import (
 )
 
 FORMATS = ("table", "json", "jsonl", "csv", "md")
+
+
+def _choice(*values: str) -> click.Choice[str]:
+    return click.Choice(values, case_sensitive=False)
+
 
 EXAMPLES = """
 \b
@@ -44,11 +50,11 @@ Examples:
               show_default="1", help="Sequences served together; repeats.")
 @click.option("--output-tokens", type=Count(), default=256, show_default=True,
               help="Tokens generated per sequence.")
-@click.option("--dtype", type=click.Choice(("bf16", "fp16", "fp32")), default=None,
+@click.option("--dtype", type=_choice("bf16", "fp16", "fp32"), default=None,
               help="Compute and cache type [default: the checkpoint's].")
 @click.option("--weight-dtype", default="checkpoint", show_default=True,
               help="checkpoint, bf16, fp16, fp8, int8, int4, mxfp4 or nvfp4.")
-@click.option("--level", type=click.Choice(("ideal", "reference")), default="ideal",
+@click.option("--level", type=_choice("ideal", "reference"), default="ideal",
               show_default=True, help="One fused pass, or what the published code runs.")
 @click.option("--tp", type=click.IntRange(1, 1024), default=1, show_default=True,
               help="Tensor-parallel GPUs.")
@@ -56,12 +62,12 @@ Examples:
               help="Who executes [default: vllm for ideal, transformers for reference].")
 @click.option("--memory-fraction", type=click.FloatRange(0, 1, min_open=True), default=0.9,
               show_default=True, help="Share of GPU memory that may be used.")
-@click.option("--solve", type=click.Choice(("max-batch", "max-context", "min-gpus")), default=None,
+@click.option("--solve", type=_choice("max-batch", "max-context", "min-gpus"), default=None,
               help="Print this answer first.")
 @click.option("--assume", default=None, metavar="FAMILY",
               help="Read an unknown model_type as this family; the result says so.")
 @click.option("--explain", is_flag=True, help="Print every formula with its numbers.")
-@click.option("--format", "form", type=click.Choice(FORMATS), default=None,
+@click.option("--format", "form", type=_choice(*FORMATS), default=None,
               help="[default: table, or the output file's ending]")
 @click.option("--output", type=click.Path(path_type=Path), default=None, help="File to write.")
 @click.option("--plot", type=click.Path(path_type=Path), default=None,
@@ -95,6 +101,8 @@ def predict(
     from lccost import sweep
 
     form = form or _format_of(output)
+    if explain and form in ("jsonl", "csv"):
+        raise CommandError(f"--explain goes with table, md or json, not {form}", EXIT_USAGE)
     run = sweep.Sweep.of(
         models=flatten(models),
         gpus=flatten(gpus),
@@ -104,7 +112,7 @@ def predict(
         output_tokens=output_tokens,
         options={
             "dtype": dtype,
-            "weight_dtype": weight_dtype,
+            "weight_dtype": weight_dtype.strip().lower(),
             "level": level,
             "tp": tp,
             "engine": engine,
@@ -133,7 +141,9 @@ def predict(
             "results": rows,
         }
         if explain:
-            document["explanations"] = sweep.explain(run)
+            from lccost.explain import explain as explanations
+
+            document["explanations"] = explanations(run)
         text = to_json(document)
     elif form == "jsonl":
         text = to_jsonl(rows)
@@ -146,20 +156,31 @@ def predict(
         raise CommandError(_nothing_fits(solve, rows), EXIT_INFEASIBLE)
 
 
+_ENDINGS = {
+    "": "table", ".txt": "table", ".json": "json", ".jsonl": "jsonl", ".csv": "csv", ".md": "md",
+}  # fmt: skip
+
+
 def _format_of(output: Path | None) -> str:
     if output is None:
         return "table"
-    return {".json": "json", ".jsonl": "jsonl", ".csv": "csv", ".md": "md"}.get(
-        output.suffix.lower(), "table"
-    )
+    ending = output.suffix.lower()
+    if ending not in _ENDINGS:
+        raise CommandError(
+            f"{output}: expected an ending of {', '.join(filter(None, _ENDINGS))}, or --format; "
+            "pages and spreadsheets: lccost report",
+            EXIT_USAGE,
+        )
+    return _ENDINGS[ending]
 
 
 def _nothing_fits(solve: str, rows: list[dict[str, Any]]) -> str:
-    row = min(
-        (r for r in rows if r["applicable"]),
-        key=lambda r: max(r["peak_prefill_bytes"], r["peak_decode_bytes"]),
-    )
     from costmodel.units import format_bytes
+
+    shown = [r for r in rows if r["applicable"]]
+    if not shown:
+        return f"{solve}: nothing applies. {rows[0]['reason']}"
+    row = min(shown, key=lambda r: max(r["peak_prefill_bytes"], r["peak_decode_bytes"]))
 
     need = format_bytes(max(row["peak_prefill_bytes"], row["peak_decode_bytes"]))
     return (

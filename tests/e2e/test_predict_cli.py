@@ -5,6 +5,7 @@ import io
 import json
 import subprocess
 import sys
+from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -56,7 +57,8 @@ def test_product_order_and_method_specs_paste_back() -> None:
         "--context", "4k,8k", "--batch", "1,2",
     )
     assert len(table) == 2 * 2 * 4 * 2 * 2
-    keys = [(r["model"], r["gpu"], r["method_spec"], r["context_tokens"], r["batch"]) for r in table]
+    names = ("model", "gpu", "method_spec", "context_tokens", "batch")
+    keys = [tuple(r[n] for n in names) for r in table]
     assert len(set(keys)) == len(keys)
     assert [k[0] for k in keys] == ["llama-3.1-8b"] * 32 + ["qwen3-8b"] * 32
     assert [k[3] for k in keys[:4]] == [4096, 4096, 8192, 8192]
@@ -201,3 +203,94 @@ def test_listings(command: str) -> None:
     shown = run(command, "show", name)
     assert shown.exit_code == 0
     assert name in shown.stdout
+
+
+def test_a_product_of_impossible_combinations_is_rows() -> None:
+    shape = ["predict", "--model", "mamba-2.8b", "--gpu", "h100-sxm"]
+    for method, context in (("kivi,h2o", "8k"), ("kivi", "8k,9k")):
+        more = ["--method", method, "--context", context]
+        table = rows(*shape, *more)
+        assert [r["applicable"] for r in table] == [False, False]
+        assert all(r["reason"] and r["engine"] == "vllm" and r["ttft_s"] is None for r in table)
+    asked = run(*shape, "--method", "kivi,h2o", "--context", "8k", "--solve", "max-batch")
+    assert asked.exit_code == 3
+    assert "nothing applies" in asked.output
+    assert "kivi acts on" in asked.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--output", "x.pdf"], ["x.pdf", ".json", ".csv"]),
+        (["--engine", ""], ["unknown engine"]),
+        (["--format", "csv", "--explain"], ["--explain", "json"]),
+        (["--method", "k" * 5000], ["kkk..."]),
+        (["--context", str(2**51)], ["at most 1,125,899,906,842,624"]),
+        (["--context", "\u0663"], ["whole number"]),
+        (["--gpu", "g" * 5000 + ".toml"], ["no such profile file"]),
+    ],
+    ids=lambda a: "-".join(a)[:20],
+)
+def test_odd_input_gets_one_short_message(arguments: list[str], words: list[str]) -> None:
+    result = run(*BASE, *arguments)
+    assert result.exit_code == 2, result.output
+    assert len(result.output) < 700
+    for word in words:
+        assert word in result.output
+
+
+def test_names_compare_case_insensitively() -> None:
+    row = rows(
+        "predict", "--model", "LLAMA-3.1-8B", "--gpu", "NVIDIA H100 80GB HBM3", "--context", "1K",
+        "--method", "KIVI:Bits=4", "--dtype", "BF16", "--weight-dtype", "INT4", "--level", "Ideal",
+        "--engine", "SGLang",
+    )[0]
+    assert (row["model"], row["gpu"]) == ("llama-3.1-8b", "h100-sxm")
+    assert row["method_spec"] == "kivi:bits=4"
+    assert (row["dtype"], row["weight_dtype"], row["engine"]) == ("bf16", "int4", "sglang")
+
+
+def test_aliases_of_one_thing_are_one(tmp_path: Path) -> None:
+    same = rows("predict", "--model", "llama-3.1-8b,meta-llama/Llama-3.1-8B", "--context", "1k",
+                "--gpu", "h100-sxm,H100-SXM5-80GB")
+    assert len(same) == 1
+    other = tmp_path / "mine.toml"
+    text = resources.files("hardware_profiles").joinpath("h100-sxm.toml").read_text("utf-8")
+    other.write_text(text.replace("hbm_bytes_per_s = 3.35e12", "hbm_bytes_per_s = 3e12"))
+    clash = run(*BASE, "--gpu", str(other))
+    assert clash.exit_code == 2
+    assert "two different GPUs are called h100-sxm" in clash.output
+
+
+def test_what_a_reader_must_know_is_said() -> None:
+    document = json.loads(run(*BASE, "--context", "1m", "--tp", "16", "--format", "json").stdout)
+    said = " ".join(document["assumptions"])
+    assert "1,048,576 tokens are more than the 131,072" in said
+    assert "tp 16 spans nodes of 8" in said
+    assert document["inputs"]["model"] == ["llama-3.1-8b"]
+    assert document["inputs"]["assume"] is None
+
+
+def test_explanations_add_up() -> None:
+    document = json.loads(
+        run(*BASE, "--method", "kivi,llmlingua2", "--explain", "--format", "json").stdout
+    )
+    for row, block in zip(document["results"], document["explanations"], strict=True):
+        assert block["method_spec"] == row["method_spec"]
+        assert block["state"]["bytes"] == row["state_bytes"]
+        for phase in ("prefill", "decode"):
+            assert block["memory"][phase]["peak_bytes"] == row[f"peak_{phase}_bytes"]
+            ops = [op for op in block["operations"] if op["phase"] == phase]
+            flops = sum(op["count"] * op["flops"] for op in ops)
+            assert flops == pytest.approx(row[f"{phase}_flops"])
+    gemm = next(op for op in document["explanations"][0]["operations"] if op["name"] == "o_proj")
+    assert gemm["shape"] == {"m": 32768, "n": 4096, "k": 4096}
+    text = run(*BASE, "--method", "kivi", "--explain").stdout
+    for words in ("m 32,768, n 4,096, k 4,096", "peak     prefill", "Rk = T mod R", "K = 8"):
+        assert words in text, words
+
+
+def test_methods_show_when_they_act() -> None:
+    assert "acts: before prefill" in run("methods", "show", "llmlingua2").stdout
+    listed = json.loads(run("methods", "list", "--format", "json").stdout)["results"]
+    assert all(row["acts"] for row in listed)

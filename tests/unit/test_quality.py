@@ -103,6 +103,16 @@ def test_budgets_in_tokens() -> None:
     )
 
 
+def test_a_budget_in_tokens_says_nothing_about_far_shorter_prompts() -> None:
+    # PyramidKV's table keeps 64 of about 13,000 tokens; 64 of 512 is another question
+    drop, why = accuracy("mistral-7b-v0.2", "h2o", {"preset": "8x"}, 512)
+    assert drop is None
+    assert "unknown at 512 tokens: evidence starts near" in why
+    parameters = {"keep_tokens": 2048, "window_tokens": 32}
+    assert accuracy("llama-3-8b", "snapkv", parameters, 4096)[0] is not None
+    assert "ends at" in accuracy("llama-3-8b", "snapkv", parameters, 131_072)[1]
+
+
 def test_task_families() -> None:
     # Llama-3.1-8B-Instruct, TOVA with half the cache: RULER 16k 93.4 -> 77.9
     half = {"keep_tokens": 8192}
