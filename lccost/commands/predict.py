@@ -24,7 +24,7 @@ from lccost.commands.common import (
 FORMATS = ("table", "json", "jsonl", "csv", "md")
 
 
-def _choice(*values: str) -> click.Choice[str]:
+def _choice(*values: str) -> "click.Choice[str]":
     return click.Choice(values, case_sensitive=False)
 
 
