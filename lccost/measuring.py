@@ -1,5 +1,6 @@
 """From the options of ``lccost measure`` to points, and each point's own prediction."""
 
+import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import click
 
 from costmodel.architecture import Architecture
-from costmodel.errors import ConfigError, NotApplicableError
+from costmodel.errors import ConfigError, MissingExtraError, NotApplicableError
 from costmodel.hardware import HardwareProfile, load_hardware
 from costmodel.methods.parse import parse_methods
 from costmodel.predict import default_dtype
@@ -35,6 +36,12 @@ class Request:
     threads: int
     gpu: str | None
     seed: int
+
+
+def require_torch() -> None:
+    """Raise ``MissingExtraError`` where PyTorch is not installed; nothing is imported."""
+    if importlib.util.find_spec("torch") is None:
+        raise MissingExtraError("measuring needs PyTorch: pip install 'lccost[measure]'")
 
 
 def points(request: Request, gpu: str) -> list[MeasurePoint]:
@@ -83,6 +90,7 @@ def run(
     request: Request, *, output: Path, resume: bool, timeout_s: float, force: bool
 ) -> list[dict[str, Any]]:
     """Measure everything; each record carries the prediction of its own point."""
+    require_torch()
     if not output.parent.is_dir():
         raise ConfigError(f"the folder {output.parent} does not exist")
     hardware = load_hardware(request.gpu) if request.gpu else None

@@ -28,7 +28,10 @@ def calibrate(device: str, quick: bool, threads: int, output: Path) -> None:
     Matmuls, attention, streaming and dispatch with cold buffers, as curves of efficiency over size:
     predictions with the profile are about this very device, and say so (basis calibrated).
     """
+    from lccost.measuring import require_torch
     from measure.calibrate import calibrate as run
+
+    require_torch()
 
     path = run(device=device, quick=quick, threads=threads, output=output)
     click.echo(f"wrote {path}; use it with --gpu {path}", err=True)

@@ -294,3 +294,21 @@ def test_methods_show_when_they_act() -> None:
     assert "acts: before prefill" in run("methods", "show", "llmlingua2").stdout
     listed = json.loads(run("methods", "list", "--format", "json").stdout)["results"]
     assert all(row["acts"] for row in listed)
+
+
+@pytest.mark.parametrize("command", ["measure", "calibrate"])
+def test_without_torch_the_extra_is_named(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import importlib.util
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, package=None: None)
+    target = str(tmp_path / "out")
+    arguments = {
+        "measure": ["--model", "llama-3.2-1b", "--context", "64", "--output", target],
+        "calibrate": ["--output", target],
+    }[command]
+    result = run(command, *arguments)
+    assert result.exit_code == 4
+    assert "lccost[measure]" in result.output
+    assert not list(tmp_path.iterdir())
