@@ -53,6 +53,8 @@ MOST_LISTED = 2**20
 TP_CANDIDATES = (1, 2, 4, 8, 16, 32, 64)
 
 
+_LAUNCH = BOUNDS.index("launch")
+
 #: Metrics, bounds and shares of the bases of one chunk.
 Evaluated = tuple[dict[str, Array], dict[str, NDArray[np.intp]], dict[str, float]]
 
@@ -400,6 +402,8 @@ class Model:
                 peak_s(whole_prefill, hardware) / tp, prefill_bytes / bandwidth
             ),
             "roofline_tpot_s": np.maximum(peak_decode_s / tp, decode_bytes / bandwidth),
+            "prefill_launch_s": ttft.parts[_LAUNCH],
+            "decode_launch_s": tpot.parts[_LAUNCH],
             "fits": np.where(memory.peak_bytes <= capacity, 1.0, 0.0),
             "tokens_per_s": tokens_per_s,
             "energy_j_per_token": np.nan if power is None else power * tp * tpot.mid_s / batch,

@@ -15,6 +15,7 @@ from typing import Any
 import tomli_w
 
 from costmodel.errors import MeasurementError, NotApplicableError
+from costmodel.files import write_atomic
 from measure.environment import available_memory_bytes, fingerprint, worker_variables
 from measure.isolation import run_isolated
 
@@ -123,15 +124,7 @@ def profile_table(
 def write_atomically(path: Path, text: str) -> None:
     """Write beside the target, sync, and rename: readers see the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with draft.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
+    write_atomic(path, text)
 
 
 def _profile_name(path: Path) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from costmodel.errors import ConfigError
+from costmodel.files import write_atomic
 from reports.excel import to_xlsx
 from reports.figures.style import GREY, WIDE, house_style, new_figure, source_date
 from reports.html import to_html
@@ -45,14 +46,7 @@ def write_report(report: Report, path: str | Path, *, version: str = "") -> Path
         raise ConfigError(
             f"{path}: expected an ending of {', '.join(ENDINGS)}, got {path.suffix or 'none'!r}"
         )
-    content = render()
-    # A lone half of a surrogate pair in a name has no UTF-8: it becomes a question mark.
-    data = content if isinstance(content, bytes) else content.encode("utf-8", "replace")
-    try:
-        path.write_bytes(data)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be written ({error.strerror})") from None
-    return path
+    return write_atomic(path, render())
 
 
 def tables_of(report: Report) -> tuple[Table, ...]:

@@ -2,16 +2,15 @@
 
 import functools
 import json
-import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
-from costmodel.errors import LccostError, MeasurementError, MissingExtraError
+from costmodel.errors import ConfigError, LccostError, MeasurementError, MissingExtraError
+from costmodel.files import write_atomic as write_file
 from costmodel.units import parse_count
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -126,27 +125,10 @@ def flatten(values: Sequence[tuple[Any, ...]]) -> list[Any]:
 
 def write_atomic(path: Path, data: str | bytes) -> None:
     """Write a file whole or not at all."""
-    if path.is_dir():
-        raise CommandError(f"{path} is a folder; give a file name", EXIT_USAGE)
-    if not path.parent.is_dir():
-        raise CommandError(f"the folder {path.parent} does not exist", EXIT_USAGE)
-    raw = data.encode("utf-8") if isinstance(data, str) else data
     try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(raw)
-                file.flush()
-                os.fsync(file.fileno())
-            umask = os.umask(0)
-            os.umask(umask)
-            os.chmod(name, 0o666 & ~umask)
-            os.replace(name, path)
-        except BaseException:
-            os.unlink(name)
-            raise
-    except OSError as error:
-        raise CommandError(f"cannot write {path}: {error.strerror}", EXIT_USAGE) from error
+        write_file(path, data)
+    except ConfigError as error:
+        raise CommandError(str(error), EXIT_USAGE) from error
 
 
 def emit(text: str, output: Path | None) -> None:

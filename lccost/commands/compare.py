@@ -49,7 +49,8 @@ class Percent(click.ParamType):  # type: ignore[type-arg]
 @click.option("--by", default="method", show_default=True, help="Fields to group by.")
 @click.option("--gpu", default=None, help="Profile for records without a prediction of their own.")
 @click.option("--max-error", type=Percent(), default=None,
-              help="Exit with 5 when a group's MAPE is larger (15% or 0.15).")
+              help="Exit with 5 when the mean absolute error (MAPE) of a group, over its records "
+              "of one metric and basis, is larger (15% or 0.15); or when nothing joins.")
 @click.option("--format", "form", type=click.Choice(("table", "json", "csv", "md")),
               default="table", show_default=True)
 @click.option("--output", type=click.Path(path_type=Path), default=None, help="File to write.")
@@ -68,6 +69,7 @@ def compare(
     """Join measurements with predictions of the same point and print the error.
 
     A record's own prediction is used, or one in the files given, or one computed for its key.
+    Tables leave out metrics that are exact in every group; json, csv and md have them.
     """
     from costmodel.hardware import load_hardware
     from lccost import __version__
@@ -83,7 +85,8 @@ def compare(
         return predict_record(fields, hardware)
 
     comparison = join(read_records(records), predicted)
-    table = error_table(comparison, by)
+    # People want news; scripts want every group.
+    table = error_table(comparison, by, exact_rows=form != "table")
     if form == "json":
         text = to_json(
             {

@@ -4,6 +4,7 @@ Colours are those of Okabe and Ito (distinguishable with every common colour bli
 line styles carry the same distinction, so that a grey print loses nothing.
 """
 
+import io
 import math
 import os
 import textwrap
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from costmodel.errors import ConfigError, MissingExtraError
+from costmodel.files import write_atomic
 from costmodel.units import format_si
 
 if TYPE_CHECKING:
@@ -95,11 +97,9 @@ def save_figure(figure: "Figure", path: str | Path, dpi: float = 160.0) -> Path:
     if metadata is None:
         raise ConfigError(f"{path}: expected an ending of .png, .svg or .pdf, got {path.suffix!r}")
     with house_style():
-        try:
-            figure.savefig(path, format=form, dpi=dpi, metadata=metadata)
-        except OSError as error:
-            raise ConfigError(f"{path}: cannot be written ({error.strerror})") from None
-    return path
+        out = io.BytesIO()
+        figure.savefig(out, format=form, dpi=dpi, metadata=metadata)
+    return write_atomic(path, out.getvalue())
 
 
 def _metadata(form: str) -> dict[str, Any] | None:

@@ -47,3 +47,24 @@ def test_an_empty_engine_is_no_default() -> None:
         predict(LLAMA, "full", Workload.of(), H100, engine="")
     with pytest.raises(ConfigError, match="level"):
         predict(LLAMA, "full", Workload.of(), H100, level="best")  # type: ignore[arg-type]
+
+
+def test_starting_the_kernels_is_a_time_of_its_own() -> None:
+    # one token of a short context in transformers: the GPU waits for the host, so the step takes
+    # exactly as long as the launches do; 32 layers of more than ten kernels and about 5 us each
+    p = predict(
+        LLAMA, "full", Workload.of(1, 128), H100, level="reference", engine="transformers",
+        solve=False,
+    )  # fmt: skip
+    assert str(p.decode_bound) == "launch"
+    assert p["decode_launch_s"] == p["tpot_s"]
+    assert 32 * 10 * 2e-6 < p["decode_launch_s"] < 32 * 100 * 20e-6
+    # the number of kernels does not depend on the tokens
+    longer = predict(
+        LLAMA, "full", Workload.of(8, 65_536), H100, level="reference", engine="transformers",
+        solve=False,
+    )  # fmt: skip
+    assert longer["prefill_launch_s"] == p["prefill_launch_s"]
+    assert longer["prefill_launch_s"] < longer["ttft_s"] / 100
+    (row,) = p.rows()
+    assert row["decode_launch_s"] == p["decode_launch_s"]

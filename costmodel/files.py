@@ -1,0 +1,47 @@
+"""Files that are written whole or not at all."""
+
+import os
+import tempfile
+from pathlib import Path
+
+from costmodel.errors import ConfigError
+
+
+def write_atomic(path: str | Path, data: str | bytes) -> Path:
+    """Write beside the target, sync and rename: readers see the old file or the new one.
+
+    Text is written as UTF-8; a lone half of a surrogate pair becomes a question mark. Links are
+    followed; devices and pipes (``/dev/stdout``) are written to as they are. Raises ``ConfigError``
+    where the file cannot be written.
+    """
+    path = Path(path)
+    raw = data if isinstance(data, bytes) else data.encode("utf-8", "replace")
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder; give a file name")
+    if not path.parent.is_dir():
+        raise ConfigError(f"{path}: the folder {path.parent} does not exist")
+    try:
+        if path.exists() and not path.is_file():
+            path.write_bytes(raw)
+        else:
+            _replace(path.resolve(), raw)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written ({error.strerror})") from error
+    return path
+
+
+def _replace(path: Path, raw: bytes) -> None:
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:100]}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(raw)
+            file.flush()
+            os.fsync(file.fileno())
+        # A temporary file is private; the result has the rights that any new file has.
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(name, 0o666 & ~umask)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
