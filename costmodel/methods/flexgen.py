@@ -80,8 +80,10 @@ class FlexGen(AbstractMethod):
 
     def packed_bytes(self, mixer: Attention, point: Point, tokens: Array) -> Array:
         """Codes, scales and minima of ``tokens`` tokens in one layer, whole batch."""
-        e = self.bits / 8 + 2 * point.element_bytes / self.group
-        return point.batch * tokens * (mixer.n_kv_heads * self.padded(mixer) * e)
+        elements = self.padded(mixer)
+        # scales from their own count: a group that is no power of two leaves no rounding behind
+        scales = elements // self.group * 2 * point.element_bytes
+        return point.batch * tokens * (mixer.n_kv_heads * (elements * self.bits / 8 + scales))
 
     def state(self, group: MixerGroup, point: Point) -> State:
         """Packed bytes of every cached token."""

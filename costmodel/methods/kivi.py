@@ -113,10 +113,15 @@ class Kivi(AbstractMethod):
     def packed_bytes(self, mixer: Attention, point: Point) -> tuple[Array, Array, Array]:
         """(packed keys, packed values, 16-bit residual) of one layer, whole batch."""
         nk, rk, nv, rv = self.counts(mixer, point.cached_tokens)
-        b, e = point.kv_element_bytes, self.element_bytes(point)
+        b = point.kv_element_bytes
         hk, hv = mixer.head_dim, mixer.v_head_dim
         heads = point.batch * mixer.n_kv_heads
-        return heads * nk * hk * e, heads * nv * hv * e, heads * (rk * hk + rv * hv) * b
+
+        def packed(elements: Array) -> Array:
+            # whole groups: exact also where a group is no power of two
+            return elements * (self.bits / 8) + elements / self.group * (2 * point.element_bytes)
+
+        return packed(heads * nk * hk), packed(heads * nv * hv), heads * (rk * hk + rv * hv) * b
 
     def state(self, group: MixerGroup, point: Point) -> State:
         """Exact packed bytes."""

@@ -297,3 +297,21 @@ def test_recurrent_models_are_refused() -> None:
         reason = parse_method(spec).refusal(model(mamba, name="mamba2"))
         assert reason is not None
         assert "mamba2 has none" in reason
+
+
+@pytest.mark.parametrize(
+    ("spec", "head", "expected"),
+    [
+        # 2 heads: 200 padded elements of half a byte and 2 groups of 4 bytes, for K and V of 1 head
+        ("flexgen:group=100", 128, 12_345 * 2 * (200 / 2 + 2 * 4)),
+        # groups of 96: 12,288 keys and 12,249 values of 96 elements packed, 57 and 96 left
+        (
+            "kivi:group=96,residual_tokens=96",
+            96,
+            (12_288 + 12_249) * (96 / 4 + 4) + (57 + 96) * 96 * 2,
+        ),
+    ],
+)
+def test_groups_that_are_no_power_of_two(spec: str, head: int, expected: float) -> None:
+    layers = group(attention(4, 1, head), 1)
+    assert state_bytes(spec, point(12_345), layers) == expected
