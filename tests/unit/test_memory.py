@@ -29,12 +29,13 @@ def test_sequences_of_128k_on_one_h100(method: str, sequences: int) -> None:
 
 
 def test_only_one_chunk_of_activations_is_alive() -> None:
-    # whole prompts of 64k tokens: 4 * 14,336 MLP elements a token; in chunks of 8,192 an eighth
+    # whole prompts of 64k tokens: 3 * 14,336 + 4 * 4,096 elements a token; in chunks of 8,192 an
+    # eighth
     cache = 65_536 * 131_072
     whole, _ = peak("full", 1, 65_536, engine="lccost")
-    assert whole == WEIGHTS + 536_870_912 + cache + 256 * 131_072 + 65_536 * 4 * 14_336 * 2
+    assert whole == WEIGHTS + 536_870_912 + cache + 256 * 131_072 + 65_536 * 59_392 * 2
     chunked, _ = peak("full", 1, 65_536, engine="sglang")
-    assert chunked == WEIGHTS + 289_910_292 + cache + 8_192 * 4 * 14_336 * 2
+    assert chunked == WEIGHTS + 289_910_292 + cache + 8_192 * 59_392 * 2
 
 
 @pytest.mark.parametrize(
@@ -79,7 +80,8 @@ def test_infllm_brings_its_own_chunks() -> None:
 
 
 def test_decode_holds_the_widest_of_a_step() -> None:
-    # Mixtral: two experts of 4 * 14,336 elements a token are wider than 32,000 logits of 6 bytes
+    # Mixtral: two experts of 3 * 14,336 elements and 4 * 4,096 a token are wider than 32,000 logits
+    # of 6 bytes
     p = predict(
         load_architecture("mixtral-8x7b"),
         "full",
@@ -90,4 +92,4 @@ def test_decode_holds_the_widest_of_a_step() -> None:
     )
     cache = 64 * 1040 * 131_072
     besides = float(p["peak_decode_bytes"] - p["weights_bytes"]) - 289_910_292 - cache
-    assert besides == 64 * 2 * 4 * 14_336 * 2
+    assert besides == 64 * (2 * 3 * 14_336 + 4 * 4_096) * 2
