@@ -21,7 +21,7 @@ from costmodel.calibration.families import (
     fit_families,
 )
 from costmodel.calibration.tables import Rows, read_table
-from costmodel.calibration.write import sha256, toml_document
+from costmodel.calibration.write import document, sha256
 
 #: Only these tables hold one kernel call per row.
 TABLES = (
@@ -61,7 +61,7 @@ def fit_table(path: Path, output: Path, kinds: Sequence[str] | None) -> None:
             continue
         fitted = fit_families(families)
         tables = as_tables(fitted, f"{table.source}: {path.name}")
-        text = toml_document(
+        text = document(
             kind,
             tables,
             fitted=datetime.date.today().isoformat(),
@@ -69,7 +69,7 @@ def fit_table(path: Path, output: Path, kinds: Sequence[str] | None) -> None:
             n_rejected=len(table.rejected),
             n_splits=len(JUDGING_SEEDS),
         )
-        (output / f"{kind}.toml").write_text(text, encoding="utf-8")
+        (output / f"{kind}.json").write_text(text, encoding="utf-8")
         print(summary(kind, fitted, tables), flush=True)
 
 

@@ -1,21 +1,23 @@
-"""Write fitted families as TOML: one file per kind, one table per family."""
+"""Write fitted families: one JSON file per kind, one table per family."""
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from costmodel.kernels.kinds import kernel_kind
 
-HEAD = """\
-# Kernel families of kind {kind}, fitted by `python -m costmodel.calibration`; do not edit.
-# Parameters: docstring of costmodel/kernels/{module}. Rates scale with the datasheet of the GPU.
-# held_out_percent: errors on rows no fit had seen (both halves of {n_splits} seeded splits), beside
-# those of the datasheet roofline; coverage, interval_width: of intervals judged on unseen rows.
-# The parameters themselves are of a fit to all rows. interval: factors by class of predicted time.
-# Table: {source}
-# Rows were left out where a device could not have run them: {n_rejected}.
-"""
+NOTES = (
+    "Kernel families of kind {kind}, fitted by `python -m costmodel.calibration`; do not edit.",
+    "Parameters: docstring of costmodel/kernels/{module}.py. Rates scale with the GPU's datasheet.",
+    "held_out_percent: errors on rows no fit had seen (both halves of {n_splits} seeded splits), "
+    "beside those of the datasheet roofline; coverage, interval_width: of intervals judged on unseen "
+    "rows. The parameters themselves are of a fit to all rows. interval: factors by class of "
+    "predicted time.",
+    "Table: {source}",
+    "Rows were left out where a device could not have run them: {n_rejected}.",
+)
 
 
 def sha256(path: Path) -> str:
@@ -23,7 +25,7 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def toml_document(
+def document(
     kind: str,
     families: Sequence[Mapping[str, Any]],
     *,
@@ -32,19 +34,20 @@ def toml_document(
     n_rejected: int,
     n_splits: int,
 ) -> str:
-    """The text of one family file."""
+    """The text of one family file: JSON with one line per key of a family, so that diffs read well."""
     module = kernel_kind(kind).time_s.__module__.rpartition(".")[2]
-    head = HEAD.format(
-        kind=kind, module=f"{module}.py", n_splits=n_splits, source=source, n_rejected=n_rejected
-    )
-    parts = [head, f'kind = "{kind}"', f'fitted = "{fitted}"', ""]
-    for family in families:
-        parts += ["[[family]]", *_lines(family), ""]
-    return "\n".join(parts)
-
-
-def _lines(table: Mapping[str, Any]) -> list[str]:
-    return [f"{key} = {toml_value(value)}" for key, value in table.items()]
+    notes = [
+        note.format(
+            kind=kind, module=module, n_splits=n_splits, source=source, n_rejected=n_rejected
+        )
+        for note in NOTES
+    ]
+    rows = [
+        "  {\n" + ",\n".join(f"   {json.dumps(k)}: {json.dumps(v)}" for k, v in row.items()) + "\n  }"
+        for row in families
+    ]
+    head = json.dumps({"notes": notes, "kind": kind, "fitted": fitted}, indent=1)[:-2]
+    return f'{head},\n "family": [\n' + ",\n".join(rows) + "\n ]\n}\n"
 
 
 def toml_value(value: Any) -> str:

@@ -1,6 +1,6 @@
 """The fitted kernel families that ship, and which of them answers for a device and an engine.
 
-``costmodel/data/families/<kind>.toml`` holds one table per family: the kernel of one engine on one
+``costmodel/data/families/<kind>.json`` holds one table per family: the kernel of one engine on one
 GPU, its parameters with units in their names, the rows and shapes they were fitted on, and the
 error on rows no fit had seen. A profile can carry families of its own (``calibrate`` writes them);
 they go first.
@@ -11,7 +11,7 @@ for, its class of implementation, the engine. What is not a family of this GPU a
 """
 
 import functools
-import tomllib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
@@ -119,15 +119,15 @@ class Family:
 @functools.cache
 def shipped_families(kind: str) -> tuple[Family, ...]:
     """All families of a kind that ship; none where there is no file."""
-    file = resources.files("costmodel").joinpath(f"data/families/{kind}.toml")
+    file = resources.files("costmodel").joinpath(f"data/families/{kind}.json")
     if not file.is_file():
         return ()
-    document = tomllib.loads(file.read_text("utf-8"))
+    document = json.loads(file.read_text("utf-8"))
     return tuple(family_from_table(kind, row) for row in document["family"])
 
 
 def family_from_table(kind: str, row: Mapping[str, Any]) -> Family:
-    """Build a family from its TOML table."""
+    """Build a family from its table."""
     model = kernel_kind(kind)
     interval = row["interval"]
     return Family(
