@@ -10,10 +10,10 @@ from costmodel.kernels.kinds import kernel_kind
 
 NOTES = (
     "Kernel families of kind {kind}, fitted by `python -m costmodel.calibration`; do not edit.",
-    "Parameters: docstring of costmodel/kernels/{module}.py. Rates scale with the GPU's datasheet.",
+    "Parameters: docstring of costmodel/kernels/{module}.py. Rates scale with the datasheet.",
     "held_out_percent: errors on rows no fit had seen (both halves of {n_splits} seeded splits), "
-    "beside those of the datasheet roofline; coverage, interval_width: of intervals judged on unseen "
-    "rows. The parameters themselves are of a fit to all rows. interval: factors by class of "
+    "beside those of the datasheet roofline; coverage, interval_width: of intervals judged on "
+    "unseen rows. The parameters themselves are of a fit to all rows. interval: factors by class of "
     "predicted time.",
     "Table: {source}",
     "Rows were left out where a device could not have run them: {n_rejected}.",
@@ -34,7 +34,7 @@ def document(
     n_rejected: int,
     n_splits: int,
 ) -> str:
-    """The text of one family file: JSON with one line per key of a family, so that diffs read well."""
+    """The text of one family file: JSON, one line per key of a family, so that diffs read well."""
     module = kernel_kind(kind).time_s.__module__.rpartition(".")[2]
     notes = [
         note.format(
@@ -43,11 +43,11 @@ def document(
         for note in NOTES
     ]
     rows = [
-        "  {\n" + ",\n".join(f"   {json.dumps(k)}: {json.dumps(v)}" for k, v in row.items()) + "\n  }"
+        ",\n".join(f"   {json.dumps(key)}: {json.dumps(value)}" for key, value in row.items())
         for row in families
     ]
     head = json.dumps({"notes": notes, "kind": kind, "fitted": fitted}, indent=1)[:-2]
-    return f'{head},\n "family": [\n' + ",\n".join(rows) + "\n ]\n}\n"
+    return f'{head},\n "family": [\n' + ",\n".join(f"  {{\n{row}\n  }}" for row in rows) + "\n ]\n}\n"
 
 
 def toml_value(value: Any) -> str:
