@@ -20,12 +20,28 @@ import time
 COMMANDS = {
     "lccost --help": ["--help"],
     "lccost predict, 1 model x 5 methods x 3 contexts": [
-        "predict", "--model", "llama-3.1-8b", "--gpu", "h100-sxm", "--context", "8k,32k,128k",
-        "--method", "full,kivi,h2o,snapkv,fp8_kv",
+        "predict",
+        "--model",
+        "llama-3.1-8b",
+        "--gpu",
+        "h100-sxm",
+        "--context",
+        "8k,32k,128k",
+        "--method",
+        "full,kivi,h2o,snapkv,fp8_kv",
     ],
     "the same as JSON": [
-        "predict", "--model", "llama-3.1-8b", "--gpu", "h100-sxm", "--context", "8k,32k,128k",
-        "--method", "full,kivi,h2o,snapkv,fp8_kv", "--format", "json",
+        "predict",
+        "--model",
+        "llama-3.1-8b",
+        "--gpu",
+        "h100-sxm",
+        "--context",
+        "8k,32k,128k",
+        "--method",
+        "full,kivi,h2o,snapkv,fp8_kv",
+        "--format",
+        "json",
     ],
 }
 
@@ -37,7 +53,9 @@ def start_up(arguments: list[str], runs: int) -> list[float]:
         start = time.perf_counter()
         subprocess.run(
             [sys.executable, "-m", "lccost", *arguments],
-            check=True, stdout=subprocess.DEVNULL, env=environment,
+            check=True,
+            stdout=subprocess.DEVNULL,
+            env=environment,
         )
         if i:
             seconds.append(time.perf_counter() - start)

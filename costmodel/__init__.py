@@ -1,6 +1,6 @@
 """The cost model: architectures, methods, hardware, predictions. numpy and the standard library only.
 
-    from costmodel import Workload, load_architecture, load_hardware, predict
+from costmodel import Workload, load_architecture, load_hardware, predict
 """
 
 from costmodel.architecture import Architecture as Architecture

@@ -182,7 +182,9 @@ def _mxfp4(config: Mapping[str, Any]) -> Groups:
 
 def _integer_groups(bits: int, group: int, *, zero: bool, column_bytes: float = 0.0) -> Format:
     if group == 0:
-        raise ConfigError("quantization_config: group_size: expected -1 (whole rows) or over 0, got 0")
+        raise ConfigError(
+            "quantization_config: group_size: expected -1 (whole rows) or over 0, got 0"
+        )
     return Format(
         name=f"int{bits}",
         code_bytes=bits / 8,

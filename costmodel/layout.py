@@ -304,5 +304,3 @@ def total(operations: Operations, amount: Callable[[Operation], Array]) -> Array
     for op in operations:
         out = out + op.count * amount(op)
     return out
-
-

@@ -124,7 +124,9 @@ def peak_bytes(run: Execution, point: Point, output_tokens: Array) -> Array:
 Peak = Callable[[NDArray[np.float64], NDArray[np.float64]], NDArray[np.float64]]
 
 
-def solve_max_batch(peak: Peak, capacity: float, context: NDArray[np.float64]) -> NDArray[np.float64]:
+def solve_max_batch(
+    peak: Peak, capacity: float, context: NDArray[np.float64]
+) -> NDArray[np.float64]:
     """Largest batch that fits, per context; 0 where not even one sequence does.
 
     ``peak(batch, context)`` takes broadcastable arrays. Memory is affine in the batch once it exceeds
@@ -152,7 +154,9 @@ def solve_max_batch(peak: Peak, capacity: float, context: NDArray[np.float64]) -
     return np.where(probe[..., 0] <= capacity, np.maximum(low, 1.0), 0.0)
 
 
-def solve_max_context(peak: Peak, capacity: float, batch: NDArray[np.float64]) -> NDArray[np.float64]:
+def solve_max_context(
+    peak: Peak, capacity: float, batch: NDArray[np.float64]
+) -> NDArray[np.float64]:
     """Largest context that fits, per batch; 0 where none does, infinity where memory does not grow.
 
     A cache's size may saw (a block is quantised every R tokens), so the answer is an edge: it fits and the

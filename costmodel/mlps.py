@@ -123,9 +123,7 @@ class MoE:
             ).linears(d_model)
         if self.shared_gate:
             out.append(
-                Linear(
-                    name="shared_gate", n_in=d_model, n_out=1, role="router", quantisable=False
-                )
+                Linear(name="shared_gate", n_in=d_model, n_out=1, role="router", quantisable=False)
             )
         return tuple(out)
 
@@ -142,9 +140,11 @@ class MoE:
     def experts_read(self, n_tokens: Array) -> Array:
         """Distinct experts that ``n_tokens`` tokens touch on average, uniform routing."""
         share = min(1.0, self.top_k / self.n_experts)
-        return self.n_experts * -np.expm1(np.asarray(n_tokens) * np.log1p(-share)) if (
-            share < 1.0
-        ) else np.broadcast_to(np.float64(self.n_experts), np.shape(n_tokens))
+        return (
+            self.n_experts * -np.expm1(np.asarray(n_tokens) * np.log1p(-share))
+            if (share < 1.0)
+            else np.broadcast_to(np.float64(self.n_experts), np.shape(n_tokens))
+        )
 
 
 MLP = DenseMLP | MoE

@@ -90,9 +90,7 @@ class Busy:
         )
 
 
-_ADDED = (
-    *("low_s", "mid_s", "high_s", "link_low_s", "link_mid_s", "link_high_s", "launches"),
-)
+_ADDED = (*("low_s", "mid_s", "high_s", "link_low_s", "link_mid_s", "link_high_s", "launches"),)
 
 
 def _taken(value: Array, index: NDArray[np.intp]) -> Array:

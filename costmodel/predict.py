@@ -349,9 +349,7 @@ class Model:
             transient_bytes=largest_transient(operations),
         )
 
-    def evaluate(
-        self, batch: Array, context: Array, output: Array, step: "Step"
-    ) -> Evaluated:
+    def evaluate(self, batch: Array, context: Array, output: Array, step: "Step") -> Evaluated:
         """Every metric but the solved ones, for one chunk of points; ``step`` is ``batch``'s."""
         hardware, tp = self.run.hardware, self.options.tp
         point = self.point(batch, context, output)
@@ -503,5 +501,3 @@ def _flops(op: Operation) -> Array:
 
 def _counted(op: Operation) -> Array:
     return op.counted_flops
-
-

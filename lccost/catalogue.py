@@ -145,15 +145,17 @@ def method_details(spec: str, model: str, context: int) -> dict[str, Any]:
 def _symbols(architecture: Architecture, context: int) -> dict[str, Any]:
     from costmodel.mixers import Attention
 
-    group = next(
-        (g for g in architecture.mixer_groups if isinstance(g.mixer, Attention)), None
-    )
+    group = next((g for g in architecture.mixer_groups if isinstance(g.mixer, Attention)), None)
     symbols: dict[str, Any] = {"B": 1, "T": context}
     if group is not None and isinstance(group.mixer, Attention):
         m = group.mixer
         symbols |= {
-            "L": group.n_layers, "N": m.n_heads, "K": m.n_kv_heads, "Hk": m.head_dim,
-            "Hv": m.v_head_dim, "b": 2,
+            "L": group.n_layers,
+            "N": m.n_heads,
+            "K": m.n_kv_heads,
+            "Hk": m.head_dim,
+            "Hv": m.v_head_dim,
+            "b": 2,
         }
     return symbols
 
@@ -161,8 +163,14 @@ def _symbols(architecture: Architecture, context: int) -> dict[str, Any]:
 def _state(stack: Any, architecture: Architecture, context: int) -> tuple[int, int]:
     tokens = np.float64(stack.prompt_tokens(np.float64(context)))
     point = Point(
-        batch=np.float64(1), prompt_tokens=tokens, cached_tokens=tokens, reserved_tokens=tokens,
-        dtype="bf16", kv_dtype="bf16", level="ideal", engine=load_engine("vllm"),
+        batch=np.float64(1),
+        prompt_tokens=tokens,
+        cached_tokens=tokens,
+        reserved_tokens=tokens,
+        dtype="bf16",
+        kv_dtype="bf16",
+        level="ideal",
+        engine=load_engine("vllm"),
     )
     states = [stack.state(g, point) for g in architecture.mixer_groups]
     return round(float(sum(s.device for s in states))), round(float(sum(s.host for s in states)))
@@ -250,8 +258,13 @@ def model_rows() -> list[dict[str, Any]]:
 def _model_row(a: Architecture) -> dict[str, Any]:
     per_token = bounded = fixed = 0.0
     point = Point(
-        batch=np.float64(1), prompt_tokens=np.float64(2**20), cached_tokens=np.float64(2**20),
-        reserved_tokens=np.float64(2**20), dtype="bf16", kv_dtype="bf16", level="ideal",
+        batch=np.float64(1),
+        prompt_tokens=np.float64(2**20),
+        cached_tokens=np.float64(2**20),
+        reserved_tokens=np.float64(2**20),
+        dtype="bf16",
+        kv_dtype="bf16",
+        level="ideal",
         engine=load_engine("vllm"),
     )
     for g in a.mixer_groups:
@@ -392,5 +405,3 @@ def gpu_text(shown: Mapping[str, Any]) -> str:
         lines.append(f"{key:24} {text}" + (f"    [{sure}] {source}" if source else ""))
     lines += [f"note: {n}" for n in shown["notes"]]
     return "\n".join(lines) + "\n"
-
-

@@ -11,9 +11,18 @@ from lccost import __version__
 
 #: command -> (module and attribute, one line for the list of commands)
 COMMANDS: dict[str, tuple[str, str]] = {
-    "predict": ("predict:predict", "What a method costs on a model and a GPU: memory, time, money."),
-    "measure": ("measure:measure", "Run the actual methods on this machine and record what happens."),
-    "calibrate": ("calibrate:calibrate", "Measure this device once, so that predictions are about it."),
+    "predict": (
+        "predict:predict",
+        "What a method costs on a model and a GPU: memory, time, money.",
+    ),
+    "measure": (
+        "measure:measure",
+        "Run the actual methods on this machine and record what happens.",
+    ),
+    "calibrate": (
+        "calibrate:calibrate",
+        "Measure this device once, so that predictions are about it.",
+    ),
     "compare": ("compare:compare", "Join measurements with predictions and print the error."),
     "validate": ("validate:validate", "Judge predictions on a table of published measurements."),
     "plan": ("plan:plan", "How many of which GPUs, with which method, at what cost."),

@@ -41,9 +41,7 @@ def predict_record(
     prediction = predict(
         first_layers(model, fields.get("layers")),
         parse_method(str(fields["method_spec"])),
-        Workload.of(
-            fields["batch"], fields["context_tokens"], fields.get("output_tokens") or 1
-        ),
+        Workload.of(fields["batch"], fields["context_tokens"], fields.get("output_tokens") or 1),
         hardware or load_hardware(str(fields.get("gpu"))),
         dtype=fields.get("dtype"),
         weight_dtype=fields.get("weight_dtype") or "checkpoint",

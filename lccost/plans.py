@@ -141,9 +141,7 @@ def _table(titles: Sequence[tuple[str, bool]], markdown: bool) -> Table:
 
 def _degrees(row: Row) -> str:
     pool = row["pools"][0] if row["pools"] else {}
-    parts = [f"tp{row['tp']}"] + [
-        f"{k}{pool[k]}" for k in ("pp", "ep", "cp") if pool.get(k, 1) > 1
-    ]
+    parts = [f"tp{row['tp']}"] + [f"{k}{pool[k]}" for k in ("pp", "ep", "cp") if pool.get(k, 1) > 1]
     return " ".join(parts)
 
 

@@ -36,7 +36,11 @@ def console(file: io.StringIO) -> Console:
     terminal = sys.stdout.isatty()
     width = shutil.get_terminal_size().columns if terminal else PIPE_WIDTH
     return Console(
-        file=file, width=max(width, 100), force_terminal=terminal, highlight=False, markup=False,
+        file=file,
+        width=max(width, 100),
+        force_terminal=terminal,
+        highlight=False,
+        markup=False,
         emoji=False,
     )
 

@@ -14,7 +14,6 @@ import time
 from importlib import resources
 from pathlib import Path
 
-
 #: A small decoder with grouped queries; its weights are random, its dimensions are real.
 DEMO_MODEL = resources.files("measure").joinpath("data/demo-decoder.json")
 ALL_METHODS = (

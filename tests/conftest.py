@@ -43,6 +43,13 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):  
     outcome = yield
     report = outcome.get_result()
     installs = {"browser", "ray", "compiler"}
-    if ON_CI and report.skipped and installs & set(item.keywords) and not hasattr(report, "wasxfail"):
+    if (
+        ON_CI
+        and report.skipped
+        and installs & set(item.keywords)
+        and not hasattr(report, "wasxfail")
+    ):
         report.outcome = "failed"
-        report.longrepr = f"{item.nodeid} skipped on CI, which installs what it needs: {report.longrepr}"
+        report.longrepr = (
+            f"{item.nodeid} skipped on CI, which installs what it needs: {report.longrepr}"
+        )

@@ -56,7 +56,9 @@ def test_costmodel_needs_numpy_and_msgspec_only() -> None:
         for name, at_top in imports(path):
             if name in sys.stdlib_module_names or name == "costmodel":
                 continue
-            allowed = name in COSTMODEL_THIRD_PARTY or (not at_top and name in {"scipy", "huggingface_hub", "ray"})
+            allowed = name in COSTMODEL_THIRD_PARTY or (
+                not at_top and name in {"scipy", "huggingface_hub", "ray"}
+            )
             assert allowed, f"{path.relative_to(ROOT)} imports {name}"
 
 
@@ -65,8 +67,17 @@ def test_costmodel_needs_numpy_and_msgspec_only() -> None:
     [
         ["--help"],
         ["predict", "--help"],
-        ["predict", "--model", "llama-3-8b", "--gpu", "h100-sxm", "--context", "8k",
-         "--method", "full,kivi"],
+        [
+            "predict",
+            "--model",
+            "llama-3-8b",
+            "--gpu",
+            "h100-sxm",
+            "--context",
+            "8k",
+            "--method",
+            "full,kivi",
+        ],
         ["methods", "list"],
         ["methods", "show", "kivi"],
         ["models", "list"],

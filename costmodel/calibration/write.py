@@ -47,7 +47,9 @@ def document(
         for row in families
     ]
     head = json.dumps({"notes": notes, "kind": kind, "fitted": fitted}, indent=1)[:-2]
-    return f'{head},\n "family": [\n' + ",\n".join(f"  {{\n{row}\n  }}" for row in rows) + "\n ]\n}\n"
+    return (
+        f'{head},\n "family": [\n' + ",\n".join(f"  {{\n{row}\n  }}" for row in rows) + "\n ]\n}\n"
+    )
 
 
 def toml_value(value: Any) -> str:

@@ -12,9 +12,7 @@ from costmodel.kernels.prior import prior_time
 from costmodel.operation import Operation
 
 
-def time_operation(
-    operation: Operation, hardware: HardwareProfile, engine: str = ""
-) -> KernelTime:
+def time_operation(operation: Operation, hardware: HardwareProfile, engine: str = "") -> KernelTime:
     """Interval, parts and basis of one run of ``operation`` as ``engine`` runs it."""
     if hardware.curves:
         calibrated = calibrated_time(operation, hardware)

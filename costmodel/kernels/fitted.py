@@ -59,7 +59,9 @@ def fitted_time(
     if family is None:
         return None
     found = _kernel_time(operation, hardware, family, asked, _seconds(family, hardware, asked))
-    return found if np.all(asked.mask) else _mixed(asked.mask, found, prior_time(operation, hardware))
+    return (
+        found if np.all(asked.mask) else _mixed(asked.mask, found, prior_time(operation, hardware))
+    )
 
 
 def _mixed(mask: Mask, found: KernelTime, prior: KernelTime) -> KernelTime:

@@ -120,9 +120,7 @@ class AbstractMethod(ABC):
 
         The default refuses models without a single mixer that it would change.
         """
-        if self.SCOPE == "none" or any(
-            self.covers(g.mixer) for g in architecture.mixer_groups
-        ):
+        if self.SCOPE == "none" or any(self.covers(g.mixer) for g in architecture.mixer_groups):
             return None
         kinds = sorted({g.mixer.KIND for g in architecture.mixer_groups})
         return (

@@ -247,6 +247,4 @@ def reads_copy(operation: Operation, copy_bytes: Array, *, repeated: bool = Fals
         shape["kv_bytes"] = copy_bytes
     if repeated:
         shape["n_kv_heads"] = shape["n_heads"]
-    return replace(
-        operation, workspace_bytes=operation.workspace_bytes + copy_bytes, shape=shape
-    )
+    return replace(operation, workspace_bytes=operation.workspace_bytes + copy_bytes, shape=shape)

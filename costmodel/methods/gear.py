@@ -86,9 +86,7 @@ class Gear(AbstractMethod):
         hk, hv, heads = mixer.head_dim, mixer.v_head_dim, mixer.n_kv_heads
         dense = n * (hk + hv) * self.bits / 8 + 2 * b * hk + 2 * b * n
         factors = rank * b * (2 * n + hk + hv)
-        outliers = sum(
-            2 * np.floor(self.outlier_fraction * n * (heads * h) / 2) for h in (hk, hv)
-        )
+        outliers = sum(2 * np.floor(self.outlier_fraction * n * (heads * h) / 2) for h in (hk, hv))
         return heads * (dense + factors) + outliers * (b + _INDEX_BYTES)
 
     def parts(self, mixer: Attention, point: Point) -> tuple[Array, Array]:

@@ -126,13 +126,9 @@ class KvOffload(AbstractMethod):
             ),
         )
 
-    def _in_transit(
-        self, group: MixerGroup, point: Point, operations: Operations
-    ) -> Operations:
+    def _in_transit(self, group: MixerGroup, point: Point, operations: Operations) -> Operations:
         """Layers of a kind that has no slot of its own pass through a transient one."""
         if self._resident(group):
             return operations
         layer = group.mixer.state_bytes(point)
-        return tuple(
-            replace(op, transient_bytes=op.transient_bytes + layer) for op in operations
-        )
+        return tuple(replace(op, transient_bytes=op.transient_bytes + layer) for op in operations)

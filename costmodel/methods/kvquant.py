@@ -169,9 +169,7 @@ class KvQuant(AbstractMethod):
             formula="packed state and tables read once",
         )
         if not reference:
-            return attend_packed(
-                point, attention, packed=packed, elements=elements, bits=self.bits
-            )
+            return attend_packed(point, attention, packed=packed, elements=elements, bits=self.bits)
         return (
             *self._reference_append(mixer, point, new),
             attention,

@@ -84,9 +84,7 @@ class MethodStack:
         """Why it cannot run on this model, or None."""
         return next((r for m in self.methods if (r := m.refusal(architecture)) is not None), None)
 
-    def equals_full(
-        self, context_tokens: Array, architecture: Architecture | None = None
-    ) -> Mask:
+    def equals_full(self, context_tokens: Array, architecture: Architecture | None = None) -> Mask:
         """Where every budget holds the whole context, elementwise. Shape: that of the context."""
         n_kv = None
         if architecture is not None:
@@ -209,9 +207,7 @@ def _either(method: AbstractMethod, group: MixerGroup, point: Point) -> State:
     allocated = None
     if state.allocated is not None:  # NaN: the engine's own rule, as for any native cache
         allocated = np.where(full, np.nan, state.allocated)
-    return State(
-        np.where(full, native, state.device), np.where(full, 0.0, state.host), allocated
-    )
+    return State(np.where(full, native, state.device), np.where(full, 0.0, state.host), allocated)
 
 
 def _choose(full: Mask, native: Operations, changed: Operations) -> Operations:

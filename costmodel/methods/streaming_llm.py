@@ -166,9 +166,7 @@ class StreamingLLM(AbstractMethod):
             rotate_in_fp32(mixer, point, window + chunk, count=np.ceil(s / _CHUNK)),
         )
 
-    def _eager_prefill(
-        self, mixer: Attention, point: Point, pairs: Array, c: Array
-    ) -> Operations:
+    def _eager_prefill(self, mixer: Attention, point: Point, pairs: Array, c: Array) -> Operations:
         s = point.prompt_tokens
         return (
             rotate_keys(mixer, point, s, source=f"{_MIT_LLAMA} apply_rotary_pos_emb_single"),

@@ -87,9 +87,7 @@ class Attention(AbstractMixer):
             raise NotApplicableError(f"{self.n_heads} attention heads do not divide by tp={tp}")
         if self.n_kv_heads % tp and tp % self.n_kv_heads:
             raise NotApplicableError(f"{self.n_kv_heads} KV heads and tp={tp} do not divide")
-        return replace(
-            self, n_heads=self.n_heads // tp, n_kv_heads=max(1, self.n_kv_heads // tp)
-        )
+        return replace(self, n_heads=self.n_heads // tp, n_kv_heads=max(1, self.n_kv_heads // tp))
 
     @property
     def limit_tokens(self) -> float:
@@ -145,9 +143,7 @@ class Attention(AbstractMixer):
     def decode(self, point: Point) -> Operations:
         """Read the cache once, write one token."""
         held = np.minimum(point.cached_tokens, self.limit_tokens)
-        per_token = (
-            self.n_kv_heads * (self.head_dim + self.v_head_dim) * point.kv_element_bytes
-        )
+        per_token = self.n_kv_heads * (self.head_dim + self.v_head_dim) * point.kv_element_bytes
         operations = [
             decode_attention(
                 self,
@@ -155,7 +151,8 @@ class Attention(AbstractMixer):
                 read_tokens=held,
                 executed_tokens=np.minimum(point.cached_tokens + 1, self.limit_tokens),
                 read_bytes=point.batch * held * per_token,
-                written_bytes=point.batch * float(self.kv_elements_per_token())
+                written_bytes=point.batch
+                * float(self.kv_elements_per_token())
                 * point.kv_element_bytes,
             )
         ]

@@ -58,7 +58,11 @@ def bound_of(load: Load, steps: StepTable, pool: float) -> Bound:
         alone = per_prompt + tokens * steps.token_s(steps.chunk_tokens) / steps.chunk_tokens
         kv = alone * float(load.peak_bytes.mean()) / pool
         return Bound(
-            rate_per_s=1.0 / alone, batch=0.0, prefill_s=alone, decode_s=0.0, kv_s=kv,
+            rate_per_s=1.0 / alone,
+            batch=0.0,
+            prefill_s=alone,
+            decode_s=0.0,
+            kv_s=kv,
             memory_binds=False,
         )
     weight = load.decode_steps / load.decode_steps.sum()

@@ -62,9 +62,7 @@ def candidates(grid: Grid) -> list[Candidate]:
         grid.models, grid.gpus, specs, grid.levels, engines, grid.tp, grid.pp, grid.ep, grid.cp,
     )  # fmt: skip
     return [
-        Candidate(
-            model=m, gpu=g, method=x, level=level, engine=e, tp=tp, pp=pp, ep=ep, cp=cp
-        )
+        Candidate(model=m, gpu=g, method=x, level=level, engine=e, tp=tp, pp=pp, ep=ep, cp=cp)
         for m, g, x, level, e, tp, pp, ep, cp in itertools.product(*parts)
     ]
 

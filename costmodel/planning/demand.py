@@ -70,7 +70,7 @@ class Demand:
         if not np.isfinite(rate):
             raise ConfigError(
                 f"{trace.name}: all requests arrive at once, so the trace has no rate; "
-                "give rate_per_s, or use arrivals = \"trace\""
+                'give rate_per_s, or use arrivals = "trace"'
             )
         times = self.arrivals.times(trace.size, rate, rng)
         return Requests(

@@ -105,9 +105,7 @@ def screen_pair(
 
 def _parts(first: Parts, second: Parts, bytes_per_s: float) -> PairParts:
     zero = np.zeros(first.load.size)
-    prompts = replace(
-        first.load, output_tokens=zero + 1.0, held_slope=zero, moved_slope=zero
-    )
+    prompts = replace(first.load, output_tokens=zero + 1.0, held_slope=zero, moved_slope=zero)
     answers = replace(second.load, cached_tokens=second.load.prompt_tokens, before_s=zero)
     rate = bytes_per_s * COLLECTIVE_FRACTION[1]
     return PairParts(

@@ -74,9 +74,7 @@ def _at(
     architecture: Architecture, stack: MethodStack, context: float, family: str, analogy: bool
 ) -> GivenUp:
     parameters = stack.resolved(int(context)).parameters
-    drop, source = accuracy(
-        architecture.name, stack.name, parameters, context, task_family=family
-    )
+    drop, source = accuracy(architecture.name, stack.name, parameters, context, task_family=family)
     if drop is not None or not analogy:
         return GivenUp(drop_points=drop, source=source)
     others = []

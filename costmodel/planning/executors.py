@@ -112,9 +112,7 @@ class RayCluster:
         try:
             import ray
         except ModuleNotFoundError as error:
-            raise MissingExtraError(
-                "a Ray cluster needs Ray: pip install 'lccost[ray]'"
-            ) from error
+            raise MissingExtraError("a Ray cluster needs Ray: pip install 'lccost[ray]'") from error
         self.ray = ray
         self.started_here = not ray.is_initialized()
         if self.started_here:

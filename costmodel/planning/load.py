@@ -86,9 +86,7 @@ def load_of(model: Model, requests: Requests, make: StepBuilder) -> Load:
     )
 
 
-def _slice(
-    model: Model, requests: Requests, make: StepBuilder, part: slice
-) -> tuple[Floats, ...]:
+def _slice(model: Model, requests: Requests, make: StepBuilder, part: slice) -> tuple[Floats, ...]:
     original = requests.input_tokens[part]
     output = requests.output_tokens[part]
     prompt = np.broadcast_to(
@@ -97,9 +95,7 @@ def _slice(
     # A compressed prompt keeps the same share of a cached prefix.
     share = requests.prefix_tokens[part] / original
     cached = np.minimum(np.floor(share * prompt), prompt - 1.0)
-    compress = model.run.stack.prompt_operations(
-        make.point(np.float64(1.0), original, original)
-    )
+    compress = model.run.stack.prompt_operations(make.point(np.float64(1.0), original, original))
     before = np.broadcast_to(make.kernels_s(compress) if compress else 0.0, original.shape)
     held, held_slope = _held(model, make, prompt, output)
     last = np.maximum(output - 1.0, 1.0)
@@ -109,9 +105,7 @@ def _slice(
     return prompt, cached, before, held, held_slope, first_moved, moved_slope
 
 
-def _held(
-    model: Model, make: StepBuilder, prompt: Floats, output: Floats
-) -> tuple[Floats, Floats]:
+def _held(model: Model, make: StepBuilder, prompt: Floats, output: Floats) -> tuple[Floats, Floats]:
     """The line of each request's state: (bytes after the prompt, bytes per generated token)."""
     one = np.float64(1.0)
     shares = output[:, None] * _SHARES

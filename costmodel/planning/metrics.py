@@ -177,9 +177,7 @@ def checks(found: Measured, slo: Slo) -> list[Check]:
     if slo.ttft_s_per_1k_tokens is not None:
         share = float(np.mean(found.ttft <= slo.scaled_ttft_s(found.input_tokens)))
         least = slo.attainment or DEFAULT_SHARE
-        out.append(
-            Check(key="ttft_per_1k_share", value=share, limit=least, holds=share >= least)
-        )
+        out.append(Check(key="ttft_per_1k_share", value=share, limit=least, holds=share >= least))
     if slo.attainment is not None:
         share = float(np.mean(meets_all(found, slo)))
         out.append(

@@ -90,9 +90,7 @@ def cheapest_mix(
         return None
     counts = np.round(found.x[:n_types]).astype(int)
     shares = np.clip(found.x[n_types:].reshape(n_types, n_classes), 0.0, 1.0)
-    return Mix(
-        counts=tuple(counts.tolist()), shares=shares, usd_per_hour=float(counts @ usd)
-    )
+    return Mix(counts=tuple(counts.tolist()), shares=shares, usd_per_hour=float(counts @ usd))
 
 
 def class_rate(candidate: Candidate, spec: PlanSpec, requests: Requests, chosen: Floats) -> float:

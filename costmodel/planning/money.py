@@ -58,9 +58,7 @@ def fleet_watts(hardware: HardwareProfile, outcome: Outcome, per_engine: int) ->
     return joules / outcome.span_s * per_engine
 
 
-def fleet_cost(
-    hardware: HardwareProfile, outcome: Outcome, per_engine: int, money: Money
-) -> Cost:
+def fleet_cost(hardware: HardwareProfile, outcome: Outcome, per_engine: int, money: Money) -> Cost:
     """Rent of ``per_engine`` GPUs for each simulated engine, and power where it is paid apart."""
     watts = fleet_watts(hardware, outcome, per_engine)
     usd = rent_usd_per_hour(hardware, outcome.replicas * per_engine)

@@ -57,9 +57,7 @@ class Parallel:
             raise NotApplicableError(f"ep = {self.ep}: {model.architecture.name} has no experts")
         for moe in experts:
             if moe.n_experts % self.ep:
-                raise NotApplicableError(
-                    f"{moe.n_experts} experts do not divide by ep = {self.ep}"
-                )
+                raise NotApplicableError(f"{moe.n_experts} experts do not divide by ep = {self.ep}")
 
     def _stage_share(self, model: "Model") -> float:
         """Share of the layers on the stage that has most."""
@@ -199,7 +197,5 @@ def _link(model: "Model") -> float:
 def _expert_bytes(model: "Model") -> float:
     """Stored bytes of routed experts on one rank."""
     return sum(
-        matmul.stored_bytes * count
-        for _, count, matmuls in model.run.experts
-        for matmul in matmuls
+        matmul.stored_bytes * count for _, count, matmuls in model.run.experts for matmul in matmuls
     )

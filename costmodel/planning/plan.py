@@ -126,18 +126,19 @@ def _with_details(
     for row, extra in zip(top, results, strict=False):
         row |= extra
     needs = results[len(top) : len(top) + len(best)]
-    changed = [] if plan.spec.demand.is_closed else sensitivities(
-        best, needs, plan.spec.grid.max_gpus
+    changed = (
+        [] if plan.spec.demand.is_closed else sensitivities(best, needs, plan.spec.grid.max_gpus)
     )
     return Plan(
-        spec=plan.spec, workload=plan.workload, rows=plan.rows, sensitivities=changed,
+        spec=plan.spec,
+        workload=plan.workload,
+        rows=plan.rows,
+        sensitivities=changed,
         curve=results[-1] if drawn else [],
     )
 
 
-def _mixed(
-    spec: PlanSpec, requests: Requests, executor: Executor, report: Report
-) -> list[Row]:
+def _mixed(spec: PlanSpec, requests: Requests, executor: Executor, report: Report) -> list[Row]:
     """Per model, the cheapest mix of server types that holds."""
     out: list[Row] = []
     for model in spec.grid.models:

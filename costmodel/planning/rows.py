@@ -105,8 +105,10 @@ def binds(screened: Screened) -> str:
     """What limits a replica's rate in closed form."""
     assert screened.parts is not None
     bound = screened.parts.bound
-    if bound.memory_binds and bound.kv_s > 0.98 * (bound.prefill_s + bound.decode_s) and (
-        bound.decode_s > 0.5 * bound.prefill_s
+    if (
+        bound.memory_binds
+        and bound.kv_s > 0.98 * (bound.prefill_s + bound.decode_s)
+        and (bound.decode_s > 0.5 * bound.prefill_s)
     ):
         return "KV pool"
     if bound.prefill_s >= bound.decode_s:

@@ -130,5 +130,3 @@ def _entry(
 def _label(row: Mapping[str, Any]) -> str:
     tp = f" tp={row['tp']}" if row["tp"] > 1 else ""
     return f"{row['model']} {row['method_spec']} on {row['gpu']}{tp}"
-
-

@@ -97,9 +97,7 @@ class PlanSpec:
         return n
 
 
-def read_plan(
-    path: Path | None, overrides: Sequence[tuple[str, Any]] = ()
-) -> PlanSpec:
+def read_plan(path: Path | None, overrides: Sequence[tuple[str, Any]] = ()) -> PlanSpec:
     """Read a file (or start from nothing) and lay ``section.key`` overrides over it.
 
     Raises one ``ConfigError`` with every problem and, where the key stands in the file, its line.

@@ -84,7 +84,10 @@ def _users_rate(f: Fields) -> float:
     users = f.number("users", unit="users", low=1, high=1e10) or 1.0
     active = f.number("active_fraction", unit="a share", low=1e-9, high=1.0)
     per_minute = f.number(
-        "requests_per_minute", unit="requests per active user and minute", low=1e-9, high=1e4,
+        "requests_per_minute",
+        unit="requests per active user and minute",
+        low=1e-9,
+        high=1e4,
         required=True,
     )
     peak = f.number("peak_factor", unit="a factor", low=1.0, high=1e3)

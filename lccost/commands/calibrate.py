@@ -17,10 +17,19 @@ Examples:
 @click.command(epilog=EXAMPLES)
 @click.option("--device", default="cpu", show_default=True, help="What to measure.")
 @click.option("--quick", is_flag=True, help="About 20 s instead of up to 2 minutes.")
-@click.option("--threads", type=click.IntRange(1), default=1, show_default=True,
-              help="CPU threads that later measurements will use.")
-@click.option("--output", type=click.Path(path_type=Path), required=True,
-              help="Profile to write; --gpu accepts it everywhere.")
+@click.option(
+    "--threads",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="CPU threads that later measurements will use.",
+)
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Profile to write; --gpu accepts it everywhere.",
+)
 @handle_errors
 def calibrate(device: str, quick: bool, threads: int, output: Path) -> None:
     """Measure this device once and write a hardware profile of it.

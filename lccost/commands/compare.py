@@ -48,14 +48,27 @@ class Percent(click.ParamType):  # type: ignore[type-arg]
 @click.argument("records", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--by", default="method", show_default=True, help="Fields to group by.")
 @click.option("--gpu", default=None, help="Profile for records without a prediction of their own.")
-@click.option("--max-error", type=Percent(), default=None,
-              help="Exit with 5 when the mean absolute error (MAPE) of a group, over its records "
-              "of one metric and basis, is larger (15% or 0.15); or when nothing joins.")
-@click.option("--format", "form", type=click.Choice(("table", "json", "csv", "md")),
-              default="table", show_default=True)
+@click.option(
+    "--max-error",
+    type=Percent(),
+    default=None,
+    help="Exit with 5 when the mean absolute error (MAPE) of a group, over its records "
+    "of one metric and basis, is larger (15% or 0.15); or when nothing joins.",
+)
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(("table", "json", "csv", "md")),
+    default="table",
+    show_default=True,
+)
 @click.option("--output", type=click.Path(path_type=Path), default=None, help="File to write.")
-@click.option("--plot", type=click.Path(path_type=Path), default=None,
-              help="Roofline picture with predicted rings and observed dots.")
+@click.option(
+    "--plot",
+    type=click.Path(path_type=Path),
+    default=None,
+    help="Roofline picture with predicted rings and observed dots.",
+)
 @handle_errors
 def compare(
     records: tuple[Path, ...],
@@ -124,5 +137,6 @@ def compare(
                 EXIT_TOLERANCE,
             )
         if not comparison.errors:
-            raise CommandError("nothing was joined, so no error is inside the tolerance",
-                               EXIT_TOLERANCE)
+            raise CommandError(
+                "nothing was joined, so no error is inside the tolerance", EXIT_TOLERANCE
+            )

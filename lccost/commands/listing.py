@@ -42,8 +42,9 @@ def methods_list(form: str) -> None:
 @methods.command("show")
 @click.argument("spec", metavar="NAME")
 @click.option("--model", default="llama-3.1-8b", show_default=True, help="Model for the numbers.")
-@click.option("--context", type=CountList(), default="32k", show_default=True,
-              help="Context for the numbers.")
+@click.option(
+    "--context", type=CountList(), default="32k", show_default=True, help="Context for the numbers."
+)
 @FORMAT
 @handle_errors
 def methods_show(spec: str, model: str, context: tuple[int, ...], form: str) -> None:

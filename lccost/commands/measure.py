@@ -24,34 +24,88 @@ Examples:
 
 
 @click.command(epilog=EXAMPLES)
-@click.option("--model", "models", type=CommaList(), multiple=True, required=True,
-              help="Bundled name or config.json; repeats.")
-@click.option("--method", "methods", multiple=True, default=("full",), show_default=True,
-              help="name[:k=v,...]; repeats and takes comma lists.")
-@click.option("--context", "contexts", type=CountList(), multiple=True, required=True,
-              help="Prompt tokens; the timed step reads as many cached tokens; repeats.")
-@click.option("--batch", "batches", type=CountList(), multiple=True, default=((1,),),
-              show_default="1", help="Sequences; repeats.")
-@click.option("--layers", type=click.IntRange(1), default=None,
-              help="Run only the first so many layers; records say so.")
-@click.option("--output-tokens", type=Count(), default=32, show_default=True,
-              help="Room for generated tokens.")
+@click.option(
+    "--model",
+    "models",
+    type=CommaList(),
+    multiple=True,
+    required=True,
+    help="Bundled name or config.json; repeats.",
+)
+@click.option(
+    "--method",
+    "methods",
+    multiple=True,
+    default=("full",),
+    show_default=True,
+    help="name[:k=v,...]; repeats and takes comma lists.",
+)
+@click.option(
+    "--context",
+    "contexts",
+    type=CountList(),
+    multiple=True,
+    required=True,
+    help="Prompt tokens; the timed step reads as many cached tokens; repeats.",
+)
+@click.option(
+    "--batch",
+    "batches",
+    type=CountList(),
+    multiple=True,
+    default=((1,),),
+    show_default="1",
+    help="Sequences; repeats.",
+)
+@click.option(
+    "--layers",
+    type=click.IntRange(1),
+    default=None,
+    help="Run only the first so many layers; records say so.",
+)
+@click.option(
+    "--output-tokens",
+    type=Count(),
+    default=32,
+    show_default=True,
+    help="Room for generated tokens.",
+)
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda:0.")
-@click.option("--engine", type=click.Choice(("torch", "lccost", "transformers")), default="torch",
-              show_default=True)
-@click.option("--realisation", type=click.Choice(("reference", "best")), default="best",
-              show_default=True)
-@click.option("--dtype", type=click.Choice(("bf16", "fp16", "fp32")), default=None,
-              help="[default: the checkpoint's]")
-@click.option("--threads", type=click.IntRange(1), default=1, show_default=True,
-              help="CPU threads.")
-@click.option("--gpu", default=None, metavar="PROFILE",
-              help="Profile that predicts the points (a calibration of this device).")
-@click.option("--output", type=click.Path(path_type=Path), required=True,
-              help="Records, one JSON line each.")
+@click.option(
+    "--engine",
+    type=click.Choice(("torch", "lccost", "transformers")),
+    default="torch",
+    show_default=True,
+)
+@click.option(
+    "--realisation", type=click.Choice(("reference", "best")), default="best", show_default=True
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(("bf16", "fp16", "fp32")),
+    default=None,
+    help="[default: the checkpoint's]",
+)
+@click.option(
+    "--threads", type=click.IntRange(1), default=1, show_default=True, help="CPU threads."
+)
+@click.option(
+    "--gpu",
+    default=None,
+    metavar="PROFILE",
+    help="Profile that predicts the points (a calibration of this device).",
+)
+@click.option(
+    "--output", type=click.Path(path_type=Path), required=True, help="Records, one JSON line each."
+)
 @click.option("--resume", is_flag=True, help="Keep the file; run only what is not finished.")
-@click.option("--timeout", type=click.FloatRange(0, min_open=True), default=600.0,
-              show_default=True, help="Seconds a point may take.")
+@click.option(
+    "--timeout",
+    type=click.FloatRange(0, min_open=True),
+    default=600.0,
+    show_default=True,
+    help="Seconds a point may take.",
+)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--force", is_flag=True, help="Also start points that are predicted not to fit.")
 @handle_errors
@@ -103,9 +157,7 @@ def measure(
         force=force,
     )
     failed = [r for r in records if r["status"] not in ("ok", "noisy", "skipped_oom_predicted")]
-    click.echo(
-        f"{len(records)} records in {output}; next: lccost compare {output}", err=True
-    )
+    click.echo(f"{len(records)} records in {output}; next: lccost compare {output}", err=True)
     if failed and len(failed) == len(records):
         raise CommandError(
             f"no point was measured; the first: {failed[0]['status']}: {failed[0]['message']}",

@@ -54,10 +54,12 @@ _KEYS = {
 @click.argument("file", required=False, type=click.Path(path_type=Path))
 @click.option("--trace", default=None, help="Trace file (Mooncake, Azure, BurstGPT or own csv).")
 @click.option("--rate", type=float, default=None, help="Requests per second instead of a trace.")
-@click.option("--concurrency", type=int, default=None,
-              help="Sessions that always have a request open.")
-@click.option("--users", type=float, default=None,
-              help="Users; see requests_per_minute in the plan file.")
+@click.option(
+    "--concurrency", type=int, default=None, help="Sessions that always have a request open."
+)
+@click.option(
+    "--users", type=float, default=None, help="Users; see requests_per_minute in the plan file."
+)
 @click.option("--input-tokens", default=None, help="Tokens, a CDF file, or a TOML distribution.")
 @click.option("--output-tokens", default=None, help="The same for answers.")
 @click.option("--scale", type=float, default=None, help="Multiply the rate.")
@@ -66,8 +68,13 @@ _KEYS = {
 @click.option("--prefix-cache", default=None, help="off, ideal or hit=SHARE.")
 @click.option("--requests", type=int, default=None, help="Requests to draw when there is no trace.")
 @click.option("--seed", type=int, default=None, help="Of everything that is drawn.")
-@click.option("--slo", "slos", multiple=True, metavar="KEY=VALUE",
-              help="ttft_p99_s=30, itl_p95_ms=200, attainment=0.99, ...; repeats.")
+@click.option(
+    "--slo",
+    "slos",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="ttft_p99_s=30, itl_p95_ms=200, attainment=0.99, ...; repeats.",
+)
 @click.option("--model", "models", type=CommaList(), multiple=True, help="Repeats.")
 @click.option("--gpu", "gpus", type=CommaList(), multiple=True, help="Repeats.")
 @click.option("--method", "methods", multiple=True, help="name[:k=v,...]; repeats, comma lists.")
@@ -84,18 +91,38 @@ _KEYS = {
 @click.option("--allow-unknown-accuracy", is_flag=True, help="Rank methods without evidence too.")
 @click.option("--allow-analogy", is_flag=True, help="Take evidence from a model like it.")
 @click.option("--prices", default=None, help="A dated price file of your own.")
-@click.option("--set", "settings", multiple=True, metavar="SECTION.KEY=VALUE",
-              help="Any key of the plan file; repeats.")
+@click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="SECTION.KEY=VALUE",
+    help="Any key of the plan file; repeats.",
+)
 @click.option("--validate-only", is_flag=True, help="Check the input, print the grid, stop.")
 @click.option("--no-prune", is_flag=True, help="Simulate candidates that cannot win too.")
 @click.option("--no-details", is_flag=True, help="Skip headroom, sensitivities and the rate curve.")
-@click.option("--executor", default="local", show_default=True, help="local, ray or ray://HOST:PORT.")
-@click.option("--workers", type=click.IntRange(1, 4096), default=None,
-              help="Local processes [default: one per core].")
-@click.option("--format", "form", type=click.Choice(("table", "json", "csv", "md")), default=None,
-              help="[default: table, or the output file's ending]")
-@click.option("--output", type=click.Path(path_type=Path), default=None,
-              help="File to write: .json .csv .md .txt .xlsx .html")
+@click.option(
+    "--executor", default="local", show_default=True, help="local, ray or ray://HOST:PORT."
+)
+@click.option(
+    "--workers",
+    type=click.IntRange(1, 4096),
+    default=None,
+    help="Local processes [default: one per core].",
+)
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(("table", "json", "csv", "md")),
+    default=None,
+    help="[default: table, or the output file's ending]",
+)
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    default=None,
+    help="File to write: .json .csv .md .txt .xlsx .html",
+)
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
 @handle_errors
 def plan(file: Path | None, **options: Any) -> None:

@@ -38,40 +38,115 @@ Examples:
 
 
 @click.command(epilog=EXAMPLES)
-@click.option("--model", "models", type=CommaList(), multiple=True, required=True,
-              help="Bundled name, hub id, config.json or its folder; repeats.")
-@click.option("--gpu", "gpus", type=CommaList(), multiple=True, required=True,
-              help="Profile name or a .toml of your own; repeats.")
-@click.option("--method", "methods", multiple=True, default=("full",), show_default=True,
-              help="name[:k=v,...], composed with +; repeats and takes comma lists.")
-@click.option("--context", "contexts", type=CountList(), multiple=True, required=True,
-              help="Prompt tokens: 4096, 8k, 1m; repeats.")
-@click.option("--batch", "batches", type=CountList(), multiple=True, default=((1,),),
-              show_default="1", help="Sequences served together; repeats.")
-@click.option("--output-tokens", type=Count(), default=256, show_default=True,
-              help="Tokens generated per sequence.")
-@click.option("--dtype", type=_choice("bf16", "fp16", "fp32"), default=None,
-              help="Compute and cache type [default: the checkpoint's].")
-@click.option("--weight-dtype", default="checkpoint", show_default=True,
-              help="checkpoint, bf16, fp16, fp8, int8, int4, mxfp4 or nvfp4.")
-@click.option("--level", type=_choice("ideal", "reference"), default="ideal",
-              show_default=True, help="One fused pass, or what the published code runs.")
-@click.option("--tp", type=click.IntRange(1, 1024), default=1, show_default=True,
-              help="Tensor-parallel GPUs.")
-@click.option("--engine", default=None,
-              help="Who executes [default: vllm for ideal, transformers for reference].")
-@click.option("--memory-fraction", type=click.FloatRange(0, 1, min_open=True), default=0.9,
-              show_default=True, help="Share of GPU memory that may be used.")
-@click.option("--solve", type=_choice("max-batch", "max-context", "min-gpus"), default=None,
-              help="Print this answer first.")
-@click.option("--assume", default=None, metavar="FAMILY",
-              help="Read an unknown model_type as this family; the result says so.")
+@click.option(
+    "--model",
+    "models",
+    type=CommaList(),
+    multiple=True,
+    required=True,
+    help="Bundled name, hub id, config.json or its folder; repeats.",
+)
+@click.option(
+    "--gpu",
+    "gpus",
+    type=CommaList(),
+    multiple=True,
+    required=True,
+    help="Profile name or a .toml of your own; repeats.",
+)
+@click.option(
+    "--method",
+    "methods",
+    multiple=True,
+    default=("full",),
+    show_default=True,
+    help="name[:k=v,...], composed with +; repeats and takes comma lists.",
+)
+@click.option(
+    "--context",
+    "contexts",
+    type=CountList(),
+    multiple=True,
+    required=True,
+    help="Prompt tokens: 4096, 8k, 1m; repeats.",
+)
+@click.option(
+    "--batch",
+    "batches",
+    type=CountList(),
+    multiple=True,
+    default=((1,),),
+    show_default="1",
+    help="Sequences served together; repeats.",
+)
+@click.option(
+    "--output-tokens",
+    type=Count(),
+    default=256,
+    show_default=True,
+    help="Tokens generated per sequence.",
+)
+@click.option(
+    "--dtype",
+    type=_choice("bf16", "fp16", "fp32"),
+    default=None,
+    help="Compute and cache type [default: the checkpoint's].",
+)
+@click.option(
+    "--weight-dtype",
+    default="checkpoint",
+    show_default=True,
+    help="checkpoint, bf16, fp16, fp8, int8, int4, mxfp4 or nvfp4.",
+)
+@click.option(
+    "--level",
+    type=_choice("ideal", "reference"),
+    default="ideal",
+    show_default=True,
+    help="One fused pass, or what the published code runs.",
+)
+@click.option(
+    "--tp", type=click.IntRange(1, 1024), default=1, show_default=True, help="Tensor-parallel GPUs."
+)
+@click.option(
+    "--engine",
+    default=None,
+    help="Who executes [default: vllm for ideal, transformers for reference].",
+)
+@click.option(
+    "--memory-fraction",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=0.9,
+    show_default=True,
+    help="Share of GPU memory that may be used.",
+)
+@click.option(
+    "--solve",
+    type=_choice("max-batch", "max-context", "min-gpus"),
+    default=None,
+    help="Print this answer first.",
+)
+@click.option(
+    "--assume",
+    default=None,
+    metavar="FAMILY",
+    help="Read an unknown model_type as this family; the result says so.",
+)
 @click.option("--explain", is_flag=True, help="Print every formula with its numbers.")
-@click.option("--format", "form", type=_choice(*FORMATS), default=None,
-              help="[default: table, or the output file's ending]")
+@click.option(
+    "--format",
+    "form",
+    type=_choice(*FORMATS),
+    default=None,
+    help="[default: table, or the output file's ending]",
+)
 @click.option("--output", type=click.Path(path_type=Path), default=None, help="File to write.")
-@click.option("--plot", type=click.Path(path_type=Path), default=None,
-              help="Roofline picture to write (.png, .svg, .pdf).")
+@click.option(
+    "--plot",
+    type=click.Path(path_type=Path),
+    default=None,
+    help="Roofline picture to write (.png, .svg, .pdf).",
+)
 @handle_errors
 def predict(
     models: tuple[tuple[str, ...], ...],
@@ -188,5 +263,3 @@ def _nothing_fits(solve: str, rows: list[dict[str, Any]]) -> str:
         f"context {row['context_tokens']:,}, batch {row['batch']}) needs {need} per GPU on "
         f"{row['gpu']}. Try --tp, --weight-dtype int4, a larger GPU or a smaller context."
     )
-
-

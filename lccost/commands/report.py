@@ -21,10 +21,18 @@ Examples:
 
 @click.command(epilog=EXAMPLES)
 @click.argument("records", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--output", type=click.Path(path_type=Path), required=True,
-              help="The ending decides the form, as listed above.")
-@click.option("--gpu", "gpus", multiple=True,
-              help="Profile of the records' device when its name is not bundled; repeats.")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="The ending decides the form, as listed above.",
+)
+@click.option(
+    "--gpu",
+    "gpus",
+    multiple=True,
+    help="Profile of the records' device when its name is not bundled; repeats.",
+)
 @click.option("--title", default="", help="Heading of the report.")
 @handle_errors
 def report(records: tuple[Path, ...], output: Path, gpus: tuple[str, ...], title: str) -> None:

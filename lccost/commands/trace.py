@@ -28,8 +28,13 @@ def trace() -> None:
 
 @trace.command(epilog=EXAMPLES)
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--format", "form", type=click.Choice(("table", "json", "csv")), default="table",
-              show_default=True)
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(("table", "json", "csv")),
+    default="table",
+    show_default=True,
+)
 @click.option("--output", type=click.Path(path_type=Path), default=None, help="File to write.")
 @handle_errors
 def stats(files: tuple[Path, ...], form: str, output: Path | None) -> None:
@@ -75,9 +80,7 @@ def _text(rows: list[dict[str, Any]]) -> str:
     columns = [max(len(r["name"]), 14) for r in rows]
     out = [" " * width + "".join(f"  {r['name']:>{c}}" for r, c in zip(rows, columns, strict=True))]
     for key in keys:
-        cells = "".join(
-            f"  {_cell(key, r[key]):>{c}}" for r, c in zip(rows, columns, strict=True)
-        )
+        cells = "".join(f"  {_cell(key, r[key]):>{c}}" for r, c in zip(rows, columns, strict=True))
         out.append(f"{key:<{width}}{cells}")
     return "\n".join(out)
 

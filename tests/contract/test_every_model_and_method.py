@@ -24,7 +24,12 @@ def test_every_method_answers_or_says_why(model: str) -> None:
         for level in ("ideal", "reference"):
             try:
                 p = predict(
-                    architecture, method, WORKLOAD, hardware, level=level, dtype="bf16",
+                    architecture,
+                    method,
+                    WORKLOAD,
+                    hardware,
+                    level=level,
+                    dtype="bf16",
                     solve=False,
                 )
             except NotApplicableError as error:
@@ -55,7 +60,7 @@ def test_every_gpu_answers(gpu: str) -> None:
 @pytest.mark.parametrize("method", method_names())
 def test_methods_describe_themselves(method: str) -> None:
     cls = method_class(method)
-    assert cls.NAME == method
+    assert method == cls.NAME
     assert cls.TITLE
     assert cls.REFERENCE
     assert cls.DOES_NOT_SAVE

@@ -26,7 +26,12 @@ def rows(*arguments: str) -> list[dict]:
     assert result.exit_code == 0, result.output
     document = json.loads(result.stdout, parse_constant=lambda c: pytest.fail(f"{c} in JSON"))
     assert set(document) >= {
-        "schema_version", "lccost_version", "command", "inputs", "assumptions", "results",
+        "schema_version",
+        "lccost_version",
+        "command",
+        "inputs",
+        "assumptions",
+        "results",
     }
     return document["results"]
 
@@ -53,8 +58,17 @@ def test_json_rows_have_the_contract_keys_and_types() -> None:
 def test_product_order_and_method_specs_paste_back() -> None:
     methods = "full,kivi:bits=4,group=64,h2o,llmlingua2:rate=0.5+kivi:bits=4"
     table = rows(
-        "predict", "--model", "llama-3.1-8b,qwen3-8b", "--gpu", "h100-sxm,l4", "--method", methods,
-        "--context", "4k,8k", "--batch", "1,2",
+        "predict",
+        "--model",
+        "llama-3.1-8b,qwen3-8b",
+        "--gpu",
+        "h100-sxm,l4",
+        "--method",
+        methods,
+        "--context",
+        "4k,8k",
+        "--batch",
+        "1,2",
     )
     assert len(table) == 2 * 2 * 4 * 2 * 2
     names = ("model", "gpu", "method_spec", "context_tokens", "batch")
@@ -68,15 +82,33 @@ def test_product_order_and_method_specs_paste_back() -> None:
 
 
 def test_inapplicable_in_a_product_is_a_row_and_alone_is_an_error() -> None:
-    table = rows("predict", "--model", "llama-3.1-8b,mamba-2.8b", "--gpu", "h100-sxm",
-                 "--context", "8k", "--method", "full,kivi")
+    table = rows(
+        "predict",
+        "--model",
+        "llama-3.1-8b,mamba-2.8b",
+        "--gpu",
+        "h100-sxm",
+        "--context",
+        "8k",
+        "--method",
+        "full,kivi",
+    )
     refused = [r for r in table if not r["applicable"]]
     assert [(r["model"], r["method"]) for r in refused] == [("mamba-2.8b", "kivi")]
     assert "mamba" in refused[0]["reason"]
     assert refused[0]["state_bytes"] is None
     assert refused[0]["ttft_s"] is None
-    alone = run("predict", "--model", "mamba-2.8b", "--gpu", "h100-sxm", "--context", "8k",
-                "--method", "kivi")
+    alone = run(
+        "predict",
+        "--model",
+        "mamba-2.8b",
+        "--gpu",
+        "h100-sxm",
+        "--context",
+        "8k",
+        "--method",
+        "kivi",
+    )
     assert alone.exit_code == 2
     assert "kivi acts on" in alone.output
 
@@ -113,8 +145,9 @@ def test_bf16_on_a_gpu_without_it_names_the_way_out() -> None:
     table = rows(*BASE, "--gpu", "t4")
     assert [r["applicable"] for r in table] == [True, False]
     assert "--dtype fp16" in table[1]["reason"]
-    assert rows("predict", "--model", "llama-3.1-8b", "--gpu", "t4", "--context", "1k",
-                "--dtype", "fp16")[0]["applicable"]
+    assert rows(
+        "predict", "--model", "llama-3.1-8b", "--gpu", "t4", "--context", "1k", "--dtype", "fp16"
+    )[0]["applicable"]
 
 
 def test_csv_jsonl_and_md(tmp_path: Path) -> None:
@@ -140,8 +173,16 @@ def test_output_into_a_missing_folder_writes_nothing(tmp_path: Path) -> None:
 
 def test_table_says_what_the_method_does_not_change_and_explains() -> None:
     text = run(*BASE, "--method", "full,kivi", "--explain").stdout
-    for words in ("KV/state", "TTFT", "bound", "given up", "kivi does not save prefill",
-                  "no method here changes it", "2 m n k FLOPs", "engine vllm"):
+    for words in (
+        "KV/state",
+        "TTFT",
+        "bound",
+        "given up",
+        "kivi does not save prefill",
+        "no method here changes it",
+        "2 m n k FLOPs",
+        "engine vllm",
+    ):
         assert words in text, words
     reference = run(*BASE, "--method", "kivi", "--level", "reference", "--explain").stdout
     assert "jy-yuan/KIVI" in reference
@@ -151,17 +192,31 @@ def test_solve_exit_codes() -> None:
     fits = run(*BASE, "--solve", "max-batch")
     assert fits.exit_code == 0
     assert "max batch: full 13" in fits.stdout
-    nothing = run("predict", "--model", "llama-3.1-405b", "--gpu", "l4", "--context", "8k",
-                  "--solve", "max-batch")
+    nothing = run(
+        "predict",
+        "--model",
+        "llama-3.1-405b",
+        "--gpu",
+        "l4",
+        "--context",
+        "8k",
+        "--solve",
+        "max-batch",
+    )
     assert nothing.exit_code == 3
     assert "nothing fits" in nothing.output
 
 
 def test_assume_is_said(tmp_path: Path) -> None:
     config = {
-        "model_type": "foo_dense", "hidden_size": 256, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 512,
-        "vocab_size": 1000, "tie_word_embeddings": True,
+        "model_type": "foo_dense",
+        "hidden_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 512,
+        "vocab_size": 1000,
+        "tie_word_embeddings": True,
     }
     path = tmp_path / "config.json"
     path.write_text(json.dumps(config))
@@ -241,9 +296,23 @@ def test_odd_input_gets_one_short_message(arguments: list[str], words: list[str]
 
 def test_names_compare_case_insensitively() -> None:
     row = rows(
-        "predict", "--model", "LLAMA-3.1-8B", "--gpu", "NVIDIA H100 80GB HBM3", "--context", "1K",
-        "--method", "KIVI:Bits=4", "--dtype", "BF16", "--weight-dtype", "INT4", "--level", "Ideal",
-        "--engine", "SGLang",
+        "predict",
+        "--model",
+        "LLAMA-3.1-8B",
+        "--gpu",
+        "NVIDIA H100 80GB HBM3",
+        "--context",
+        "1K",
+        "--method",
+        "KIVI:Bits=4",
+        "--dtype",
+        "BF16",
+        "--weight-dtype",
+        "INT4",
+        "--level",
+        "Ideal",
+        "--engine",
+        "SGLang",
     )[0]
     assert (row["model"], row["gpu"]) == ("llama-3.1-8b", "h100-sxm")
     assert row["method_spec"] == "kivi:bits=4"
@@ -251,8 +320,15 @@ def test_names_compare_case_insensitively() -> None:
 
 
 def test_aliases_of_one_thing_are_one(tmp_path: Path) -> None:
-    same = rows("predict", "--model", "llama-3.1-8b,meta-llama/Llama-3.1-8B", "--context", "1k",
-                "--gpu", "h100-sxm,H100-SXM5-80GB")
+    same = rows(
+        "predict",
+        "--model",
+        "llama-3.1-8b,meta-llama/Llama-3.1-8B",
+        "--context",
+        "1k",
+        "--gpu",
+        "h100-sxm,H100-SXM5-80GB",
+    )
     assert len(same) == 1
     other = tmp_path / "mine.toml"
     text = resources.files("hardware_profiles").joinpath("h100-sxm.toml").read_text("utf-8")

@@ -25,7 +25,9 @@ def same(value: float, text: str) -> bool:
     return f"{value:.{digits}f}" == text
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda r: f"{r['gpu']}-{r['batch']}-{r['context_tokens']}")
+@pytest.mark.parametrize(
+    "row", ROWS, ids=lambda r: f"{r['gpu']}-{r['batch']}-{r['context_tokens']}"
+)
 def test_rooflines_reproduce_the_table(row: dict[str, str]) -> None:
     p = predict(
         load_architecture("llama-3-8b"),

@@ -114,9 +114,7 @@ def test_state_is_at_most_full(spec: str, layers: MixerGroup, where: Point) -> N
 @pytest.mark.parametrize("spec", _SPECS)
 @given(layers=groups(), where=points(level="ideal"))
 @settings(max_examples=25)
-def test_a_step_reads_at_most_what_is_stored(
-    spec: str, layers: MixerGroup, where: Point
-) -> None:
+def test_a_step_reads_at_most_what_is_stored(spec: str, layers: MixerGroup, where: Point) -> None:
     stack = parse_method(spec)
     state = stack.state(layers, where)
     read = sum(

@@ -27,7 +27,13 @@ GPUS = ["h100-sxm", "a100-sxm-80gb", "l4", "mi300x"]
 METHODS = list(method_names())
 #: Grouped expert kernels change to larger tiles as experts get more tokens: at the change a slightly
 #: larger prompt is really faster.
-WITH_EXPERTS = {"mixtral-8x7b-v0.1", "jamba-v0.1", "deepseek-v3", "deepseek-v3.2", "qwen3-next-80b-a3b"}
+WITH_EXPERTS = {
+    "mixtral-8x7b-v0.1",
+    "jamba-v0.1",
+    "deepseek-v3",
+    "deepseek-v3.2",
+    "qwen3-next-80b-a3b",
+}
 TILE_SWITCH = 0.25
 contexts = st.lists(st.integers(1, 2**20), min_size=1, max_size=6)
 
@@ -67,7 +73,13 @@ def test_nothing_is_below_its_floor(
     assert np.all(p["peak_prefill_bytes"] >= p["weights_bytes"] + p["state_bytes"] * (1 - 1e-12))
     assert np.all(p["peak_decode_bytes"] >= p["weights_bytes"])
     assert np.all(p["state_allocated_bytes"] >= p["state_bytes"] * (1 - 1e-12))
-    for name in ("state_bytes", "prefill_flops", "decode_flops", "decode_hbm_bytes", "tokens_per_s"):
+    for name in (
+        "state_bytes",
+        "prefill_flops",
+        "decode_flops",
+        "decode_hbm_bytes",
+        "tokens_per_s",
+    ):
         assert np.all(np.isfinite(p[name])) and np.all(p[name] >= 0), name
     assert np.all(p["state_bytes"] == np.round(p["state_bytes"])), "bytes are whole"
 
@@ -96,8 +108,12 @@ def test_time_grows_with_context_and_batch(model: str, method: str) -> None:
 
 
 @settings(max_examples=25, deadline=None)
-@given(model=st.sampled_from(MODELS), method=st.sampled_from(METHODS), tokens=contexts,
-       batch=st.integers(1, 300))
+@given(
+    model=st.sampled_from(MODELS),
+    method=st.sampled_from(METHODS),
+    tokens=contexts,
+    batch=st.integers(1, 300),
+)
 def test_scalar_call_equals_array_call(
     model: str, method: str, tokens: list[int], batch: int
 ) -> None:
@@ -128,8 +144,13 @@ def test_solved_capacity_is_the_edge(
 
     def run(b: float, c: float, solve: bool = False):  # type: ignore[no-untyped-def]
         return predict(
-            architecture, method, Workload.of(b, c), hardware, dtype="bf16",
-            memory_fraction=fraction, solve=solve,
+            architecture,
+            method,
+            Workload.of(b, c),
+            hardware,
+            dtype="bf16",
+            memory_fraction=fraction,
+            solve=solve,
         )
 
     try:

@@ -11,8 +11,13 @@ from costmodel.planning.plan import Plan, make_plan
 from costmodel.planning.spec import PlanSpec, plan_from_table
 
 
-def outcome(arrival: list[float], first: list[float], finish: list[float], gaps: list[list[float]],
-            stalls: list[tuple[int, float]] = []) -> Outcome:  # noqa: B006
+def outcome(
+    arrival: list[float],
+    first: list[float],
+    finish: list[float],
+    gaps: list[list[float]],
+    stalls: list[tuple[int, float]] = [],
+) -> Outcome:  # noqa: B006
     columns = [np.array(c, dtype=float) for c in zip(*gaps, strict=True)]
     table = np.array(stalls, dtype=float).reshape(-1, 2)
     return Outcome(

@@ -178,9 +178,7 @@ def test_intervals_hold_four_in_five() -> None:
 def test_a_written_family_reads_back(tmp_path: Path) -> None:
     rows, _ = synthetic(40, 0.05)
     tables = as_tables(fit_families([rows], seeds=(0,), starts=1), "a table: t.csv")
-    text = document(
-        "gemm", tables, fitted="2026-01-01", source="t.csv", n_rejected=0, n_splits=1
-    )
+    text = document("gemm", tables, fitted="2026-01-01", source="t.csv", n_rejected=0, n_splits=1)
     family = family_from_table("gemm", json.loads(text)["family"][0])
     assert family.n_rows == 40
     assert family.hardware == "h100-sxm"

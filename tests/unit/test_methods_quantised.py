@@ -188,9 +188,7 @@ def test_fp8_transformers_dequantises_everything() -> None:
 def test_kvquant_published_layout() -> None:
     # Llama-7B, 3 bits: 3072 code bytes, 42 outliers of 8 bytes for each of K and V, a table of 32
     layers = group(attention(32, 32), 1)
-    one, two = (
-        state_bytes("kvquant", point(t, level="reference"), layers) for t in (1000, 1001)
-    )
+    one, two = (state_bytes("kvquant", point(t, level="reference"), layers) for t in (1000, 1001))
     assert two - one == 3776
     assert one - 1000 * 3776 == 4096 * (8 + 3) * 4  # tables and thresholds of the keys, once
     four = [

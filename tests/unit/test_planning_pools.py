@@ -51,9 +51,7 @@ def test_a_disaggregated_plan_end_to_end() -> None:
         assert row["transfer_p50_s"] > 0
 
 
-def brute_force(
-    rates: np.ndarray, capacity: np.ndarray, usd: np.ndarray, max_gpus: int
-) -> float:
+def brute_force(rates: np.ndarray, capacity: np.ndarray, usd: np.ndarray, max_gpus: int) -> float:
     """Every combination of counts; whether shares exist is a linear program."""
     from itertools import product
 

@@ -11,8 +11,14 @@ from costmodel.planning.steps import StepTable
 
 
 def table(
-    *, chunk: int = 64, max_batch: int = 8, weights: float = 1e-3, per_byte: float = 1e-6,
-    per_token: float = 1e-4, pair: float = 0.0, knot: float | None = None,
+    *,
+    chunk: int = 64,
+    max_batch: int = 8,
+    weights: float = 1e-3,
+    per_byte: float = 1e-6,
+    per_token: float = 1e-4,
+    pair: float = 0.0,
+    knot: float | None = None,
 ) -> StepTable:
     """A transparent engine: D = weights + n per_token + per_byte R, L = weights + per_token M.
 
@@ -31,10 +37,19 @@ def table(
     coarse = 1024 + 64 * np.arange(40.0)
     lengths = np.arange(40.0) * 64
     return StepTable(
-        chunk_tokens=chunk, max_batch=max_batch, knots=[0.0] if knot is None else [0.0, knot],
-        base=base, slope=slope, exact_s=[0.0, *(weights + per_token * tokens[1:]).tolist()],
-        coarse_s=(weights + per_token * coarse).tolist(), prompt_s=(pair * lengths**2).tolist(),
-        prefix_s=[0.0] * 40, prompt_shift=6, floor_s=0.0, alone_s=0.0, host_s=0.0,
+        chunk_tokens=chunk,
+        max_batch=max_batch,
+        knots=[0.0] if knot is None else [0.0, knot],
+        base=base,
+        slope=slope,
+        exact_s=[0.0, *(weights + per_token * tokens[1:]).tolist()],
+        coarse_s=(weights + per_token * coarse).tolist(),
+        prompt_s=(pair * lengths**2).tolist(),
+        prefix_s=[0.0] * 40,
+        prompt_shift=6,
+        floor_s=0.0,
+        alone_s=0.0,
+        host_s=0.0,
     )
 
 
@@ -43,10 +58,16 @@ def load(arrival: list[float], prompt: list[int], output: list[int], **changes: 
     p = np.array(prompt, dtype=float)
     ones = np.ones(p.size)
     return Load(
-        arrival_s=np.array(arrival, dtype=float), input_tokens=p, prompt_tokens=p,
-        cached_tokens=0 * p, output_tokens=np.array(output, dtype=float), before_s=0 * p,
-        held_bytes=p.copy(), held_slope=ones * changes.get("held_slope", 1.0),
-        moved_bytes=p.copy(), moved_slope=ones * changes.get("moved_slope", 1.0),
+        arrival_s=np.array(arrival, dtype=float),
+        input_tokens=p,
+        prompt_tokens=p,
+        cached_tokens=0 * p,
+        output_tokens=np.array(output, dtype=float),
+        before_s=0 * p,
+        held_bytes=p.copy(),
+        held_slope=ones * changes.get("held_slope", 1.0),
+        moved_bytes=p.copy(),
+        moved_slope=ones * changes.get("moved_slope", 1.0),
     )
 
 
