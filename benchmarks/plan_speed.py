@@ -24,7 +24,6 @@ from costmodel.planning.plan import make_plan
 from costmodel.planning.requests import Requests
 from costmodel.planning.search import Search
 from costmodel.planning.spec import PlanSpec, plan_from_table
-from costmodel.planning.traces import read_trace
 
 SAMPLE = Path(__file__).parents[1] / "tests/data/traces/mooncake_conversation_1000.jsonl"
 METHODS = ["full", "fp8_kv", "kivi", "flexgen", "snapkv:keep_tokens=4096"]
@@ -102,9 +101,9 @@ def main() -> None:
     parser.add_argument("--skip-million", action="store_true")
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1))
     options = parser.parse_args()
-    trace = read_trace(options.trace or SAMPLE)
-    requests = trace if options.trace else repeated(trace, 12_031)
     spec = spec_of(options.trace or SAMPLE)
+    trace = spec.demand.requests()  # as a plan without a prefix cache reads it
+    requests = trace if options.trace else repeated(trace, 12_031)
     simulation(requests, spec, 4)
     whole_plan(spec, requests, options.workers)
     if not options.skip_million:
