@@ -1,4 +1,5 @@
-"""Write the generated pages: docs/methods.md, docs/cli.md, docs/models.md and the table in README.md.
+"""Write the generated pages: docs/methods.md, docs/cli.md, docs/models.md, docs/worked_example.md
+(with its pictures) and the table in README.md.
 
     python scripts/docs.py            write them
     python scripts/docs.py --check    fail when one is out of date
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 import click
+import worked_example
 
 from costmodel.methods import method_class, method_names
 from costmodel.methods.parse import parse_method
@@ -122,6 +124,7 @@ def pages() -> dict[Path, str]:
         ROOT / "docs/methods.md": methods_page(),
         ROOT / "docs/models.md": models_page(),
         ROOT / "docs/cli.md": cli_page(),
+        worked_example.PAGE: worked_example.page()[0],
         ROOT / "README.md": f"{head}{BEGIN}\n{method_table()}{END}{tail}",
     }
 
@@ -136,6 +139,8 @@ def main() -> int:
             stale.append(path.relative_to(ROOT))
             if not check:
                 path.write_text(text, "utf-8")
+                if path == worked_example.PAGE:
+                    worked_example.main([])
     if check and stale:
         print(f"out of date: {', '.join(map(str, stale))}; run make docs", file=sys.stderr)
         return 1
