@@ -186,6 +186,8 @@ def assumptions(rows: Sequence[dict[str, Any]], run: Sweep) -> list[str]:
     """What a reader must know before trusting the numbers."""
     engines = sorted({str(r["engine"]) for r in rows if r["applicable"]})
     bases = sorted({str(r["basis"]) for r in rows if r["applicable"]})
+    if not engines:
+        return ["no combination applies: every row says why"]
     out = [
         f"engine {', '.join(engines)}; basis of times: {', '.join(bases)}",
         "TTFT is unloaded (no queue); TPOT is the step that reads the given context",

@@ -8,6 +8,7 @@ import click
 
 from lccost.commands.common import (
     EXIT_TOLERANCE,
+    EXIT_USAGE,
     CommandError,
     emit,
     handle_errors,
@@ -120,6 +121,8 @@ def compare(
         from reports.figures import roofline, save_figure
 
         names = {str(p.key.values.get("gpu")) for p in comparison.pairs}
+        if not names:
+            raise CommandError("--plot: no record has a prediction to be drawn beside", EXIT_USAGE)
         profile = hardware or load_hardware(sorted(names)[0])
         save_figure(roofline(comparison.pairs, profile), plot)
     emit(text, output)

@@ -267,6 +267,8 @@ def test_a_product_of_impossible_combinations_is_rows() -> None:
         table = rows(*shape, *more)
         assert [r["applicable"] for r in table] == [False, False]
         assert all(r["reason"] and r["engine"] == "vllm" and r["ttft_s"] is None for r in table)
+    text = run(*shape, "--method", "kivi,h2o", "--context", "8k")
+    assert "no combination applies" in text.stdout
     asked = run(*shape, "--method", "kivi,h2o", "--context", "8k", "--solve", "max-batch")
     assert asked.exit_code == 3
     assert "nothing applies" in asked.output
@@ -388,3 +390,12 @@ def test_without_torch_the_extra_is_named(
     assert result.exit_code == 4
     assert "lccost[measure]" in result.output
     assert not list(tmp_path.iterdir())
+
+
+def test_compare_has_nothing_to_draw(tmp_path: Path) -> None:
+    empty = tmp_path / "none.jsonl"
+    empty.write_text("")
+    done = run("compare", str(empty), "--plot", str(tmp_path / "p.png"))
+    assert done.exit_code == 2
+    assert "no record has a prediction" in done.output
+    assert not (tmp_path / "p.png").exists()
