@@ -2,8 +2,8 @@
 
     python benchmarks/predict_speed.py [--runs 7] [--markdown]
 
-Start-up is wall time of a fresh process with byte code cached, median of several after a warm-up; the
-sweep is one call of ``predict`` with 1,000,000 random (batch, context) pairs, without the solved
+Start-up is wall time of a fresh process with byte code cached, median of several after a warm-up;
+the sweep is one call of ``predict`` with 1,000,000 random (batch, context) pairs, without the solved
 fields, with its peak memory.
 """
 
@@ -98,7 +98,8 @@ def main() -> None:
     print(f"{'what':58} {'median':>9} {'min':>9} {'max':>9}")
     for name, seconds in rows.items():
         print(
-            f"{name:58} {statistics.median(seconds):8.3f}s {min(seconds):8.3f}s {max(seconds):8.3f}s"
+            f"{name:58} {statistics.median(seconds):8.3f}s"
+            f" {min(seconds):8.3f}s {max(seconds):8.3f}s"
         )
     print(f"peak memory of this process: {peak / 2**20:.0f} MiB")
 

@@ -1,4 +1,4 @@
-"""The cost model: architectures, methods, hardware, predictions. numpy and the standard library only.
+"""The cost model: architectures, methods, hardware, predictions. numpy and the standard library.
 
 from costmodel import Workload, load_architecture, load_hardware, predict
 """

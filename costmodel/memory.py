@@ -2,8 +2,8 @@
 
     peak = weights + state by tier + the largest transient of the phase + what the engine reserves
 
-Capacity is solved: memory is affine in the batch beyond one prefill chunk, so the largest batch is read
-off two points and checked at its neighbours; the largest context is bracketed with whole
+Capacity is solved: memory is affine in the batch beyond one prefill chunk, so the largest batch is
+read off two points and checked at its neighbours; the largest context is bracketed with whole
 grids evaluated at once.
 """
 
@@ -92,8 +92,8 @@ def memory_of(
 ) -> Memory:
     """State after the prompt, and the peaks of both phases (the decode peak after the last token).
 
-    ``prefill`` and ``decode`` are operations when the caller has them already; what ``decode`` leaves
-    out may be given as its largest transient.
+    ``prefill`` and ``decode`` are operations when the caller has them already; what ``decode``
+    leaves out may be given as its largest transient.
     """
     engine = point.engine
     prompt = point.at(point.prompt_tokens)
@@ -129,8 +129,8 @@ def solve_max_batch(
 ) -> NDArray[np.float64]:
     """Largest batch that fits, per context; 0 where not even one sequence does.
 
-    ``peak(batch, context)`` takes broadcastable arrays. Memory is affine in the batch once it exceeds
-    one prefill chunk: the answer is read off two large batches, then walked to the exact edge.
+    ``peak(batch, context)`` takes broadcastable arrays. Memory is affine in the batch once it
+    exceeds one prefill chunk: the answer is read off two large batches, then walked to the exact edge.
     """
     c = np.asarray(context, dtype=np.float64)[..., None]
     probe = peak(np.array([1.0, 2.0, 2.0**21, 2.0**22]), c)
@@ -159,8 +159,8 @@ def solve_max_context(
 ) -> NDArray[np.float64]:
     """Largest context that fits, per batch; 0 where none does, infinity where memory does not grow.
 
-    A cache's size may saw (a block is quantised every R tokens), so the answer is an edge: it fits and the
-    next token does not. Grids of 257 contexts are evaluated at once, four times.
+    A cache's size may saw (a block is quantised every R tokens), so the answer is an edge: it fits and
+    the next token does not. Grids of 257 contexts are evaluated at once, four times.
     """
     b = np.asarray(batch, dtype=np.float64)[..., None]
     low = np.ones(b.shape)

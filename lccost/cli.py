@@ -1,5 +1,5 @@
-"""The command group. Commands live in ``lccost.commands`` and are imported when they are called, so that
-``--help`` starts without numpy and ``predict`` without torch, scipy or matplotlib.
+"""The command group. Commands live in ``lccost.commands`` and are imported when they are called, so
+that ``--help`` starts without numpy and ``predict`` without torch, scipy or matplotlib.
 """
 
 import importlib

@@ -31,7 +31,8 @@ def predict_record(
 ) -> dict[str, Any]:
     """The result row of the point that a record's key fields name.
 
-    ``hardware`` overrides the record's ``gpu``; ``architecture`` its ``model`` (a file that is not bundled).
+    ``hardware`` overrides the record's ``gpu``; ``architecture`` its ``model`` (a file that
+    is not bundled).
     Raises ``LccostError`` where the key names something unknown.
     """
     missing = [k for k in ("model", "method_spec", "batch", "context_tokens") if not fields.get(k)]

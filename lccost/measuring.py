@@ -45,8 +45,8 @@ def require_torch() -> None:
 
 
 def points(request: Request, gpu: str) -> list[MeasurePoint]:
-    """The product in option order, for the profile named ``gpu``; combinations that cannot run are said on stderr and left out,
-    unless none can.
+    """The product in option order, for the profile named ``gpu``; combinations that
+    cannot run are said on stderr and left out, unless none can.
     """
     architectures = [load_architecture(m) for m in request.models]
     stacks = parse_methods(request.methods)

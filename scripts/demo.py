@@ -2,8 +2,8 @@
 
     python scripts/demo.py --output out/demo
 
-Every step is one lccost command and is printed before it runs, so that it can be repeated. About two
-minutes on two CPU cores.
+Every step is one lccost command and is printed before it runs, so that it can be repeated. About
+two minutes on two CPU cores.
 """
 
 import argparse
@@ -59,7 +59,8 @@ def main() -> None:
     )  # fmt: skip
     step(
         "3. Run a small real decoder: full cache and KIVI-2 with packed integers",
-        "measure", "--model", str(DEMO_MODEL), "--gpu", str(profile), "--method", "full,kivi:bits=2",
+        "measure", "--model", str(DEMO_MODEL), "--gpu", str(profile), "--method",
+        "full,kivi:bits=2",
         "--context", "512,2k,8k", "--output-tokens", "16", "--output", str(runs),
     )  # fmt: skip
     step(

@@ -17,7 +17,7 @@ from lccost.commands.common import (
 EXAMPLES = """
 \b
 Examples:
-  lccost measure --model llama-3.2-1b --layers 2 --method full,kivi --context 1k,4k --output runs.jsonl
+  lccost measure --model llama-3.2-1b --layers 2 --method full,kivi --context 1k --output runs.jsonl
   lccost measure --model ./config.json --gpu this-cpu.toml --context 2k --output runs.jsonl --resume
   lccost compare runs.jsonl
 """

@@ -14,7 +14,7 @@ EXAMPLES = """
 \b
 Examples:
   lccost report runs.jsonl --output report.html
-  lccost predict --model llama-3.1-8b --gpu h100-sxm --context 8k,128k --method full,kivi --output p.json
+  lccost predict --model llama-3.1-8b --gpu l40s --context 8k,32k --method full,kivi --output p.json
   lccost report p.json --output report.html
 """
 

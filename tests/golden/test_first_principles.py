@@ -1,8 +1,9 @@
 """Whole-pass rooflines of Llama-3-8B against figures worked out by hand.
 
 By hand, batch 1, 2,048 tokens: matmul parameters 6,979,321,856 (layers) + 525,336,576 (head);
-prefill 2 * 6,979,321,856 * 2048 + 2 * 32 * 32 * 128 * 2048 * 2049 + 2 * 525,336,576 = 29.69 TFLOP; decode reads
-2 * 7,504,924,672 bytes of weights and 2 * 32 * 8 * 128 * 2 * 2048 bytes of cache = 15.28 GB.
+prefill 2 * 6,979,321,856 * 2048 + 2 * 32 * 32 * 128 * 2048 * 2049 + 2 * 525,336,576 = 29.69
+TFLOP; decode reads 2 * 7,504,924,672 bytes of weights and 2 * 32 * 8 * 128 * 2 * 2048 bytes of
+cache = 15.28 GB.
 """
 
 import csv

@@ -25,8 +25,8 @@ MODELS = [
 ]
 GPUS = ["h100-sxm", "a100-sxm-80gb", "l4", "mi300x"]
 METHODS = list(method_names())
-#: Grouped expert kernels change to larger tiles as experts get more tokens: at the change a slightly
-#: larger prompt is really faster.
+#: Grouped expert kernels change to larger tiles as experts get more tokens: at the change a
+#: slightly larger prompt is really faster.
 WITH_EXPERTS = {
     "mixtral-8x7b-v0.1",
     "jamba-v0.1",
@@ -80,7 +80,8 @@ def test_nothing_is_below_its_floor(
         "decode_hbm_bytes",
         "tokens_per_s",
     ):
-        assert np.all(np.isfinite(p[name])) and np.all(p[name] >= 0), name
+        assert np.all(np.isfinite(p[name])), name
+        assert np.all(p[name] >= 0), name
     assert np.all(p["state_bytes"] == np.round(p["state_bytes"])), "bytes are whole"
 
 
