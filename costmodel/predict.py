@@ -75,8 +75,8 @@ class Options:
             raise ConfigError(f"level: expected ideal or reference, got {self.level!r}")
         if not 0.0 < self.memory_fraction <= 1.0:
             raise ConfigError(f"memory fraction: expected (0, 1], got {self.memory_fraction}")
-        if self.tp < 1:
-            raise ConfigError(f"tp: expected at least 1, got {self.tp}")
+        if not isinstance(self.tp, int) or self.tp < 1:
+            raise ConfigError(f"tp: expected a whole number of at least 1, got {self.tp!r}")
 
 
 def predict(

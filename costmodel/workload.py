@@ -31,14 +31,19 @@ class Workload:
     def of(
         cls, batch: ArrayLike = 1, context_tokens: ArrayLike = 4096, output_tokens: ArrayLike = 256
     ) -> Self:
-        """Build from numbers or arrays; raises ``ConfigError`` below 1 or for fractions."""
+        """Build from numbers or arrays; raises ``ConfigError`` for anything but whole numbers of at
+        least 1.
+        """
         arrays = []
         for name, value in (
             ("batch", batch),
             ("context_tokens", context_tokens),
             ("output_tokens", output_tokens),
         ):
-            array = np.asarray(value, dtype=np.float64)
+            try:
+                array = np.asarray(value, dtype=np.float64)
+            except (TypeError, ValueError):
+                raise ConfigError(f"{name}: expected numbers, got {value!r}") from None
             whole = np.isfinite(array) & (array >= 1) & (array == np.floor(array))
             if not np.all(whole):
                 raise ConfigError(f"{name}: expected whole numbers of at least 1, got {value!r}")

@@ -68,3 +68,15 @@ def test_starting_the_kernels_is_a_time_of_its_own() -> None:
     assert longer["prefill_launch_s"] < longer["ttft_s"] / 100
     (row,) = p.rows()
     assert row["decode_launch_s"] == p["decode_launch_s"]
+
+
+@pytest.mark.parametrize("batch", ["a", None, [[1], [2, 3]], 0, -1, 1.5, float("nan"), float("inf")])
+def test_a_workload_is_whole_numbers(batch: object) -> None:
+    with pytest.raises(ConfigError, match="batch: expected"):
+        Workload.of(batch)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("tp", ["2", 1.5, 0, None])
+def test_tp_is_a_whole_number(tp: object) -> None:
+    with pytest.raises(ConfigError, match="tp: expected"):
+        predict(LLAMA, "full", Workload.of(), H100, tp=tp)  # type: ignore[arg-type]
