@@ -1,5 +1,6 @@
 """Rows of a prediction: what tensor parallelism sends, and budgets that hold everything."""
 
+import numpy as np
 import pytest
 
 from costmodel.errors import ConfigError, UnknownNameError
@@ -70,7 +71,7 @@ def test_starting_the_kernels_is_a_time_of_its_own() -> None:
     assert row["decode_launch_s"] == p["decode_launch_s"]
 
 
-@pytest.mark.parametrize("batch", ["a", None, [[1], [2, 3]], 0, -1, 1.5, float("nan"), float("inf")])
+@pytest.mark.parametrize("batch", ["a", None, [[1], [2, 3]], 0, -1, 1.5, np.nan, np.inf])
 def test_a_workload_is_whole_numbers(batch: object) -> None:
     with pytest.raises(ConfigError, match="batch: expected"):
         Workload.of(batch)  # type: ignore[arg-type]
