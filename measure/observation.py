@@ -19,8 +19,8 @@ from measure.canary import canary_s
 from measure.engine import TORCH_DTYPES, Decoder, random_weights
 from measure.flops import count_flops
 from measure.load import ForeignLoad
-from measure.methods import build_layer_cache
-from measure.methods.base import AbstractLayerCache
+from measure.mixers import build_cache
+from measure.mixers.base import LayerState
 from measure.points import MeasurePoint
 from measure.statistics import INVALID_FRACTION, NOISY_FRACTION, warnings_of
 from measure.timing import Budget, Sampler, Timing
@@ -77,7 +77,7 @@ def observe(point: MeasurePoint, budget: Budget | None = None) -> dict[str, Any]
 class _Run:
     """The decoder with its caches and inputs; ``logits`` of the last call."""
 
-    def __init__(self, decoder: Decoder, caches: list[AbstractLayerCache], prompt: Tensor) -> None:
+    def __init__(self, decoder: Decoder, caches: list[LayerState], prompt: Tensor) -> None:
         self.decoder, self.caches, self.prompt = decoder, caches, prompt
         self.token = prompt[:, -1:]
         self.snapshots: list[Any] = []
@@ -103,9 +103,9 @@ class _Run:
 
 def _caches(
     point: MeasurePoint, dtype: torch.dtype, device: torch.device, reserve_tokens: int
-) -> list[AbstractLayerCache]:
+) -> list[LayerState]:
     return [
-        build_layer_cache(
+        build_cache(
             point.stack,
             mixer,
             batch=point.batch,

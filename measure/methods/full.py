@@ -1,19 +1,27 @@
-"""Full attention: every K and V in the compute type, preallocated, written in place."""
+"""Full attention: every K and V a token may still see, preallocated, written in place.
+
+With a window or chunk of W tokens the buffers are rings: token t lies in slot t mod W, so min(T, W)
+tokens are held. What a query sees are then all slots, or, of a chunk, those up to its own.
+"""
 
 from collections.abc import Iterator
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
+import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 from costmodel.methods.base import AbstractMethod
 from measure.methods.base import AbstractLayerCache
 from measure.methods.buffers import GrowingBuffer
+from measure.parts import attend, attend_prompt
 
 
 @final
 class FullCache(AbstractLayerCache):
-    """K and V of every token."""
+    """K and V of every token, or of the last W.
+
+    softcap, sinks  of the layer's scores, set by whoever runs it; sinks [N]
+    """
 
     NAME: ClassVar[str] = "full"
 
@@ -23,35 +31,90 @@ class FullCache(AbstractLayerCache):
             GrowingBuffer(*shape, (size,), self.dtype, self.device)
             for size in (self.mixer.head_dim, self.mixer.v_head_dim)
         )
+        self.limit = self.mixer.max_kv_tokens()
+        self.softcap: float | None = None
+        self.sinks: Tensor | None = None
 
     def _buffers(self) -> Iterator[GrowingBuffer]:
         yield self.keys
         yield self.values
 
     def reserve(self, n_tokens: int) -> None:
-        """Room for K and V of ``n_tokens``."""
+        """Room for K and V of ``n_tokens``, or of the window."""
         for buffer in self._buffers():
-            buffer.reserve(n_tokens)
+            buffer.reserve(n_tokens if self.limit is None else min(n_tokens, self.limit))
+
+    def prefill(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attend the prompt with what the layer's mask lets it see, and store it."""
+        out = attend_prompt(
+            q,
+            k,
+            v,
+            window=self.mixer.window_tokens,
+            chunk=self.mixer.chunk_tokens,
+            cap=self.softcap,
+            sinks=self.sinks,
+        )
+        self.store(k, v)
+        return out
 
     def store(self, k: Tensor, v: Tensor) -> None:
-        """Keep everything."""
+        """Keep everything, or the last W tokens in their slots."""
+        n = k.shape[2]
+        if self.limit is not None and n > self.limit:
+            k, v = (x[:, :, -self.limit :].roll(n % self.limit, dims=2) for x in (k, v))
         self.keys.append(k)
         self.values.append(v)
-        self.n_tokens += k.shape[2]
+        self.n_tokens += n
 
     def decode(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Append, then one attention call over all tokens; the group is the query length.
 
         With one query per head the CPU kernel of PyTorch 2.13 leaves most of the bandwidth unused.
         """
+        seen = None
+        if self.limit is None or self.keys.length < self.limit:
+            self.store(k, v)
+        else:
+            slot = self.n_tokens % self.limit
+            self.keys.write(slot, k)
+            self.values.write(slot, v)
+            self.n_tokens += 1
+        if self.mixer.chunk_tokens:
+            seen = (self.n_tokens - 1) % self.mixer.chunk_tokens + 1
+        sinks = None if self.sinks is None else self.sinks.view(self.mixer.n_kv_heads, -1)
+        keys, values = self.keys.entries(0, seen), self.values.entries(0, seen)
+        return self.unfold(attend(self.fold(q), keys, values, cap=self.softcap, sinks=sinks))
+
+    def snapshot(self) -> Any:
+        """Remember the number of tokens, and what the next one overwrites in a full ring."""
+        if self.limit is None or self.keys.length < self.limit:
+            return self.n_tokens, None
+        slot = self.n_tokens % self.limit
+        return self.n_tokens, [b.entries(slot, slot + 1).clone() for b in self._buffers()]
+
+    def restore(self, snapshot: Any) -> None:
+        """Forget the tokens after it, and put back what they overwrote."""
+        self.n_tokens, overwritten = snapshot
+        if overwritten is None:
+            self.keys.length = self.values.length = self.n_tokens
+            return
+        assert self.limit is not None
+        for buffer, entry in zip(self._buffers(), overwritten, strict=True):
+            buffer.write(self.n_tokens % self.limit, entry)
+
+    def fill(self, n_tokens: int, seed: int = 0) -> None:
+        """Empty the cache, then store a random prompt; only what a window keeps is drawn."""
+        self.clear()
+        held = n_tokens if self.limit is None else min(n_tokens, self.limit)
+        generator = torch.Generator(device=self.device).manual_seed(seed)
+        k, v = (
+            torch.empty(
+                (self.batch, self.mixer.n_kv_heads, held, size),
+                dtype=self.dtype,
+                device=self.device,
+            ).normal_(generator=generator)
+            for size in (self.mixer.head_dim, self.mixer.v_head_dim)
+        )
         self.store(k, v)
-        out = scaled_dot_product_attention(self.fold(q), self.keys.entries(), self.values.entries())
-        return self.unfold(out)
-
-    def snapshot(self) -> int:
-        """Remember the number of tokens."""
-        return self.n_tokens
-
-    def restore(self, snapshot: int) -> None:
-        """Forget the tokens after it."""
-        self.n_tokens = self.keys.length = self.values.length = snapshot
+        self.n_tokens = n_tokens

@@ -1,5 +1,7 @@
 """The decoder against transformers' own Llama with the same weights."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -7,9 +9,11 @@ from costmodel.architecture import Architecture, Layer
 from costmodel.errors import ConfigError, NotApplicableError
 from costmodel.methods.parse import parse_method
 from costmodel.mixers import Attention
-from costmodel.mlps import DenseMLP, MoE
-from measure.engine import Decoder, LayerWeights, Numerics, Weights, check_supported, random_weights
+from costmodel.mlps import DenseMLP
+from measure.checkpoints import weights_from_state
+from measure.engine import Decoder, Numerics, check_supported, random_weights
 from measure.methods import build_layer_cache
+from measure.numerics import Rope
 
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits
 
@@ -62,7 +66,7 @@ def llama(model: Architecture, numerics: Numerics):
         head_dim=mixer.head_dim,
         vocab_size=model.vocab_size,
         rms_norm_eps=numerics.norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": numerics.rope_theta},
+        rope_parameters={"rope_type": "default", "rope_theta": numerics.rope.theta},
         tie_word_embeddings=model.tied_embeddings,
         initializer_range=0.3,  # larger than usual, so that attention is far from uniform
         attn_implementation="eager",
@@ -73,27 +77,7 @@ def llama(model: Architecture, numerics: Numerics):
         for name, parameter in theirs.named_parameters():
             if "norm" in name:
                 parameter.uniform_(0.5, 1.5)
-    state = {k: v.detach() for k, v in theirs.state_dict().items()}
-
-    def layer(i: int) -> LayerWeights:
-        p = f"model.layers.{i}."
-        qkv = [state[f"{p}self_attn.{x}_proj.weight"] for x in "qkv"]
-        return LayerWeights(
-            attention_norm=state[f"{p}input_layernorm.weight"],
-            qkv=torch.cat(qkv),
-            o=state[f"{p}self_attn.o_proj.weight"],
-            mlp_norm=state[f"{p}post_attention_layernorm.weight"],
-            gate_up=torch.cat([state[f"{p}mlp.{x}_proj.weight"] for x in ("gate", "up")]),
-            down=state[f"{p}mlp.down_proj.weight"],
-        )
-
-    embedding = state["model.embed_tokens.weight"]
-    weights = Weights(
-        embedding=embedding,
-        layers=tuple(layer(i) for i in range(model.n_layers)),
-        final_norm=state["model.norm.weight"],
-        head=embedding if model.tied_embeddings else state["lm_head.weight"],
-    )
+    weights = weights_from_state(model, theirs.state_dict())
     return theirs, weights
 
 
@@ -102,7 +86,7 @@ def llama(model: Architecture, numerics: Numerics):
     [
         ({}, Numerics(), 1),
         ({"kv_heads": 4, "tied": False}, Numerics(norm_eps=1e-6), 3),
-        ({"kv_heads": 1, "heads": 8, "head_dim": 32}, Numerics(rope_theta=500_000.0), 2),
+        ({"kv_heads": 1, "heads": 8, "head_dim": 32}, Numerics(rope=Rope(theta=500_000.0)), 2),
         ({"layers": 3, "d": 48, "head_dim": 24, "vocab": 257}, Numerics(), 2),
     ],
     ids=["gqa-tied", "mha-untied", "mqa-wide-heads", "three-layers"],
@@ -142,17 +126,15 @@ def test_sequences_beyond_the_table_are_refused():
 def test_the_same_seed_gives_the_same_weights():
     model = architecture()
     a, b, c = (random_weights(model, torch.float32, torch.device("cpu"), s) for s in (1, 1, 2))
-    assert torch.equal(a.layers[1].down, b.layers[1].down)
-    assert not torch.equal(a.layers[1].down, c.layers[1].down)
+    assert torch.equal(a.layers[1].mlp["down_proj"], b.layers[1].mlp["down_proj"])
+    assert not torch.equal(a.layers[1].mlp["down_proj"], c.layers[1].mlp["down_proj"])
 
 
 def test_unsupported_layers_are_refused_by_name():
-    with pytest.raises(NotApplicableError, match="window"):
-        check_supported(architecture(window_tokens=8))
-    moe = Layer(mixers=architecture().layers[0].mixers, mlps=(MoE(n_experts=4, top_k=1, d_ff=8),))
+    with pytest.raises(NotApplicableError, match="inner norms"):
+        check_supported(architecture(extra_parameters=32))
     model = architecture()
-    mixed = Architecture(
-        name="m", hub_id="m", family="x", d_model=64, vocab_size=9, layers=(*model.layers, moe)
-    )
-    with pytest.raises(NotApplicableError, match="layer 2 of m"):
+    both = Layer(mixers=model.layers[0].mixers * 2, other_parameters=128)
+    mixed = replace(model, name="m", layers=(*model.layers, both))
+    with pytest.raises(NotApplicableError, match="m: layer 2 has 2 mixers"):
         check_supported(mixed)

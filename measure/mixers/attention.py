@@ -1,0 +1,85 @@
+"""Softmax attention: the projections around a method's cache.
+
+The cache attends (``measure.methods``); the plain one knows windows, chunks, sinks and soft caps.
+"""
+
+from torch import Tensor
+from torch.nn.functional import linear
+
+from costmodel.errors import NotApplicableError
+from costmodel.mixers import Attention
+from measure.methods.base import AbstractLayerCache
+from measure.methods.full import FullCache
+from measure.mixers.base import AbstractRunner, Shape, Shapes
+from measure.numerics import Numerics
+from measure.parts import Rotary, Tensors, rms, rotate
+
+
+class AttentionRunner(AbstractRunner):
+    """q, k, v and gate in one matmul, stacked in this order; then o."""
+
+    def __init__(self, mixer: Attention, numerics: Numerics) -> None:
+        if not mixer.owns_cache or mixer.k_eq_v or mixer.input_dim or mixer.o_dim:
+            raise NotApplicableError("has attention that shares caches or projections")
+        self.mixer, self.numerics = mixer, numerics
+        per_head = 2 * mixer.head_dim if numerics.qk_norm else 0
+        sinks = mixer.n_heads if numerics.sinks else 0
+        if per_head + sinks != mixer.extra_parameters:
+            raise NotApplicableError("has attention with inner norms this engine does not know")
+        local = mixer.window_tokens is not None and numerics.local_rope is not None
+        rope = numerics.local_rope if local else numerics.rope
+        self.rope = None if rope is None else (rope, mixer.head_dim)
+        scale = numerics.attention_scale
+        # the caches scale by 1 / sqrt(H): what differs is folded into the queries
+        self._query_factor = None if scale is None else scale * mixer.head_dim**0.5
+
+    def shapes(self, d_model: int) -> Shapes:
+        """Projections, biases, inner norms, sinks."""
+        mixer = self.mixer
+        qkv, o = mixer.linears(d_model)
+        shapes: Shapes = {
+            "qkv": Shape((qkv.n_out, qkv.n_in)),
+            "o": Shape((o.n_out, o.n_in)),
+        }
+        for name, matrix in (("qkv", qkv), ("o", o)):
+            if matrix.bias:
+                shapes[f"{name}_bias"] = Shape((matrix.n_out,), "zeros")
+        if self.numerics.qk_norm:
+            shapes |= {x: Shape((mixer.head_dim,), "ones") for x in ("q_norm", "k_norm")}
+        if self.numerics.sinks:
+            shapes["sinks"] = Shape((mixer.n_heads,), "zeros")
+        return shapes
+
+    def run(
+        self, x: Tensor, w: Tensors, cache: AbstractLayerCache, table: Rotary | None, first: bool
+    ) -> Tensor:
+        """Project, turn, attend in the cache, project."""
+        m, numerics = self.mixer, self.numerics
+        projected = linear(x, w["qkv"], w.get("qkv_bias"))
+        gate = None
+        if m.output_gate:
+            n_gate = m.n_heads * m.head_dim
+            projected, gate = projected[..., :-n_gate], projected[..., -n_gate:]
+        b, s, _ = projected.shape
+        n_qk = (m.n_heads + m.n_kv_heads) * m.head_dim
+        heads = projected[..., :n_qk].view(b, s, -1, m.head_dim).transpose(1, 2)
+        q, k = heads.split((m.n_heads, m.n_kv_heads), dim=1)
+        v = projected[..., n_qk:].view(b, s, m.n_kv_heads, m.v_head_dim).transpose(1, 2)
+        if numerics.qk_norm:
+            q = rms(q, w["q_norm"], numerics.norm_eps)
+            k = rms(k, w["k_norm"], numerics.norm_eps)
+        if table is not None:
+            q, k = rotate(q, table), rotate(k, table)
+        if self._query_factor is not None:
+            q = q * self._query_factor
+        if numerics.attention_softcap is not None or numerics.sinks:
+            if not isinstance(cache, FullCache):
+                raise NotApplicableError(
+                    f"{cache.NAME}: soft caps and sinks are run with the plain cache only"
+                )
+            cache.softcap, cache.sinks = numerics.attention_softcap, w.get("sinks")
+        out = cache.prefill(q, k, v) if first else cache.decode(q, k, v)
+        out = out.transpose(1, 2).flatten(2)
+        if gate is not None:
+            out = out * gate.sigmoid()
+        return linear(out, w["o"], w.get("o_bias"))

@@ -1,0 +1,109 @@
+"""Mamba-2 (state space duality): one decay per head and token, so that chunks are matmuls.
+
+Within a chunk y = (C B^T * decays) (dt x); across chunks y += decay C h, h = decay h + B^T (dt x).
+A prompt is padded to whole chunks with tokens of step size 0, which leave the state alone.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, pad, silu, softplus
+
+from costmodel.mixers.mamba2 import Mamba2
+from measure.mixers.base import FixedState, RecurrentRunner, Shape, Shapes
+from measure.numerics import Numerics
+from measure.parts import Rotary, Tensors
+
+
+class Mamba2Runner(RecurrentRunner):
+    """One layer; heads [G groups, H / G]."""
+
+    def __init__(self, mixer: Mamba2, numerics: Numerics) -> None:
+        self.mixer, self.eps = mixer, numerics.norm_eps
+
+    def shapes(self, d_model: int) -> Shapes:
+        """Projections, convolution, step-size bias, decay, skip, norm."""
+        m = self.mixer
+        shapes: Shapes = {}
+        for matrix in m.linears(d_model):
+            shapes[matrix.name] = Shape((matrix.n_out, matrix.n_in))
+            if matrix.bias:
+                shapes[f"{matrix.name}_bias"] = Shape((matrix.n_out,), "zeros")
+        shapes |= {
+            "conv": Shape((m.conv_channels, 1, m.conv_kernel)),
+            "dt_bias": Shape((m.n_heads,), "step"),
+            "a_log": Shape((m.n_heads,), "log_decay"),
+            "skip": Shape((m.n_heads,), "ones"),
+        }
+        if m.conv_bias:
+            shapes["conv_bias"] = Shape((m.conv_channels,), "zeros")
+        if m.norm:
+            shapes["norm"] = Shape((m.d_inner,), "ones")
+        return shapes
+
+    def state_sizes(self) -> tuple[tuple[int, ...], tuple[int, int]]:
+        """[H, P, N] and [channels, k - 1]."""
+        m = self.mixer
+        return (m.n_heads, m.head_dim, m.d_state), (m.conv_channels, m.conv_kernel - 1)
+
+    def run(
+        self, x: Tensor, w: Tensors, cache: FixedState, table: Rotary | None, first: bool
+    ) -> Tensor:
+        """Convolve, scan, norm, project."""
+        m = self.mixer
+        projected = linear(x, w["in_proj"], w.get("in_proj_bias"))
+        gate, mixed, dt = projected.split((m.d_inner, m.conv_channels, m.n_heads), dim=-1)
+        mixed = silu(cache.convolve(mixed, w["conv"], w.get("conv_bias"))).float()
+        n_bc = m.n_groups * m.d_state
+        x, b, c = mixed.split((m.d_inner, n_bc, n_bc), dim=-1)
+        x = x.unflatten(-1, (m.n_heads, m.head_dim))
+        b, c = (y.unflatten(-1, (m.n_groups, m.d_state)) for y in (b, c))
+        step = softplus(dt.float() + w["dt_bias"].float())  # [B, S, H]
+        log_decay = -step * w["a_log"].float().exp()
+        scan = self._prompt if first else self._step
+        y = scan(x * step.unsqueeze(-1), b, c, log_decay, cache.state)
+        cache.n_tokens += x.shape[1]
+        y = (y + x * w["skip"].float().unsqueeze(-1)).flatten(2) * silu(gate.float())
+        if m.norm:
+            grouped = y.unflatten(-1, (m.n_groups, -1))
+            grouped = grouped * torch.rsqrt(grouped.square().mean(-1, keepdim=True) + self.eps)
+            y = grouped.flatten(2) * w["norm"].float()
+        return linear(y.to(gate.dtype), w["out_proj"], w.get("out_proj_bias"))
+
+    def _prompt(self, x: Tensor, b: Tensor, c: Tensor, log_decay: Tensor, state: Tensor) -> Tensor:
+        """All tokens, a chunk at a time; the state is updated in place."""
+        m, s = self.mixer, x.shape[1]
+        size = m.chunk_tokens
+        missing = -s % size
+        x, b, c = (pad(y, (0, 0, 0, 0, 0, missing)) for y in (x, b, c))
+        log_decay = pad(log_decay, (0, 0, 0, missing))
+        h = state.unflatten(1, (m.n_groups, -1))  # [B, G, H/G, P, N], a view
+        future = torch.ones(size, size, dtype=torch.bool, device=x.device).triu(1)
+        out = torch.empty_like(x)
+        for start in range(0, s, size):
+            piece = slice(start, start + size)
+            bs, cs = b[:, piece].transpose(1, 2), c[:, piece].transpose(1, 2)  # [B, G, c, N]
+            xs = x[:, piece].transpose(1, 2).unflatten(1, (m.n_groups, -1))  # [B, G, H/G, c, P]
+            total = log_decay[:, piece].transpose(1, 2).cumsum(-1).unflatten(1, (m.n_groups, -1))
+            between = (total.unsqueeze(-1) - total.unsqueeze(-2)).masked_fill(future, -torch.inf)
+            scores = torch.matmul(cs, bs.transpose(-1, -2)).unsqueeze(2) * between.exp()
+            y = torch.matmul(scores, xs)
+            # C h of all heads of a group in one matmul: [c, N] x [N, H/G P]
+            read = torch.matmul(cs, h.flatten(2, 3).transpose(-1, -2))
+            read = read.unflatten(-1, (-1, m.head_dim)).transpose(2, 3)
+            y = y + read * total.exp().unsqueeze(-1)
+            left = (total[..., -1:] - total).exp().unsqueeze(-1)
+            added = torch.matmul((xs * left).transpose(-1, -2).flatten(2, 3), bs)
+            h.mul_(total[..., -1].exp()[..., None, None])
+            h.add_(added.unflatten(2, (-1, m.head_dim)))
+            out[:, piece] = y.flatten(1, 2).transpose(1, 2)
+        return out[:, :s]
+
+    def _step(self, x: Tensor, b: Tensor, c: Tensor, log_decay: Tensor, state: Tensor) -> Tensor:
+        """One token."""
+        m = self.mixer
+        h = state.unflatten(1, (m.n_groups, -1)).flatten(2, 3)  # [B, G, H/G P, N]
+        columns = x.squeeze(1).unflatten(1, (m.n_groups, -1)).flatten(2).unsqueeze(-1)
+        state.mul_(log_decay.squeeze(1).exp()[..., None, None])
+        h.add_(torch.matmul(columns, b.transpose(1, 2)))
+        y = torch.matmul(h, c.squeeze(1).unsqueeze(-1))
+        return y.reshape(x.shape)

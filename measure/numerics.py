@@ -1,0 +1,271 @@
+"""What a config says beyond sizes: norms, rotary embedding, caps, scales, routing.
+
+None of it changes what a layer holds, and next to nothing of what it costs, so ``Architecture``
+does not carry it. ``numerics_of`` reads it from a config and from what its family fixes; without a
+config the family's published defaults serve.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from costmodel.errors import NotApplicableError
+
+Activation = Literal["silu", "gelu_tanh", "gelu", "relu", "relu2"]
+_ACTIVATIONS: Mapping[str, Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "gelu": "gelu",
+    "relu": "relu",
+    "relu2": "relu2",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rope:
+    """A rotary embedding: pair i of n turns by position * theta^(-i / n), rescaled.
+
+    fraction     share of the head that turns; interleaved  pairs are neighbours, not halves
+    kind         "default", "linear", "llama3" (arXiv 2407.21783) or "yarn" (arXiv 2309.00071)
+    attention_factor  multiplies cosine and sine; None: yarn's own
+    """
+
+    theta: float = 10_000.0
+    fraction: float = 1.0
+    interleaved: bool = False
+    kind: Literal["default", "linear", "llama3", "yarn"] = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_context: int = 8192
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float | None = None
+    mscale: float = 0.0
+    mscale_all_dim: float = 0.0
+
+    def frequencies(self, n: int, device: torch.device) -> Tensor:
+        """Radians per position of the pairs of an ``n``-element rotary part."""
+        plain = self.theta ** -(torch.arange(0, n, 2, device=device, dtype=torch.float32) / n)
+        if self.kind == "linear":
+            return plain / self.factor
+        if self.kind == "llama3":
+            turns = plain * self.original_context / (2 * math.pi)
+            span = self.high_freq_factor - self.low_freq_factor
+            keep = ((turns - self.low_freq_factor) / span).clamp(0.0, 1.0)
+            return plain * (keep + (1 - keep) / self.factor)
+        if self.kind == "yarn":
+            first, last = (self._pair_of(turns, n) for turns in (self.beta_fast, self.beta_slow))
+            if self.truncate:
+                first, last = math.floor(first), math.ceil(last)
+            first, last = max(first, 0), min(last, n - 1)
+            pairs = torch.arange(n // 2, device=device, dtype=torch.float32)
+            keep = 1 - ((pairs - first) / max(last - first, 1e-3)).clamp(0.0, 1.0)
+            return plain * (keep + (1 - keep) / self.factor)
+        return plain
+
+    def _pair_of(self, turns: float, n: int) -> float:
+        """Index of the pair that makes ``turns`` turns over the original context."""
+        ratio = self.original_context / (turns * 2 * math.pi)
+        return n * math.log(ratio) / (2 * math.log(self.theta))
+
+    @property
+    def amplitude(self) -> float:
+        """What cosine and sine are multiplied with."""
+        if self.kind != "yarn":
+            return 1.0
+        if self.attention_factor is not None:
+            return self.attention_factor
+        if self.mscale and self.mscale_all_dim:
+            return _mscale(self.factor, self.mscale) / _mscale(self.factor, self.mscale_all_dim)
+        return _mscale(self.factor, 1.0)
+
+    @property
+    def score_factor(self) -> float:
+        """What latent attention multiplies its scores with."""
+        return _mscale(self.factor, self.mscale_all_dim) ** 2 if self.mscale_all_dim else 1.0
+
+
+def _mscale(factor: float, weight: float) -> float:
+    return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Routing:
+    """From router logits to experts and their weights.
+
+    score      "softmax" or "sigmoid" of all logits
+    normalise  weights of the chosen experts sum to one; ``scale`` multiplies them then
+    groups     experts are chosen within the best ``top_groups`` of so many groups; a group counts
+               its two best experts (sigmoid) or its best one (softmax)
+    """
+
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    normalise: bool = True
+    scale: float = 1.0
+    groups: int = 1
+    top_groups: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Numerics:
+    """What changes the values but not the cost. Defaults: the llama family's.
+
+    local_rope        of windowed layers where it differs; rope None: no positions
+    attention_scale   of the scores; None: 1 / sqrt(head size)
+    sandwich          norms behind both blocks too (Gemma 2 and 3)
+    swiglu            "clamped": GPT-OSS' form, gate and up clamped at 7, sigmoid(1.702 gate)
+    """
+
+    norm_eps: float = 1e-5
+    rope: Rope | None = Rope()
+    local_rope: Rope | None = None
+    activation: Activation = "silu"
+    swiglu: Literal["plain", "clamped"] = "plain"
+    attention_scale: float | None = None
+    attention_softcap: float | None = None
+    final_softcap: float | None = None
+    embedding_scale: float = 1.0
+    qk_norm: bool = False
+    sinks: bool = False
+    sandwich: bool = False
+    routing: Routing = Routing()
+
+
+#: What a family fixes whatever its config says; the others are as Llama.
+_FAMILIES: Mapping[str, Numerics] = {
+    "qwen3": Numerics(norm_eps=1e-6, qk_norm=True),
+    "qwen3_moe": Numerics(norm_eps=1e-6, qk_norm=True),
+    "gemma": Numerics(norm_eps=1e-6, activation="gelu_tanh"),
+    "gemma2": Numerics(norm_eps=1e-6, activation="gelu_tanh", sandwich=True),
+    "gemma3_text": Numerics(norm_eps=1e-6, activation="gelu_tanh", sandwich=True, qk_norm=True),
+    "recurrent_gemma": Numerics(norm_eps=1e-6, activation="gelu_tanh"),
+    "gpt_oss": Numerics(sinks=True, swiglu="clamped"),
+    "jamba": Numerics(norm_eps=1e-6, rope=None, routing=Routing(normalise=False)),
+    "qwen3_next": Numerics(norm_eps=1e-6, qk_norm=True),
+    "deepseek_v2": Numerics(norm_eps=1e-6, routing=Routing(normalise=False)),
+    "deepseek_v3": Numerics(norm_eps=1e-6, routing=Routing(score="sigmoid")),
+}
+_ALIASES = {"gemma3": "gemma3_text", "kimi_k2": "deepseek_v3", "kimi_k25": "deepseek_v3"}
+_GEMMAS = frozenset({"gemma", "gemma2", "gemma3_text", "recurrent_gemma"})
+#: Neighbours, not halves, form the pairs of these families' rotary embedding.
+_INTERLEAVED = frozenset({"deepseek_v2", "deepseek_v3"})
+
+
+def numerics_of(
+    family: str, config: Mapping[str, Any] | None = None, *, d_model: int | None = None
+) -> Numerics:
+    """Return the numerics of a config, or of a family's defaults without one."""
+    family = _ALIASES.get(family, family)
+    known, c = _FAMILIES.get(family, Numerics()), config or {}
+    text = c.get("text_config")
+    c = text if isinstance(text, Mapping) else c
+    width = c.get("hidden_size") or d_model
+    rope, local = _ropes(family, c, known.rope)
+    scalar = c.get("query_pre_attn_scalar", 256 if family in ("gemma2", "gemma3_text") else None)
+    eps = c.get("rms_norm_eps", c.get("layer_norm_epsilon", known.norm_eps))
+    return replace(
+        known,
+        norm_eps=eps,
+        rope=rope,
+        local_rope=local,
+        activation=_activation(c, known.activation),
+        attention_scale=None if scalar is None else float(scalar) ** -0.5,
+        attention_softcap=c.get("attn_logit_softcapping", 50.0 if family == "gemma2" else None),
+        final_softcap=c.get(
+            "final_logit_softcapping",
+            c.get("logits_soft_cap", 30.0 if family in ("gemma2", "recurrent_gemma") else None),
+        ),
+        embedding_scale=_embedding_scale(family, width),
+        routing=_routing(c, known.routing),
+    )
+
+
+def _embedding_scale(family: str, width: int | None) -> float:
+    """sqrt(D) in Gemma, which RecurrentGemma rounds to bfloat16 whatever the dtype."""
+    if family not in _GEMMAS or not width:
+        return 1.0
+    scale = float(width) ** 0.5
+    if family == "recurrent_gemma":
+        scale = float(torch.tensor(scale, dtype=torch.bfloat16))
+    return scale
+
+
+def _activation(c: Mapping[str, Any], default: Activation) -> Activation:
+    name = c.get("hidden_activation") or c.get("hidden_act")
+    if name is None or default == "gelu_tanh":  # Gemma files say "gelu" and mean the tanh form
+        return default
+    if name not in _ACTIVATIONS:
+        raise NotApplicableError(
+            f"hidden_act: expected one of {', '.join(_ACTIVATIONS)}, got {name!r}"
+        )
+    return _ACTIVATIONS[name]
+
+
+def _routing(c: Mapping[str, Any], known: Routing) -> Routing:
+    greedy = c.get("topk_method") == "greedy"
+    groups = 1 if greedy else c.get("n_group") or 1
+    return replace(
+        known,
+        normalise=c.get("norm_topk_prob", known.normalise),
+        scale=float(c.get("routed_scaling_factor") or 1.0),
+        groups=groups,
+        top_groups=(c.get("topk_group") or 1) if groups > 1 else 1,
+    )
+
+
+def _ropes(
+    family: str, c: Mapping[str, Any], known: Rope | None
+) -> tuple[Rope | None, Rope | None]:
+    """Rotary embeddings of full and of windowed layers, from old and new spellings."""
+    if known is None:
+        return None, None
+    base = {"rope_theta": c.get("rope_theta", 10_000.0), **(c.get("rope_scaling") or {})}
+    parameters = c.get("rope_parameters") or base
+    fraction = float(
+        c.get("partial_rotary_factor")
+        or {"recurrent_gemma": 0.5, "qwen3_next": 0.25}.get(family, 1.0)
+    )
+    whole: Mapping[str, Any] = parameters
+    local: Mapping[str, Any] | None = None
+    if "full_attention" in parameters:
+        whole, local = parameters["full_attention"], parameters.get("sliding_attention")
+    elif family == "gemma3_text":
+        local = {"rope_theta": c.get("rope_local_base_freq", 10_000.0)}
+    context = c.get("max_position_embeddings") or 8192
+    return (
+        _rope(family, whole, fraction, context),
+        None if local is None else _rope(family, local, fraction, context),
+    )
+
+
+def _rope(family: str, p: Mapping[str, Any], fraction: float, context: int) -> Rope:
+    kind = p.get("rope_type", p.get("type")) or "default"
+    if kind not in ("default", "linear", "llama3", "yarn"):
+        raise NotApplicableError(
+            f"rope_type: the torch engine runs default, linear, llama3 and yarn, got {kind!r}"
+        )
+    original = p.get("original_max_position_embeddings") or context
+    return Rope(
+        theta=float(p.get("rope_theta", 10_000.0)),
+        fraction=float(p.get("partial_rotary_factor") or fraction),
+        interleaved=family in _INTERLEAVED,
+        kind=kind,
+        factor=float(p.get("factor") or context / original),
+        low_freq_factor=float(p.get("low_freq_factor") or 1.0),
+        high_freq_factor=float(p.get("high_freq_factor") or 4.0),
+        original_context=int(original),
+        beta_fast=float(p.get("beta_fast") or 32.0),
+        beta_slow=float(p.get("beta_slow") or 1.0),
+        truncate=bool(p.get("truncate", True)),
+        attention_factor=p.get("attention_factor"),
+        mscale=float(p.get("mscale") or 0.0),
+        mscale_all_dim=float(p.get("mscale_all_dim") or 0.0),
+    )

@@ -1,0 +1,148 @@
+"""What runs between the matmuls: rotary embedding, norms, activations, masked attention."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.nn.functional import scaled_dot_product_attention
+
+from measure.numerics import Rope
+
+Tensors = Mapping[str, Tensor]
+#: Cosines and signed sines [positions, rotary elements].
+Rotary = tuple[Tensor, Tensor]
+#: Queries that are masked together: bounds the mask and the scores.
+QUERY_BLOCK = 512
+
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+    "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
+    "relu": functional.relu,
+    "relu2": lambda x: functional.relu(x).square(),
+}
+
+
+def rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMS norm over the last axis."""
+    return functional.rms_norm(x, weight.shape, weight, eps)
+
+
+def rope_table(
+    n_positions: int, size: int, rope: Rope, dtype: torch.dtype, device: torch.device
+) -> Rotary:
+    """Cosines and signed sines [positions, n] of ``size * fraction`` = n turning elements.
+
+    The sines of every pair's first element are negative, so that rotating is
+    ``x * cos + swapped x * sin``.
+    """
+    n = int(size * rope.fraction)
+    positions = torch.arange(n_positions, device=device, dtype=torch.float32)
+    angles = torch.outer(positions, rope.frequencies(n, device))
+    cos, sin = angles.cos() * rope.amplitude, angles.sin() * rope.amplitude
+    if rope.interleaved:
+        pair = (
+            torch.stack((cos, cos), -1).flatten(-2),
+            torch.stack((-sin, sin), -1).flatten(-2),
+        )
+    else:
+        pair = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+    return pair[0].to(dtype), pair[1].to(dtype)
+
+
+def rotate(x: Tensor, table: Rotary, *, interleaved: bool = False) -> Tensor:
+    """Turn the first elements of ``x`` [B, heads, S, H] by its positions' rows of the table."""
+    cos, sin = table
+    n = cos.shape[-1]
+    turning = x[..., :n]
+    if interleaved:
+        swapped = turning.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    else:
+        swapped = torch.cat((turning[..., n // 2 :], turning[..., : n // 2]), dim=-1)
+    turned = torch.addcmul(turning * cos, swapped, sin)
+    return turned if n == x.shape[-1] else torch.cat((turned, x[..., n:]), dim=-1)
+
+
+def softcap(x: Tensor, cap: float | None) -> Tensor:
+    """``cap * tanh(x / cap)``, or ``x`` without a cap."""
+    return x if cap is None else torch.tanh(x / cap) * cap
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = None,
+    cap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Attention of folded queries [B, K, Q, H] over [B, K, T, H]; scores scaled by 1 / sqrt(H).
+
+    mask   bool [Q, T], what may be seen
+    cap    soft cap of the scores
+    sinks  [K, Q] logits that take part in the softmax and attend to nothing
+    """
+    if cap is None and sinks is None:
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    scores = softcap(torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-1, -2)), cap)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    if sinks is not None:
+        column = sinks.to(scores.dtype)[None, :, :, None].expand(len(scores), -1, -1, 1)
+        scores = torch.cat((scores, column), dim=-1)
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(v.dtype)
+    return torch.matmul(weights[..., : k.shape[2]], v)
+
+
+def attend_prompt(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: int | None = None,
+    chunk: int | None = None,
+    cap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Causal attention of a prompt, q [B, N, S, H], k and v [B, K, S, H], block by block.
+
+    ``window`` lets a token see itself and the window - 1 before it, ``chunk`` its own chunk;
+    ``sinks`` [N] are logits per head.
+    """
+    s, n_kv = q.shape[2], k.shape[1]
+    reach = window or chunk
+    if cap is None and sinks is None and (reach is None or s <= reach):
+        return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    group = q.shape[1] // n_kv
+    out = q.new_empty(*q.shape[:3], v.shape[-1])
+    folded, target = q.unflatten(1, (n_kv, group)), out.unflatten(1, (n_kv, group))
+    positions = torch.arange(s, device=q.device)
+    for start in range(0, s, QUERY_BLOCK):
+        stop = min(s, start + QUERY_BLOCK)
+        first = 0
+        if window:
+            first = max(0, start - window + 1)
+        elif chunk:
+            first = start // chunk * chunk
+        rows, columns = positions[start:stop, None], positions[None, first:stop]
+        mask = columns <= rows
+        if window:
+            mask &= columns > rows - window
+        elif chunk:
+            mask &= columns >= rows // chunk * chunk
+        n = stop - start
+        per_query = None
+        if sinks is not None:
+            per_query = sinks.view(n_kv, group, 1).expand(-1, -1, n).flatten(1)
+        block = attend(
+            folded[:, :, :, start:stop].flatten(2, 3),
+            k[:, :, first:stop],
+            v[:, :, first:stop],
+            mask=mask.repeat(group, 1),
+            cap=cap,
+            sinks=per_query,
+        )
+        target[:, :, :, start:stop] = block.unflatten(2, (group, n))
+    return out

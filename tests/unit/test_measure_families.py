@@ -1,0 +1,208 @@
+"""The decoder against transformers' own models with the same random weights, family by family."""
+
+import pytest
+import torch
+
+from costmodel.methods.parse import parse_method
+from costmodel.registry import load_architecture
+from measure.checkpoints import weights_from_state
+from measure.engine import Decoder
+from measure.mixers import build_cache
+from measure.numerics import numerics_of
+
+transformers = pytest.importorskip("transformers")
+torch.set_num_threads(1)  # tiny tensors: a second thread only waits
+
+TOLERANCE = 1e-4  # float32 logits of order one; the orders of summation differ
+PROMPT, TOTAL, BATCH = 13, 19, 2
+BASE = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 61,
+}
+GEMMA = BASE | {"head_dim": 16, "num_hidden_layers": 4, "sliding_window": 5}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+LATENT = BASE | {
+    "num_key_value_heads": 4,
+    "num_hidden_layers": 3,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 24,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 12,
+    "v_head_dim": 10,
+    "moe_intermediate_size": 16,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "n_shared_experts": 2,
+    "n_group": 4,
+    "topk_group": 2,
+    "first_k_dense_replace": 1,
+}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10_000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 1000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+LINEAR = {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0}
+CASES = {
+    "llama-llama3": ("llama", BASE | {"head_dim": 16, "rope_parameters": LLAMA3}),
+    "llama-linear": ("llama", BASE | {"rope_parameters": LINEAR, "attention_bias": True}),
+    "llama-yarn": ("llama", BASE | {"rope_parameters": YARN, "mlp_bias": True}),
+    "mistral": ("mistral", BASE | {"head_dim": 8, "sliding_window": 5}),
+    "qwen2": ("qwen2", BASE | {"num_hidden_layers": 3}),
+    "qwen2-window": (
+        "qwen2",
+        BASE | {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+    ),
+    "qwen3": ("qwen3", BASE | {"head_dim": 16}),
+    "gemma2": ("gemma2", GEMMA | {"query_pre_attn_scalar": 24}),
+    "gemma3": (
+        "gemma3_text",
+        GEMMA | {"num_hidden_layers": 7, "query_pre_attn_scalar": 24},
+    ),
+    "mixtral": (
+        "mixtral",
+        BASE | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 6},
+    ),
+    "gpt_oss": (
+        "gpt_oss",
+        BASE
+        | {
+            "head_dim": 16,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "sliding_window": 5,
+        },
+    ),
+    "mamba2": (
+        "mamba2",
+        {
+            "hidden_size": 32,
+            "num_heads": 8,
+            "head_dim": 8,
+            "state_size": 16,
+            "n_groups": 2,
+            "num_hidden_layers": 2,
+            "vocab_size": 61,
+            "chunk_size": 8,
+        },
+    ),
+    "mamba": (
+        "mamba",
+        {"hidden_size": 32, "state_size": 8, "num_hidden_layers": 2, "vocab_size": 61},
+    ),
+    "recurrent_gemma": (
+        "recurrent_gemma",
+        BASE
+        | {"num_hidden_layers": 3, "head_dim": 8, "lru_width": 32, "attention_window_size": 5},
+    ),
+    "deepseek_v3": ("deepseek_v3", LATENT),
+    "deepseek_v3-yarn": (
+        "deepseek_v3",
+        LATENT | {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0.7}},
+    ),
+    "deepseek_v2": (
+        "deepseek_v2",
+        LATENT | {"q_lora_rank": None, "topk_method": "group_limited_greedy"},
+    ),
+    "jamba": (
+        "jamba",
+        BASE
+        | {
+            "num_hidden_layers": 4,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "expert_layer_period": 2,
+            "expert_layer_offset": 1,
+            "num_experts": 4,
+            "mamba_d_state": 8,
+            "mamba_dt_rank": 4,
+            "use_mamba_kernels": False,
+        },
+    ),
+    "qwen3_next": (
+        "qwen3_next",
+        BASE
+        | EXPERTS
+        | {
+            "num_hidden_layers": 4,
+            "head_dim": 16,
+            "shared_expert_intermediate_size": 16,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+        },
+    ),
+    "qwen3_moe": ("qwen3_moe", BASE | EXPERTS | {"head_dim": 8}),
+    "qwen2_moe": ("qwen2_moe", BASE | EXPERTS | {"shared_expert_intermediate_size": 16}),
+}
+
+
+def reference(family, settings):
+    """Transformers' model with random weights, wide enough for attention to be far from uniform."""
+    config = transformers.AutoConfig.for_model(
+        family, **settings, tie_word_embeddings=family.startswith(("gemma", "recurrent"))
+    )
+    config._attn_implementation = "eager"
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if "A_log" in name:
+                tensor.uniform_(-1.0, 1.5)
+            elif "correction" in name or "sinks" in name:
+                tensor.normal_(0.0, 0.5)
+            elif name.endswith(("inv_freq", "normalizer", "embed_scale")):
+                continue
+            elif "norm" in name:
+                tensor.uniform_(0.5, 1.5)
+            elif "dt" in name and tensor.ndim == 1:
+                tensor.uniform_(-3.0, 1.0)
+            else:
+                tensor.normal_(0.0, 0.2)
+    return config, model
+
+
+@pytest.mark.parametrize(("family", "settings"), CASES.values(), ids=CASES)
+def test_logits_equal_transformers(family, settings, tmp_path):
+    config, theirs = reference(family, settings)
+    path = tmp_path / "config.json"
+    config.architectures = None
+    path.write_text(config.to_json_string(use_diff=False), "utf-8")
+    architecture = load_architecture(str(path))
+    numerics = numerics_of(architecture.family, config.to_dict())
+    weights = weights_from_state(architecture, theirs.state_dict())
+    decoder = Decoder(architecture, weights, n_positions=TOTAL, numerics=numerics)
+    caches = [
+        build_cache(
+            parse_method("full"),
+            mixer,
+            batch=BATCH,
+            dtype=torch.float32,
+            device=torch.device("cpu"),
+        )
+        for layer in architecture.layers
+        for mixer in layer.mixers
+    ]
+    tokens = torch.randint(61, (BATCH, TOTAL), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        expected = theirs(tokens, use_cache=False).logits
+    assert expected.std() > 0.1  # so that the tolerance means something
+    found = decoder.prefill(tokens[:, :PROMPT], caches)
+    torch.testing.assert_close(found, expected[:, PROMPT - 1], atol=TOLERANCE, rtol=TOLERANCE)
+    for t in range(PROMPT, TOTAL):
+        found = decoder.decode(tokens[:, t : t + 1], caches)
+        torch.testing.assert_close(found, expected[:, t], atol=TOLERANCE, rtol=TOLERANCE)
