@@ -16,7 +16,7 @@ from costmodel.hardware import gpu_names, load_hardware
 from costmodel.methods import method_class, method_names
 from costmodel.methods.parse import parse_methods
 from costmodel.mlps import MoE
-from costmodel.quality import evidence
+from costmodel.quality import evidence, scores
 from costmodel.registry import load_architecture, model_names
 from costmodel.units import format_bytes, format_si
 from costmodel.workload import Point
@@ -308,6 +308,7 @@ def model_details(name: str, assume: str | None) -> dict[str, Any]:
         {"kind": "moe" if isinstance(m, MoE) else "dense", "layers": n, "description": _describe(m)}
         for m, n in a.mlp_groups
     ]
+    row["scores"] = scores(a.name)
     row["assumed"] = a.assumed
     row["notes"] = list(a.notes)
     return row
@@ -337,6 +338,12 @@ def model_text(shown: Mapping[str, Any]) -> str:
     parts = (*shown["mixers"], *shown["mlps"])
     lines += [f"  {m['layers']:>3} x {m['description']}" for m in parts]
     lines += ["", f"source      {shown['source']}", f"confidence  {shown['confidence']}"]
+    lines += [
+        f"score       {s['task']} {s['value']:g} with inputs of about {s['context'] or 0:,} tokens "
+        f"({s['source']})"
+        for s in shown["scores"]
+        if _is_summary(str(s["task"]))
+    ]
     lines += [f"note        {n}" for n in shown["notes"]]
     if shown["assumed"]:
         lines.append("note        read as this family because --assume says so")

@@ -18,6 +18,7 @@ from costmodel.methods.parse import parse_methods
 from costmodel.methods.stack import MethodStack
 from costmodel.mlps import MoE
 from costmodel.predict import Options, default_dtype, default_engine, predict
+from costmodel.quality import scores
 from costmodel.registry import load_architecture
 from costmodel.results import SCHEMA_VERSION as SCHEMA_VERSION
 from costmodel.results import Prediction, inapplicable_row, key_fields
@@ -210,6 +211,7 @@ def assumptions(rows: Sequence[dict[str, Any]], run: Sweep) -> list[str]:
             out.append(f"{a.name}: read as family {a.family} because --assume says so")
         if any(isinstance(m, MoE) for layer in a.layers for m in layer.mlps):
             out.append(f"{a.name}: experts are assumed to be chosen uniformly")
+    out += _scores(run)
     for h in run.hardware:
         if run.options.tp > h.max_gpus_per_node:
             out.append(
@@ -221,6 +223,20 @@ def assumptions(rows: Sequence[dict[str, Any]], run: Sweep) -> list[str]:
             out.append(
                 f"{h.name}: {mid:.2f} USD per GPU-hour ({low:.2f}-{high:.2f}), {h.price_date}"
             )
+    return out
+
+
+def _scores(run: Sweep) -> list[str]:
+    """Different architectures beside each other: by score, never by a drop."""
+    if len(run.architectures) == 1:
+        return []
+    out = []
+    for a in run.architectures:
+        known = [s for s in scores(a.name) if "average" in s["task"].lower()]
+        text = "; ".join(
+            f"{s['task']} {s['value']:g} ({s['source'].partition(',')[0]})" for s in known[:3]
+        )
+        out.append(f"{a.name}: uncompressed score {text or 'unknown'}")
     return out
 
 

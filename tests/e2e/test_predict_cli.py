@@ -399,3 +399,12 @@ def test_compare_has_nothing_to_draw(tmp_path: Path) -> None:
     assert done.exit_code == 2
     assert "no record has a prediction" in done.output
     assert not (tmp_path / "p.png").exists()
+
+
+def test_architectures_stand_beside_each_other_by_score() -> None:
+    shown = run("models", "show", "mamba-2.8b").stdout
+    assert "LongBench average 20.7 with inputs of about 1,500 tokens" in shown
+    pair = ["predict", "--model", "mamba-2.8b,falcon-mamba-7b", "--gpu", "l4", "--context", "2k"]
+    said = json.loads(run(*pair, "--format", "json").stdout)["assumptions"]
+    assert any(x.startswith("mamba-2.8b: uncompressed score LongBench average 20.7") for x in said)
+    assert "falcon-mamba-7b: uncompressed score unknown" in said
