@@ -88,6 +88,8 @@ def text(plan: Plan, *, markdown: bool = False) -> str:
     out = console(file)
     w = plan.workload
     rate = "all at once" if w["rate_per_s"] is None else f"{w['rate_per_s']:.2f} req/s"
+    if plan.spec.demand.is_closed:
+        rate = "each answer brings the next request"
     out.print(
         f"Workload  {w['name']}: {rate}, {w['requests']:,} requests, input P50 "
         f"{w['input_tokens_p50']:,.0f} P99 {w['input_tokens_p99']:,.0f}, output mean "
@@ -135,14 +137,14 @@ def _table(titles: Sequence[tuple[str, bool]], markdown: bool) -> Table:
         if is_number:
             table.add_column(title, justify="right", no_wrap=True)
         else:
-            table.add_column(title, overflow="fold")
+            table.add_column(title, overflow="fold", no_wrap=title != "why")
     return table
 
 
 def _degrees(row: Row) -> str:
-    pool = row["pools"][0] if row["pools"] else {}
-    parts = [f"tp{row['tp']}"] + [f"{k}{pool[k]}" for k in ("pp", "ep", "cp") if pool.get(k, 1) > 1]
-    return " ".join(parts)
+    return " ".join(
+        [f"tp{row['tp']}", *(f"{k}{row[k]}" for k in ("pp", "ep", "cp") if (row.get(k) or 1) > 1)]
+    )
 
 
 def _number(value: float | None, form: str = ".2f") -> str:
@@ -161,8 +163,9 @@ def _accuracy(row: Row) -> str:
 def _ranked(rows: Sequence[Row], plan: Plan, markdown: bool) -> Table:
     extra = [x.key for x in plan.spec.slo.limits]
     keys = list(dict.fromkeys(["ttft_p99_s", "itl_p95_s", "e2e_p99_s", *extra]))
-    several = len({r["model"] for r in rows}) > 1
-    titles = [("rank", True)] + ([("model", False)] if several else [])
+    # What is the same in all rows needs no column.
+    shown = [k for k in ("model", "level", "engine") if len({r[k] for r in plan.rows}) > 1]
+    titles = [("rank", True), *((k, False) for k in shown)]
     titles += [("method", False), ("gpu", False), ("split", False), ("replicas", True),
                ("GPUs", True), ("USD/h", True), ("USD/Mtok", True), ("J/token", True)]  # fmt: skip
     titles += [(_title(k), True) for k in keys]
@@ -173,7 +176,7 @@ def _ranked(rows: Sequence[Row], plan: Plan, markdown: bool) -> Table:
         headroom = "" if r["headroom"] is None else f"+{r['headroom']:.0%}"
         if r["breaks_first"]:
             headroom += f" ({_title(r['breaks_first'])})"
-        cells = [str(r["rank"]), *([r["model"]] if several else []), r["method_spec"], r["gpu"],
+        cells = [str(r["rank"]), *(str(r[k]) for k in shown), r["method_spec"], r["gpu"],
                  _degrees(r), f"{r['replicas']}{'*' if r['fragile'] else ''}", str(r["gpus"]),
                  _number(r["usd_per_hour"]), _number(r["usd_per_million_tokens"], ".3g"),
                  _number(r["energy_j_per_token"], ".3g")]  # fmt: skip

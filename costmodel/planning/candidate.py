@@ -193,7 +193,7 @@ def _parts(
             f"the longest request has {int(total[longest]):,} tokens and {architecture.name} takes "
             f"{limit:,}"
         )
-    weights = model.run.weights_bytes
+    weights = candidate.parallel.weights_bytes(model)
     pool = pool_bytes(
         model,
         float(requests.input_tokens.max()),

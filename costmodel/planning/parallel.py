@@ -66,10 +66,13 @@ class Parallel:
 
     def pool_bytes(self, pool: float, model: "Model") -> float:
         """Room for state in one engine, in bytes of one tensor-parallel rank's whole model."""
-        weights = model.run.weights_bytes
-        experts = _expert_bytes(model) * (1.0 - 1.0 / self.ep)
-        share = self._stage_share(model)
-        return (pool + weights - (weights - experts) * share) / share * self.cp
+        room = pool + model.run.weights_bytes - self.weights_bytes(model)
+        return room / self._stage_share(model) * self.cp
+
+    def weights_bytes(self, model: "Model") -> float:
+        """Weights on the GPU that has most."""
+        elsewhere = _expert_bytes(model) * (1.0 - 1.0 / self.ep)
+        return (model.run.weights_bytes - elsewhere) * self._stage_share(model)
 
     def experts(self, operations: Operations, tokens: Array) -> Operations:
         """Expert matmuls of one rank, and the exchange of tokens, for ``tokens`` on each rank."""

@@ -10,15 +10,16 @@ from costmodel.planning.spec import PlanSpec
 
 #: Keys of a row, in order.
 KEYS = (
-    "rank", "feasible", "reason", "model", "method", "method_spec", "level", "engine", "gpu", "tp",
-    "replicas", "gpus", "pools", "usd_per_hour", "usd_per_hour_low", "usd_per_hour_high",
-    "usd_per_million_tokens", "usd_per_million_input_tokens", "usd_per_million_output_tokens",
-    "energy_j_per_token", "ttft_p50_s", "ttft_p99_s", "tpot_p50_s", "tpot_p95_s", "itl_p95_s",
-    "itl_p99_s", "e2e_p99_s", "intervals", "goodput_rps", "throughput_rps", "output_tokens_per_s",
-    "kv_occupancy", "kv_peak", "largest_share",
-    "n_preempted", "headroom", "max_rate_per_s", "breaks_first", "binds",
-    "binding", "checks", "fragile", "accuracy_drop_points", "accuracy_source", "accuracy_analogy",
-    "bound_replicas", "bound_gap", "holds", "answered_by", "price_date", "basis",
+    "rank", "feasible", "reason", "model", "method", "method_spec", "level", "engine", "gpu",
+    "tp", "pp", "ep", "cp", "replicas", "gpus", "pools", "usd_per_hour", "usd_per_hour_low",
+    "usd_per_hour_high", "usd_per_million_tokens", "usd_per_million_input_tokens",
+    "usd_per_million_output_tokens", "energy_j_per_token", "ttft_p50_s", "ttft_p99_s",
+    "tpot_p50_s", "tpot_p95_s", "itl_p95_s", "itl_p99_s", "e2e_p99_s", "intervals",
+    "goodput_rps", "throughput_rps", "output_tokens_per_s", "kv_occupancy", "kv_peak",
+    "largest_share", "n_preempted", "headroom", "max_rate_per_s", "breaks_first", "binds",
+    "binding", "checks", "fragile", "accuracy_drop_points", "accuracy_source",
+    "accuracy_analogy", "bound_replicas", "bound_gap", "bound_usd_per_hour", "holds",
+    "answered_by", "price_date", "basis",
 )  # fmt: skip
 
 
@@ -34,6 +35,9 @@ def _base(screened: Screened) -> dict[str, Any]:
         "engine": c.engine,
         "gpu": c.gpu,
         "tp": c.tp,
+        "pp": c.pp,
+        "ep": c.ep,
+        "cp": c.cp,
         "pools": [],
         "answered_by": "bound",
         **screened.names,
@@ -95,7 +99,7 @@ def binding(screened: Screened) -> dict[str, float]:
         "batch": bound.batch,
         "max_rate_per_replica_per_s": bound.rate_per_s,
         "kv_pool_bytes": screened.parts.pool,
-        "weights_bytes": screened.parts.model.run.weights_bytes,
+        "weights_bytes": screened.candidate.parallel.weights_bytes(screened.parts.model),
         "usable_bytes": screened.parts.hardware.memory_bytes
         * screened.parts.model.options.memory_fraction,
     }

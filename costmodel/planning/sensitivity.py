@@ -21,12 +21,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scenario:
-    """One change. Factors multiply; ``estimate`` is the end of the kernel-time interval."""
+    """One change. Factors multiply (``method_outputs``: answers of every method but the plain
+    one); ``estimate`` is the end of the kernel-time interval.
+    """
 
     name: str
     rate: float = 1.0
     lengths: float = 1.0
     outputs: float = 1.0
+    method_outputs: float = 1.0
     estimate: Estimate = "mid"
 
 
@@ -38,6 +41,7 @@ SCENARIOS = (
     Scenario(name="lengths x 0.5", lengths=0.5),
     Scenario(name="lengths x 2", lengths=2.0),
     Scenario(name="answers x 1.5", outputs=1.5),
+    Scenario(name="answers x 1.2 with a method", method_outputs=1.2),
     Scenario(name="kernels at the fast end", estimate="low"),
     Scenario(name="kernels at the slow end", estimate="high"),
 )
@@ -50,8 +54,10 @@ def needed_replicas(
     changed = requests
     if scenario.lengths != 1.0:
         changed = changed.lengthened(scenario.lengths)
-    if scenario.outputs != 1.0:
-        changed = changed.with_outputs(scenario.outputs)
+    plain = (candidate.decode if isinstance(candidate, Pair) else candidate).method == "full"
+    longer = scenario.outputs * (1.0 if plain else scenario.method_outputs)
+    if longer != 1.0:
+        changed = changed.with_outputs(longer)
     if isinstance(candidate, Pair):
         both = screen_pair(candidate, spec, changed, scenario.estimate).parts
         if both is None or not isfinite(changed.rate_per_s):

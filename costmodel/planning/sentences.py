@@ -52,13 +52,14 @@ def binding_sentences(rows: Sequence[Row]) -> list[str]:
     for key in splits.values():
         group = [r for r in rows if (r["model"], r["gpu"], r["tp"]) == key and r["binding"]]
         base = next((r for r in group if r["method"] == "full"), group[0])
-        out.append(_binding(base, group))
+        out.append(_binding(base, group, named=len({m for m, _ in splits}) > 1))
     return out
 
 
-def _binding(base: Row, group: Sequence[Row]) -> str:
+def _binding(base: Row, group: Sequence[Row], *, named: bool) -> str:
     b = base["binding"]
-    where = base["gpu"] + (f" tp={base['tp']}" if base["tp"] > 1 else "")
+    where = f"{base['gpu']} for {base['model']}" if named else base["gpu"]
+    where += f" tp={base['tp']}" if base["tp"] > 1 else ""
     prefill, decode, pool = b["prefill_s"], b["decode_s"], b["kv_pool_s"]
     text = (
         f"Binds on {where} with {base['method_spec']}: {base['binds']} ({prefill:.3g} s of prefill "
@@ -139,6 +140,8 @@ def assumptions(plan: Plan) -> list[str]:
         out.append(f"prefix cache: {demand.prefix_share:.0%} of every prompt is found")
     else:
         out.append("prefix cache off")
+    if any(r["level"] == "reference" and r["feasible"] for r in plan.rows):
+        out.append("level reference prices the published code's operations under this scheduler")
     bases = sorted({r["basis"] for r in plan.rows if r["basis"]})
     if bases:
         text = f"basis of kernel times: {', '.join(bases)}"

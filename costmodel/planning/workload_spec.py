@@ -99,7 +99,7 @@ def _arrivals(f: Fields, kind: Kind) -> Arrivals:
     arrivals = _value(f, "arrivals", lambda x: read_arrivals(_text(x)), default)
     if kind == "concurrency" and "arrivals" in f.table:
         f.problem("arrivals", "a concurrency has none: each answer brings the next request")
-    elif kind != "trace" and arrivals.kind == "trace":
+    elif kind in ("rate", "users") and arrivals.kind == "trace":
         f.problem("arrivals", "there is no trace to take them from; expected poisson or gamma:CV")
     return arrivals
 

@@ -77,6 +77,29 @@ def test_csv_and_markdown() -> None:
     assert re.search(r"^\|\s*rank\s*\|\s*method", text.stdout, re.M)
 
 
+def test_page_and_workbook(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="needs the report extra")
+    for name, start in (("plan.html", b"<!doctype html>"), ("plan.xlsx", b"PK")):
+        file = tmp_path / name
+        done = run("plan", *SMALL, "--output", str(file))
+        assert done.exit_code == 0, done.output
+        assert file.read_bytes().startswith(start)
+        assert "rank" in done.stdout
+
+
+def test_a_concurrency_is_planned() -> None:
+    done = run(
+        "plan", "--concurrency", "32", "--requests", "300", "--input-tokens", "2000",
+        "--output-tokens", "100", "--model", "llama-3.1-8b", "--gpu", "h100-sxm", "--slo",
+        "tpot_p95_ms=40", "--workers", "1", "-q", "--format", "json",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    document = json.loads(done.stdout)
+    assert document["results"][0]["feasible"]
+    assert document["results"][0]["max_rate_per_s"] is None
+    assert document["curve"][0]["rate_per_s"] == 8  # a quarter of the sessions
+
+
 def test_nothing_feasible_is_exit_code_3() -> None:
     done = run("plan", *SMALL, "--slo", "ttft_p99_s=0.01", "--format", "json")
     assert done.exit_code == 3
