@@ -27,6 +27,8 @@ class Engine:
     elementwise_launches  kernels one layer starts between its matmuls (norms, rotary, activation,
                           residuals): few where they are fused, many in eager Python
     reserved_bytes        device memory beside tensors: context, workspaces (one GPU / several)
+    mlp_alive             elements alive at the widest point of a gated MLP: (per unit of its width,
+                          per unit of the model's); one width less without a gate
     fused_dequantise      attention kernels read packed caches directly; False: the cache is
                           unpacked into a copy before it is attended, even at level "ideal"
     fixed_state_layout    "exact": (kernel-1) convolution columns and W window tokens;
@@ -43,6 +45,7 @@ class Engine:
     step_overhead_s: tuple[float, float, float]
     elementwise_launches: float
     reserved_bytes: tuple[float, float]
+    mlp_alive: tuple[float, float] = (3.0, 4.0)
     fused_dequantise: bool = True
     fixed_state_layout: Literal["exact", "transformers"] = "exact"
     sources: tuple[str, ...] = ()
@@ -67,6 +70,7 @@ def load_engine(name: str) -> Engine:
     if key not in table:
         raise UnknownNameError("engine", name, table)
     row = dict(table[key])
-    for field in ("host_launch_s", "step_overhead_s", "reserved_bytes", "sources"):
-        row[field] = tuple(row[field])
+    for field in ("host_launch_s", "step_overhead_s", "reserved_bytes", "mlp_alive", "sources"):
+        if field in row:
+            row[field] = tuple(row[field])
     return Engine(name=key, **row)

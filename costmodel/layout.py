@@ -16,6 +16,7 @@ from functools import partial
 import numpy as np
 
 from costmodel.architecture import Architecture, MixerGroup
+from costmodel.engines import Engine
 from costmodel.hardware import HardwareProfile
 from costmodel.methods.stack import MethodStack
 from costmodel.mixers import Linear
@@ -52,7 +53,7 @@ class Execution:
     experts: tuple[tuple[MoE, int, tuple[Matmul, ...]], ...]
     small_parameters: float
     mlp_width: float
-    mlp_alive: float
+    mlp_widths: tuple[tuple[float, bool], ...]
     n_all_reduces: int
     weights_bytes: float
 
@@ -95,7 +96,7 @@ class Execution:
             ),
             small_parameters=_small_parameters(sharded),
             mlp_width=_mlp_width(sharded),
-            mlp_alive=_mlp_alive(sharded),
+            mlp_widths=_mlp_widths(sharded),
             n_all_reduces=sum(bool(x.mixers) + bool(x.mlps) for x in sharded.layers),
             weights_bytes=weights_bytes(sharded, weight_dtype, dtype, tp)
             + stack.prompt_weights_bytes(),
@@ -199,15 +200,19 @@ def _mlp_width(architecture: Architecture) -> float:
     return max(widths)
 
 
-def _mlp_alive(architecture: Architecture) -> float:
-    """Elements of one token alive at the widest point of an MLP: gate, up and product (3 F) of a
-    gated MLP, up and activation (2 F) otherwise.
-    """
-    widths = [0.0]
-    for mlp, _ in architecture.mlp_groups:
-        per_unit = 3.0 if mlp.gated else 2.0
-        widths.append(per_unit * mlp.d_ff * (mlp.top_k if isinstance(mlp, MoE) else 1))
-    return max(widths)
+def _mlp_widths(architecture: Architecture) -> tuple[tuple[float, bool], ...]:
+    """Widths of all MLPs as a token sees them, and whether they are gated."""
+    return tuple(
+        (float(mlp.d_ff * (mlp.top_k if isinstance(mlp, MoE) else 1)), mlp.gated)
+        for mlp, _ in architecture.mlp_groups
+    )
+
+
+def _alive(run: Execution, engine: Engine) -> float:
+    """Elements of one token alive at the widest point of an MLP."""
+    per_width, per_model = engine.mlp_alive
+    widest = max((w * (per_width - (not gated)) for w, gated in run.mlp_widths), default=0.0)
+    return widest + per_model * run.architecture.d_model
 
 
 def _elementwise(run: Execution, point: Point, tokens: Array) -> Operation:
@@ -218,7 +223,7 @@ def _elementwise(run: Execution, point: Point, tokens: Array) -> Operation:
     parameter outside the matrices: norms, convolutions, decays. Un-chunked prefill peaks when a
     gated MLP has its activated gate, up and product (3 F; 2 F without a gate) beside the layer's
     and the model's input, the residual and the normed input (4 d): within 0.3 % of the published
-    peaks of an 8B model from 8k to 128k tokens.
+    peaks of an 8B model from 8k to 128k tokens. A compiled MLP holds less (``Engine.mlp_alive``).
     """
     d = run.architecture.d_model
     n_layers = max(1, run.architecture.n_layers)
@@ -231,7 +236,7 @@ def _elementwise(run: Execution, point: Point, tokens: Array) -> Operation:
         weight_bytes=run.small_parameters * b / n_layers,
         activation_bytes=tokens * ((8.0 * d + 0.75 * run.mlp_width) * b),
         launches=point.engine.elementwise_launches,
-        transient_bytes=alive * ((run.mlp_alive + 4.0 * d) * b),
+        transient_bytes=alive * (_alive(run, point.engine) * b),
         dtype=point.dtype,
         formula="(8 d + 3 F) elements per token between kernels; (3 F + 4 d) alive",
     )
