@@ -1,4 +1,4 @@
-"""Min/max quantisation in groups, and packing of 2- and 4-bit codes into int32 words.
+"""Min/max quantisation in groups, and packing of 2-, 4- and 8-bit codes into words.
 
     scale = (max - min) / (2^bits - 1),  zero = min   per group, both kept in the data's type
     code  = round((x - zero) / scale),   x ~ code * scale + zero
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 #: A table row viewed as one element, by its size in bytes, so that one gather moves a whole row.
-_WIDE = {4: torch.int32, 8: torch.int64, 16: torch.complex128}
+_WIDE = {2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 
 
 def quantise(x: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -23,6 +23,12 @@ def quantise(x: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor, Tensor]:
     Codes are rounded against the scale and zero as stored, so the error stays within half a scale
     (plus the rounding of scale and zero themselves in a 16-bit type).
     """
+    codes, scale, zero = quantise_bytes(x, bits, group)
+    return codes.view(torch.int32), scale, zero
+
+
+def quantise_bytes(x: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor, Tensor]:
+    """As ``quantise``, the codes as bytes [..., n bits / 8] for any n that fills whole ones."""
     levels = 2**bits - 1
     groups = x.unflatten(-1, (-1, group)).float()
     low, high = torch.aminmax(groups, dim=-1, keepdim=True)
@@ -36,7 +42,7 @@ def quantise(x: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def dequantise(words: Tensor, scale: Tensor, zero: Tensor, bits: int, group: int) -> Tensor:
-    """Invert ``quantise``: words, scales and zeros -> [..., n] in the type of the scales."""
+    """Invert ``quantise`` or ``quantise_bytes``: [..., n] in the type of the scales."""
     codes = _unpack(words, bits, scale.dtype).unflatten(-1, (-1, group))
     return codes.mul_(scale.unsqueeze(-1)).add_(zero.unsqueeze(-1)).flatten(-2)
 
@@ -47,14 +53,14 @@ def _pack(codes: Tensor, bits: int) -> Tensor:
     packed = parts[0].clone(memory_format=torch.contiguous_format)
     for j, part in enumerate(parts[1:], start=1):
         packed |= part << (bits * j)
-    return packed.view(torch.int32)
+    return packed
 
 
 def _unpack(words: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
     table = _table(bits, dtype, words.device)
     indices = words.view(torch.uint8).to(torch.int32)
     values = torch.index_select(table, 0, indices.flatten()).view(dtype)
-    return values.view(*words.shape[:-1], words.shape[-1] * (32 // bits))
+    return values.view(*words.shape[:-1], indices.shape[-1] * (8 // bits))
 
 
 @functools.cache

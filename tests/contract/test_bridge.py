@@ -27,6 +27,13 @@ HEADS = {"mha": (4, 4), "gqa": (4, 2), "mqa": (4, 1)}
 #: Every runnable method, with the parameters that change what it holds.
 METHODS = {
     "full": ["full"],
+    "fp8_kv": ["fp8_kv"],
+    "flexgen": [
+        "flexgen:group=32",
+        "flexgen:group=12",
+        "flexgen:bits=2,group=20",
+        "flexgen:bits=8",
+    ],
     "kivi": [
         "kivi:bits=2,residual_tokens=32",
         "kivi:bits=4,residual_tokens=64",
