@@ -3,24 +3,19 @@
 import contextlib
 import io
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-
-from rich import box
-from rich.table import Table
 
 from costmodel.planning import sentences
 from costmodel.planning.plan import Plan
 from costmodel.planning.requests import Requests
 from costmodel.planning.spec import PlanSpec
 from costmodel.results import document as envelope
-from costmodel.units import format_seconds
+from lccost.plan_tables import left_out, ranked
 from lccost.show import console
 
 Row = dict[str, Any]
-#: Rows of candidates that are out that the table shows; the JSON has all.
-_SHOWN_OUT = 12
 
 
 def document(plan: Plan, version: str) -> dict[str, Any]:
@@ -101,10 +96,10 @@ def text(plan: Plan, *, markdown: bool = False) -> str:
     out.print(sentences.verdict(plan))
     out.print()
     if plan.feasible:
-        out.print(_ranked(plan.feasible, plan, markdown))
+        out.print(ranked(plan.feasible, plan, None if markdown else out.width))
     rest = [r for r in plan.rows if not r["feasible"]]
     if rest:
-        out.print(_out(rest, markdown))
+        out.print(left_out(rest, markdown=markdown))
     for line in explanations(plan):
         out.print(line)
     _print_sensitivities(plan, out)
@@ -127,87 +122,6 @@ def _floor(spec: PlanSpec) -> str:
     text += f" on {a.task_family or 'average'}"
     text += ", unknown allowed" if a.allow_unknown else ", unknown refused"
     return text + (", analogy allowed" if a.allow_analogy else "")
-
-
-def _table(titles: Sequence[tuple[str, bool]], markdown: bool) -> Table:
-    table = Table(
-        box=box.MARKDOWN if markdown else box.SIMPLE_HEAD, pad_edge=False, show_edge=markdown
-    )
-    for title, is_number in titles:
-        if is_number:
-            table.add_column(title, justify="right", no_wrap=True)
-        else:
-            table.add_column(title, overflow="fold", no_wrap=title != "why")
-    return table
-
-
-def _degrees(row: Row) -> str:
-    return " ".join(
-        [f"tp{row['tp']}", *(f"{k}{row[k]}" for k in ("pp", "ep", "cp") if (row.get(k) or 1) > 1)]
-    )
-
-
-def _number(value: float | None, form: str = ".2f") -> str:
-    return "-" if value is None else f"{value:{form}}"
-
-
-def _accuracy(row: Row) -> str:
-    drop = row["accuracy_drop_points"]
-    if drop is None:
-        return "unknown"
-    if drop == 0:
-        return "0"
-    return f"{drop:+.1f} points" + (" (analogy)" if row["accuracy_analogy"] else "")
-
-
-def _ranked(rows: Sequence[Row], plan: Plan, markdown: bool) -> Table:
-    extra = [x.key for x in plan.spec.slo.limits]
-    keys = list(dict.fromkeys(["ttft_p99_s", "itl_p95_s", "e2e_p99_s", *extra]))
-    # What is the same in all rows needs no column.
-    shown = [k for k in ("model", "level", "engine") if len({r[k] for r in plan.rows}) > 1]
-    titles = [("rank", True), *((k, False) for k in shown)]
-    titles += [("method", False), ("gpu", False), ("split", False), ("replicas", True),
-               ("GPUs", True), ("USD/h", True), ("USD/Mtok", True), ("J/token", True)]  # fmt: skip
-    titles += [(_title(k), True) for k in keys]
-    titles += [("goodput", True), ("KV use", True), ("headroom", True), ("binds", False),
-               ("accuracy given up", False)]  # fmt: skip
-    table = _table(titles, markdown)
-    for r in rows:
-        headroom = "" if r["headroom"] is None else f"+{r['headroom']:.0%}"
-        if r["breaks_first"]:
-            headroom += f" ({_title(r['breaks_first'])})"
-        cells = [str(r["rank"]), *(str(r[k]) for k in shown), r["method_spec"], r["gpu"],
-                 _degrees(r), f"{r['replicas']}{'*' if r['fragile'] else ''}", str(r["gpus"]),
-                 _number(r["usd_per_hour"]), _number(r["usd_per_million_tokens"], ".3g"),
-                 _number(r["energy_j_per_token"], ".3g")]  # fmt: skip
-        cells += [format_seconds(r[k]) for k in keys]
-        cells += [_number(r["goodput_rps"]), f"{r['kv_occupancy']:.0%}", headroom, r["binds"],
-                  _accuracy(r)]  # fmt: skip
-        table.add_row(*cells)
-    if any(r["fragile"] for r in rows):
-        table.caption = "* fragile: the interval of a percentile reaches beyond its limit"
-        table.caption_justify = "left"
-    return table
-
-
-def _title(key: str) -> str:
-    metric, _, rest = key.removesuffix("_s").partition("_p")
-    return f"{metric.upper()} P{rest}" if rest and rest[0].isdigit() else key.replace("_", " ")
-
-
-def _out(rows: Sequence[Row], markdown: bool) -> Table:
-    table = _table(
-        [("out", False), ("gpu", False), ("split", False), ("closed form", True), ("why", False)],
-        markdown,
-    )
-    for r in rows[:_SHOWN_OUT]:
-        bound = "-" if r["bound_replicas"] is None else str(r["bound_replicas"])
-        table.add_row(
-            f"{r['model']} {r['method_spec']}", r["gpu"], _degrees(r), bound, str(r["reason"])
-        )
-    if len(rows) > _SHOWN_OUT:
-        table.add_row(f"and {len(rows) - _SHOWN_OUT} more", "", "", "", "see --format json")
-    return table
 
 
 def _print_sensitivities(plan: Plan, out: Any) -> None:
