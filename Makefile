@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 OUT ?= out/demo
 
-.PHONY: demo test check format docs bench wheel clean
+.PHONY: demo test check format docs gallery bench wheel clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -40,6 +40,9 @@ format: $(VENV)/.test
 
 docs: $(VENV)/.test
 	$(BIN)/python scripts/docs.py
+
+gallery: $(VENV)/.test
+	$(BIN)/python scripts/gallery.py
 
 bench: $(VENV)/.test
 	$(BIN)/python benchmarks/predict_speed.py

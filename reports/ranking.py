@@ -11,7 +11,7 @@ from reports.points import Namer
 
 #: What is ranked by, where every method at a point has it; the first that does.
 RANKED_BY = ("usd_per_million_output_tokens", "tpot_s", "ttft_s", "state_bytes")
-_PLACE = ("model", "gpu", "context_tokens", "batch")
+_PLACE = ("gpu", "context_tokens", "batch")
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -40,11 +40,12 @@ class Margin:
 def rank(pairs: Sequence[Pair]) -> tuple[Ranked, ...]:
     """All pairs, longest context first, ranked within their point; what does not fit comes last.
 
+    Where all pairs are of one method, its models are ranked against each other.
     Observed values rank where there are no predictions.
     """
     places: dict[tuple[str, ...], list[Pair]] = defaultdict(list)
-    for pair in pairs:
-        places[tuple(pair.key.text(f) for f in _PLACE)].append(pair)
+    for pair, model in zip(pairs, _models(pairs), strict=True):
+        places[(model, *(pair.key.text(f) for f in _PLACE))].append(pair)
     ranked: list[Ranked] = []
     for place, members in places.items():
         metric = _metric_of(members)
@@ -74,6 +75,15 @@ def rank(pairs: Sequence[Pair]) -> tuple[Ranked, ...]:
     )
 
 
+def _models(pairs: Sequence[Pair]) -> list[str]:
+    """The model of each pair's place: methods compete on a model. Where there is but one method,
+    models compete, and the place names none.
+    """
+    names = [pair.key.text("model") for pair in pairs]
+    one = len({pair.key.method_spec for pair in pairs}) == 1
+    return [""] * len(names) if one else names
+
+
 def value_of(pair: Pair, metric: str) -> float | None:
     """The predicted value, or the observed one where nothing is predicted."""
     predicted = pair.value(metric, "predicted")
@@ -91,7 +101,7 @@ def verdict(ranked: Sequence[Ranked]) -> str:
         return "There is nothing to report: the files hold no record that could be used."
     members = _main_place(ranked)
     namer = Namer([r.pair for r in members])
-    where = _where(members[0].pair)
+    where = _where(members)
     fitting = [r for r in members if r.rank is not None]
     if not fitting:
         if any(does_not_fit(r.pair) for r in members):
@@ -150,7 +160,10 @@ def margins(ranked: Sequence[Ranked]) -> tuple[Margin, ...]:
         best, second = members[0], others[0]
         found.append(
             Margin(
-                place=point(best.pair.key, ("context_tokens", "batch", "model", "gpu")),
+                place=point(
+                    best.pair.key,
+                    ("context_tokens", "batch", *(("model",) if best.place[0] else ()), "gpu"),
+                ),
                 best=_name(best, namer),
                 second=_name(second, namer),
                 metric=best.metric,
@@ -201,13 +214,13 @@ def _main_place(ranked: Sequence[Ranked]) -> list[Ranked]:
     return max(places.values(), key=weight)
 
 
-def _where(pair: Pair) -> str:
-    key = pair.key
+def _where(members: Sequence[Ranked]) -> str:
+    key = members[0].pair.key
     parts = [f"At {tokens(key.number('context_tokens'))} tokens of context"]
     parts.append(f"and batch {key.number('batch') or 1:.0f}")
     if key.text("gpu"):
         parts.append(f"on {point(key, ('gpu',))}")
-    if key.text("model"):
+    if key.text("model") and len({r.pair.key.text("model") for r in members}) == 1:
         parts.append(f"with {point(key, ('model',))}")
     return " ".join(parts) + ","
 

@@ -161,11 +161,9 @@ def _side_by_side(
     errors: list[MetricError], field: str, namer: Namer
 ) -> dict[tuple[Any, tuple[str, str]], float]:
     """Shift of every series within every category, so that equal errors stay visible."""
-    members: dict[Any, list[tuple[str, str]]] = {}
+    members: dict[Any, dict[tuple[str, str], None]] = {}
     for e in errors:
-        here = members.setdefault(_category(e, field), [])
-        if _label(e, namer) not in here:
-            here.append(_label(e, namer))
+        members.setdefault(_category(e, field), {})[_label(e, namer)] = None
     return {
         (value, key): (n - (len(here) - 1) / 2) * 0.6 / len(here)
         for value, here in members.items()
@@ -185,17 +183,21 @@ def _by_panel(
     from matplotlib.ticker import FixedLocator, FuncFormatter
 
     place = {value: n for n, value in enumerate(categories)}
-    labels = list(dict.fromkeys(_label(e, namer) for e in errors))
+    series: dict[tuple[str, str], list[tuple[Any, float]]] = {}
+    columns: dict[Any, list[float]] = {}
+    for e in errors:
+        value, percent = _category(e, field), e.error * 100
+        series.setdefault(_label(e, namer), []).append((value, percent))
+        columns.setdefault(value, []).append(percent)
     for tolerance, shade in zip(reversed(BANDS), (0.10, 0.14), strict=True):
         axes.axhspan(-tolerance * 100, tolerance * 100, color=GREY, alpha=shade, linewidth=0)
     axes.axhline(0, color=GREY, linewidth=0.8)
     beside = _side_by_side(errors, field, namer)
-    for key in labels:
+    for key, mine in series.items():
         look = styles(*key)
-        mine = [e for e in errors if _label(e, namer) == key]
         axes.plot(
-            [place[_category(e, field)] + beside[_category(e, field), key] for e in mine],
-            [e.error * 100 for e in mine],
+            [place[value] + beside[value, key] for value, _ in mine],
+            [percent for _, percent in mine],
             linestyle="none",
             marker=look["marker"],
             color=look["color"],
@@ -204,10 +206,9 @@ def _by_panel(
             label=f"{key[0]} ({key[1]})" if key[1] else key[0],
             gid="points",
         )
-    for value, n in place.items():
-        here = [e.error * 100 for e in errors if _category(e, field) == value]
-        if here:
-            axes.hlines(float(np.median(here)), n - 0.36, n + 0.36, color="black", gid="median")
+    for value, here in columns.items():
+        n = place[value]
+        axes.hlines(float(np.median(here)), n - 0.36, n + 0.36, color="black", gid="median")
     reach = max(25.0, 1.15 * max(abs(e.error) * 100 for e in errors))
     axes.set_ylim(-reach, reach)
     axes.set_xlim(-0.5, len(categories) - 0.5)

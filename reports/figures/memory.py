@@ -24,7 +24,7 @@ PARTS = (
     ("transients and overhead", "#CCCCCC", "..."),
     ("state in host memory", "#FFFFFF", "xx"),
 )
-_MOST_BARS = 16
+_MOST_BARS = 20
 #: A bar longer than this many times the usable memory is cut (and says so).
 _MOST_TIMES_USABLE = 2.5
 #: Beyond this many times the axis the capacity is said, not drawn.
@@ -95,7 +95,8 @@ def memory(
         figure, axes = new_figure(size)
         place = shared_point(pairs) if pairs else (None, None, "")
         here = [p for p in pairs if _at(p) == place]
-        bars = memory_bars(here)[:_MOST_BARS]
+        every = memory_bars(here)
+        bars, n_left = every[:_MOST_BARS], len(every[_MOST_BARS:])
         if not bars:
             say_empty(axes, "no point has weights and state: nothing to draw")
             return figure
@@ -106,8 +107,11 @@ def memory(
         fields = ("context_tokens", "batch", "model")
         title_of(axes, f"Memory per device: {point(here[0].key, fields)}")
         on_host = " (left of zero: host)" if any(b.host_bytes for b in bars) else ""
+        rest = f"; {n_left} more bars are not drawn" if n_left else ""
         axes.set_xlabel(
-            wrapped(f"memory (GiB) in the worse of prefill and decode{on_host}", size[0] * 0.9)
+            wrapped(
+                f"memory (GiB) in the worse of prefill and decode{on_host}{rest}", size[0] * 0.9
+            )
         )
         axes.grid(axis="y", visible=False)
         _legend(figure, bars)
