@@ -31,6 +31,9 @@ class Engine:
                           per unit of the model's); one width less without a gate
     fused_dequantise      attention kernels read packed caches directly; False: the cache is
                           unpacked into a copy before it is attended, even at level "ideal"
+    score_block_tokens    queries whose scores are computed together where a method needs more than a
+                          fused kernel gives: masked pairs of a block are computed too; 0: kernels
+                          that compute only the pairs that exist
     fixed_state_layout    "exact": (kernel-1) convolution columns and W window tokens;
                           "transformers": kernel columns and W-1 window tokens
     """
@@ -47,6 +50,7 @@ class Engine:
     reserved_bytes: tuple[float, float]
     mlp_alive: tuple[float, float] = (3.0, 4.0)
     fused_dequantise: bool = True
+    score_block_tokens: int = 0
     fixed_state_layout: Literal["exact", "transformers"] = "exact"
     sources: tuple[str, ...] = ()
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from costmodel.methods.base import layer_bytes
 from costmodel.mixers import Attention
-from costmodel.operation import Array, Operation, Operations
+from costmodel.operation import Array, Operation, Operations, causal_pairs
 from costmodel.workload import Point
 
 
@@ -144,18 +144,41 @@ def gather_tokens(
     )
 
 
+def computed_pairs(point: Point, keys: Array = np.inf) -> Array:
+    """Pairs computed for a causal prompt whose queries see at most ``keys`` keys, per head.
+
+    Blocks of b queries ending at e compute b min(e, keys + b - 1) pairs on an engine that has no
+    kernel for it; others only the pairs that exist.
+    """
+    s, b = point.prompt_tokens, float(point.engine.score_block_tokens)
+    if not b:
+        return causal_pairs(s, keys)
+    widest = np.minimum(keys, s) + b - 1
+    whole = np.floor(s / b)
+    growing = np.minimum(np.floor(widest / b), whole)
+    rest = s - whole * b
+    pairs: Array = (
+        b * b * growing * (growing + 1) / 2
+        + (whole - growing) * b * widest
+        + rest * np.minimum(s, np.minimum(keys, s) + rest - 1)
+    )
+    return pairs
+
+
 def score_pass(
     mixer: Attention,
     point: Point,
     pairs: Array,
     *,
     name: str,
+    keys: Array = np.inf,
     result_bytes: Array,
     transient_bytes: Array,
     source: str = "",
 ) -> Operation:
     """Q K^T again, block by block: exp with the known row sums, summed over queries.
 
+    ``pairs`` exist, with at most ``keys`` keys a query.
     ``result_bytes`` are the sums (and row sums) it reads and writes.
     """
     s = point.prompt_tokens
@@ -163,7 +186,7 @@ def score_pass(
     return Operation(
         name=name,
         kind="prefill_attention",
-        executed_flops=heads * pairs * (2.0 * mixer.head_dim),
+        executed_flops=heads * computed_pairs(point, keys) * (2.0 * mixer.head_dim),
         vector_flops=2 * heads * pairs,
         activation_bytes=heads * s * (mixer.head_dim * point.element_bytes),
         workspace_bytes=result_bytes,

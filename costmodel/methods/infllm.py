@@ -243,6 +243,7 @@ class InfLLM(AbstractMethod):
             point,
             local_pairs,
             name="local_scores",
+            keys=budget.local,
             result_bytes=scores,
             transient_bytes=scores,
             source=f"{MANAGER} get_score=True, _score_kernel" if reference else "",

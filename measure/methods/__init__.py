@@ -15,7 +15,7 @@ from costmodel.methods.stack import MethodStack
 from costmodel.mixers import AbstractMixer, Attention
 from measure.methods.base import AbstractLayerCache
 
-_NOT_METHODS = ("base", "buffers", "packing", "token_packed")
+_NOT_METHODS = ("base", "buffers", "kept_tokens", "packing", "token_packed")
 
 
 @functools.cache

@@ -40,6 +40,12 @@ METHODS = {
         "kivi:bits=2,group=8,residual_tokens=16",
         "kivi:bits=4,group=16,residual_tokens=32",
     ],
+    "h2o": [
+        "h2o:heavy_fraction=0.3,recent_fraction=0.2",
+        "h2o:variant=real_drop,heavy_fraction=0.4",
+        "h2o:heavy_fraction=0.5,recent_fraction=0.5",
+    ],
+    "tova": ["tova:keep_tokens=32"],
 }
 SPECS = [(name, spec) for name, specs in METHODS.items() for spec in specs]
 #: Around groups (8, 16, 32) and residuals (16, 32, 64), once and twice.

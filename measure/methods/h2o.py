@@ -1,0 +1,128 @@
+"""H2O run for real: heavy hitters and recent tokens, one score and one position per slot.
+
+A prompt is attended by a fused kernel; a second pass over its scores, block after block of queries,
+sums what every key received (O(S) memory). A step adds its probabilities to the scores and drops
+the lightest token that is not recent: ``slot`` overwrites it, ``real_drop`` gathers the others and
+appends. Scores of a KV head are sums over its query heads. Where the budget holds the whole prompt
+no scores are kept: they start with the step in which it overflows.
+"""
+
+from collections.abc import Iterator
+from typing import ClassVar, final
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from costmodel.errors import NotApplicableError
+from costmodel.methods.base import AbstractMethod
+from costmodel.methods.h2o import H2O
+from measure.methods.buffers import GrowingBuffer
+from measure.methods.kept_tokens import (
+    KeptTokensCache,
+    attend_all,
+    gather_tokens,
+    overwrite,
+    query_blocks,
+)
+
+
+@final
+class H2OCache(KeptTokensCache):
+    """K, V, summed score and position of the kept tokens."""
+
+    NAME: ClassVar[str] = "h2o"
+
+    def _build(self, method: AbstractMethod) -> None:
+        assert isinstance(method, H2O)
+        if method.variant == "mask":
+            raise NotApplicableError(
+                "h2o:variant=mask keeps everything and hides it; it is priced but not run here"
+            )
+        self.method = method
+        self.keys, self.values = self._kv_buffers()
+        self.scores = self._buffer((), torch.float32)
+        self.positions = self._buffer((), torch.int32)
+        self.heavy = self.recent = 0
+
+    def _buffers(self) -> Iterator[GrowingBuffer]:
+        yield from (self.keys, self.values, self.scores, self.positions)
+
+    def _set_budget(self, n_prompt: int) -> None:
+        self.heavy, self.recent = (int(x) for x in self.method.budget(float(n_prompt)))
+
+    def reserve(self, n_tokens: int) -> None:
+        """Room for the budget of a prompt of ``n_tokens``, the largest it can become."""
+        self._set_budget(n_tokens)
+        for buffer in self._buffers():
+            buffer.reserve(min(self.heavy + self.recent, n_tokens))
+
+    def prefill(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attend exactly; sum the scores where tokens will be dropped."""
+        out = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        self._set_budget(k.shape[2])
+        received = None
+        if self.heavy + self.recent < k.shape[2]:
+            received = torch.zeros(k.shape[:3], dtype=torch.float32, device=k.device)
+            for _, stop, weights in query_blocks(q, k):
+                received[..., :stop] += weights.sum(dim=(2, 3))
+        self._keep(k, v, received)
+        return out
+
+    def store(self, k: Tensor, v: Tensor) -> None:
+        """Keep a prompt without queries: as if every key had received the same."""
+        self._set_budget(k.shape[2])
+        self._keep(k, v, torch.zeros(k.shape[:3], dtype=torch.float32, device=k.device))
+
+    def _keep(self, k: Tensor, v: Tensor, received: Tensor | None) -> None:
+        self.n_tokens = n = k.shape[2]
+        if received is None or self.heavy + self.recent >= n:
+            self.keys.append(k)
+            self.values.append(v)
+            return
+        heavy = received[..., : n - self.recent].topk(self.heavy, dim=-1).indices
+        recent = torch.arange(n - self.recent, n, device=k.device).expand(*k.shape[:2], -1)
+        chosen = torch.cat((heavy.sort(dim=-1).values, recent), dim=-1)
+        self.keys.append(gather_tokens(k, chosen))
+        self.values.append(gather_tokens(v, chosen))
+        self.scores.append(received.gather(2, chosen))
+        self.positions.append(chosen.int())
+
+    def decode(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attend kept tokens and the new one, update the scores, drop one."""
+        if self.n_tokens < self.heavy + self.recent:
+            self.keys.append(k)
+            self.values.append(v)
+            self.n_tokens += 1
+            return attend_all(self, q, self.keys.entries(), self.values.entries())
+        if self.positions.length == 0:
+            self._start_scores()
+        out, weights = self.attend_with_new(q, self.keys.entries(), self.values.entries(), k, v)
+        received = weights.sum(dim=2)
+        self.scores.entries().add_(received[..., :-1])
+        # the new token is recent itself
+        old = self.positions.entries() <= self.n_tokens - self.recent
+        lightest = self.scores.entries().masked_fill(~old, torch.inf).argmin(dim=-1)
+        position = torch.full_like(self.positions.entries(0, 1), self.n_tokens)
+        new = (k, v, received[..., -1:], position)
+        for buffer, entry in zip(self._buffers(), new, strict=True):
+            if self.method.variant == "slot":
+                overwrite(buffer, lightest, entry)
+            else:
+                _drop_and_append(buffer, lightest, entry)
+        self.n_tokens += 1
+        return out
+
+    def _start_scores(self) -> None:
+        zeros = torch.zeros(self.batch, self.mixer.n_kv_heads, self.n_tokens, device=self.device)
+        self.scores.append(zeros)
+        self.positions.append(torch.arange(self.n_tokens, device=self.device).expand_as(zeros))
+
+
+def _drop_and_append(buffer: GrowingBuffer, slots: Tensor, entry: Tensor) -> None:
+    """Gather all but ``slots`` [B, K] and put the new entry behind them; order is kept."""
+    data = torch.cat((buffer.entries(), entry), dim=2)
+    kept = torch.arange(buffer.length, device=slots.device).expand(*slots.shape, -1)
+    kept = kept + (kept >= slots.unsqueeze(-1))
+    index = kept.view(*kept.shape, *(1,) * (data.dim() - 3)).expand(*kept.shape, *data.shape[3:])
+    buffer.entries().copy_(data.gather(2, index))

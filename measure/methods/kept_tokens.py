@@ -1,0 +1,92 @@
+"""What methods share that drop cached tokens: K and V of those kept, choosing, snapshots.
+
+As long as a budget holds everything a twin is plain attention and keeps nothing besides K and V.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from measure.methods.base import AbstractLayerCache
+from measure.methods.buffers import GrowingBuffer
+
+#: Queries whose scores are alive at once where no fused kernel sums them. The cost model counts
+#: the same blocks (``score_block_tokens`` of the engine).
+QUERY_BLOCK = 256
+
+
+class _Snapshot(NamedTuple):
+    n_tokens: int
+    entries: list[Tensor]
+
+
+class KeptTokensCache(AbstractLayerCache):
+    """K and V of the tokens that were kept; ``_buffers`` may add what decides about them."""
+
+    def _kv_buffers(self) -> tuple[GrowingBuffer, GrowingBuffer]:
+        keys, values = (
+            self._buffer((size,), self.dtype)
+            for size in (self.mixer.head_dim, self.mixer.v_head_dim)
+        )
+        return keys, values
+
+    def _buffer(self, entry: tuple[int, ...], dtype: torch.dtype) -> GrowingBuffer:
+        return GrowingBuffer(self.batch, self.mixer.n_kv_heads, entry, dtype, self.device)
+
+    def snapshot(self) -> _Snapshot:
+        """Copies of everything kept: a step may overwrite any of it."""
+        return _Snapshot(self.n_tokens, [x.entries().clone() for x in self._buffers()])
+
+    def restore(self, snapshot: _Snapshot) -> None:
+        """Put the copies back."""
+        self.n_tokens = snapshot.n_tokens
+        for buffer, entries in zip(self._buffers(), snapshot.entries, strict=True):
+            buffer.clear()
+            buffer.append(entries)
+
+    def attend_with_new(
+        self, q: Tensor, keys: Tensor, values: Tensor, k: Tensor, v: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Attend kept tokens and the new one: out [B, N, 1, H], fp32 weights [B, K, G, C + 1]."""
+        queries = self.fold(q) * q.shape[-1] ** -0.5
+        scores = torch.cat([torch.matmul(queries, x.transpose(-1, -2)) for x in (keys, k)], dim=-1)
+        weights = scores.softmax(dim=-1, dtype=torch.float32)
+        used = weights.to(v.dtype)
+        out = torch.matmul(used[..., :-1], values) + torch.matmul(used[..., -1:], v)
+        return self.unfold(out), weights
+
+
+def gather_tokens(x: Tensor, chosen: Tensor) -> Tensor:
+    """Entries ``chosen`` [B, K, n] of x [B, K, T, H]."""
+    return x.gather(2, chosen.unsqueeze(-1).expand(-1, -1, -1, x.shape[-1]))
+
+
+def overwrite(buffer: GrowingBuffer, slots: Tensor, entry: Tensor) -> None:
+    """Put ``entry`` [B, K, 1, ...] into slot ``slots`` [B, K] of every head."""
+    index = slots.view(*slots.shape, *(1,) * (entry.dim() - 2)).expand_as(entry)
+    buffer.entries().scatter_(2, index, entry)
+
+
+def query_blocks(q: Tensor, k: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+    """Causal probabilities of a prompt, block after block of its queries.
+
+    q [B, N, S, H], k [B, K, S, H] -> (start, stop, [B, K, G, queries, stop]) in fp32.
+    """
+    b, n_kv, s, size = k.shape
+    folded = q.view(b, n_kv, -1, s, size) * size**-0.5
+    for start in range(0, s, QUERY_BLOCK):
+        stop = min(s, start + QUERY_BLOCK)
+        queries = folded[:, :, :, start:stop].flatten(2, 3)
+        scores = torch.matmul(queries, k[:, :, :stop].transpose(-1, -2))
+        scores = scores.unflatten(2, (-1, stop - start))
+        hidden = torch.ones(stop - start, stop, dtype=torch.bool, device=k.device)
+        scores = scores.masked_fill(hidden.triu_(start + 1), float("-inf"))
+        yield start, stop, scores.softmax(dim=-1, dtype=torch.float32)
+
+
+def attend_all(cache: AbstractLayerCache, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """One query over all of ``keys``, the group as the query length."""
+    return cache.unfold(scaled_dot_product_attention(cache.fold(q), keys, values))
