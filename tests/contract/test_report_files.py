@@ -147,6 +147,22 @@ def test_what_does_not_fit_is_said():
     assert [r["rank"] for r in both.ranking.dicts()] == [1, None]
 
 
+def test_models_of_one_method_compete():
+    row = {"gpu": "g", "method": "full", "method_spec": "full", "batch": 1, "level": "ideal",
+           "context_tokens": 4096, "fits": True}  # fmt: skip
+    rows = [{**row, "model": m, "tpot_s": t} for m, t in (("slow", 0.02), ("fast", 0.01))]
+    lone = build_report(parse_records("\n".join(map(json.dumps, rows))))
+    assert "fast" in lone.verdict.partition("decodes fastest")[0]
+    assert lone.verdict.endswith("the next, full, slow (ideal), takes 2x as much.")
+    assert [(r["model"], r["rank"]) for r in lone.ranking.dicts()] == [("fast", 1), ("slow", 2)]
+    # with a second method, methods compete on each model
+    other = {**rows[0], "method": "kivi", "method_spec": "kivi", "tpot_s": 0.005}
+    both = build_report(parse_records("\n".join(map(json.dumps, [*rows, other]))))
+    assert {(r["model"], r["method_spec"]): r["rank"] for r in both.ranking.dicts()} == {
+        ("slow", "kivi"): 1, ("slow", "full"): 2, ("fast", "full"): 1,
+    }  # fmt: skip
+
+
 def test_other_endings_are_refused(report, tmp_path):
     with pytest.raises(ConfigError, match=r"expected an ending of \.html, .*got '\.doc'"):
         write_report(report, tmp_path / "a.doc")

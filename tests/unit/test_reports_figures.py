@@ -212,6 +212,17 @@ def test_memory_compares_only_what_shares_a_point():
     assert "4k" in figure.axes[0].get_title(loc="left")
 
 
+def test_memory_says_how_many_bars_are_left_out():
+    many = [
+        row(f"m{n}", 4096, weights_bytes=1e9, state_bytes=1e9, peak_decode_bytes=2e9)
+        for n in range(23)
+    ]
+    axes = figures.memory(many).axes[0]
+    assert len(axes.get_yticklabels()) == 20
+    assert "3 more bars are not drawn" in " ".join(axes.get_xlabel().split())
+    assert "not drawn" not in figures.memory(many[:20]).axes[0].get_xlabel()
+
+
 def test_memory_sets_observed_beside_predicted():
     own = memory_row("full")
     record = {**memory_row("full", peak_prefill_bytes=25 * GIB), "status": "ok", "predicted": own}
