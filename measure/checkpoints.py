@@ -23,9 +23,7 @@ from measure.engine import LayerWeights, Weights
 from measure.parts import Tensors
 
 #: Families that store norms as w - 1; gated norms inside mixers are stored plainly.
-_SHIFTED = frozenset(
-    {"gemma", "gemma2", "gemma3", "gemma3_text", "recurrent_gemma", "qwen3_next"}
-)
+_SHIFTED = frozenset({"gemma", "gemma2", "gemma3", "gemma3_text", "recurrent_gemma", "qwen3_next"})
 _ROOTS = ("model.", "backbone.", "model.language_model.", "language_model.model.")
 #: Layer norms by the decoder's name; the first spelling that a layer has. Where a Gemma layer has
 #: ``pre_feedforward_layernorm``, its ``post_attention_layernorm`` is behind the mixer.

@@ -193,9 +193,7 @@ class Decoder:
         n_positions: int,
         numerics: Numerics | None = None,
     ) -> None:
-        self.numerics = numerics or numerics_of(
-            architecture.family, d_model=architecture.d_model
-        )
+        self.numerics = numerics or numerics_of(architecture.family, d_model=architecture.d_model)
         self.blocks = blocks_of(architecture, self.numerics)
         self.n_positions = n_positions
         self.architecture = architecture

@@ -150,10 +150,26 @@ _FAMILIES: Mapping[str, Numerics] = {
     "gpt_oss": Numerics(sinks=True, swiglu="clamped"),
     "jamba": Numerics(norm_eps=1e-6, rope=None, routing=Routing(normalise=False)),
     "qwen3_next": Numerics(norm_eps=1e-6, qk_norm=True),
+    "qwen3_5_text": Numerics(norm_eps=1e-6, qk_norm=True),
+    "qwen3_5_moe_text": Numerics(norm_eps=1e-6, qk_norm=True),
+    "nemotron_h": Numerics(rope=None, activation="relu2"),
     "deepseek_v2": Numerics(norm_eps=1e-6, routing=Routing(normalise=False)),
     "deepseek_v3": Numerics(norm_eps=1e-6, routing=Routing(score="sigmoid")),
 }
-_ALIASES = {"gemma3": "gemma3_text", "kimi_k2": "deepseek_v3", "kimi_k25": "deepseek_v3"}
+_ALIASES = {
+    "gemma3": "gemma3_text",
+    "kimi_k2": "deepseek_v3",
+    "kimi_k25": "deepseek_v3",
+    "qwen3_5": "qwen3_5_text",
+    "qwen3_5_moe": "qwen3_5_moe_text",
+}
+#: Share of a head that turns where the config does not say.
+_FRACTIONS = {
+    "recurrent_gemma": 0.5,
+    "qwen3_next": 0.25,
+    "qwen3_5_text": 0.25,
+    "qwen3_5_moe_text": 0.25,
+}
 _GEMMAS = frozenset({"gemma", "gemma2", "gemma3_text", "recurrent_gemma"})
 #: Neighbours, not halves, form the pairs of these families' rotary embedding.
 _INTERLEAVED = frozenset({"deepseek_v2", "deepseek_v3"})
@@ -229,10 +245,7 @@ def _ropes(
         return None, None
     base = {"rope_theta": c.get("rope_theta", 10_000.0), **(c.get("rope_scaling") or {})}
     parameters = c.get("rope_parameters") or base
-    fraction = float(
-        c.get("partial_rotary_factor")
-        or {"recurrent_gemma": 0.5, "qwen3_next": 0.25}.get(family, 1.0)
-    )
+    fraction = float(c.get("partial_rotary_factor") or _FRACTIONS.get(family, 1.0))
     whole: Mapping[str, Any] = parameters
     local: Mapping[str, Any] | None = None
     if "full_attention" in parameters:

@@ -12,6 +12,7 @@ from costmodel.mixers.mamba import Mamba
 from costmodel.mixers.mamba2 import Mamba2
 from costmodel.mixers.mla import MLA
 from costmodel.mixers.rglru import RGLRU
+from costmodel.mixers.rwkv5 import RWKV5
 from measure.methods import build_layer_cache
 from measure.mixers.attention import AttentionRunner
 from measure.mixers.base import AbstractRunner, LayerState, RecurrentRunner
@@ -20,6 +21,7 @@ from measure.mixers.mamba import MambaRunner
 from measure.mixers.mamba2 import Mamba2Runner
 from measure.mixers.mla import LatentCache, MLARunner
 from measure.mixers.rglru import RGLRURunner
+from measure.mixers.rwkv5 import RWKV5Runner
 from measure.numerics import Numerics
 
 _RUNNERS: dict[type[AbstractMixer], type[AbstractRunner]] = {
@@ -29,6 +31,7 @@ _RUNNERS: dict[type[AbstractMixer], type[AbstractRunner]] = {
     Mamba2: Mamba2Runner,
     RGLRU: RGLRURunner,
     DeltaRule: DeltaRunner,
+    RWKV5: RWKV5Runner,
 }
 
 

@@ -34,7 +34,9 @@ Shapes = dict[str, Shape]
 class LayerState(Protocol):
     """What the engine and the observer need of any cache."""
 
-    n_tokens: int
+    @property
+    def n_tokens(self) -> int:
+        """Tokens seen, whether or not they are still held."""
 
     @property
     def storage_bytes(self) -> int:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import linear, silu, softplus
 
 from costmodel.mixers.mamba import Mamba
-from measure.mixers.base import FixedState, RecurrentRunner, Shape, Shapes, linear_scan
+from measure.mixers.base import FixedState, Init, RecurrentRunner, Shape, Shapes, linear_scan
 from measure.numerics import Numerics
 from measure.parts import Rotary, Tensors, rms
 
@@ -29,7 +29,7 @@ class MambaRunner(RecurrentRunner):
         for matrix in m.linears(d_model):
             shapes[matrix.name] = Shape((matrix.n_out, matrix.n_in))
             if matrix.bias:
-                kind = "step" if matrix.name == "dt_proj" else "zeros"
+                kind: Init = "step" if matrix.name == "dt_proj" else "zeros"
                 shapes[f"{matrix.name}_bias"] = Shape((matrix.n_out,), kind)
         shapes |= {
             "conv": Shape((m.d_inner, 1, m.conv_kernel)),

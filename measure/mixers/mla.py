@@ -62,7 +62,7 @@ class LatentCache:
         """Random latents."""
         self.clear()
         b, one, size = self._entry
-        data = torch.empty(b, one, n_tokens, size, **self._options)  # type: ignore[arg-type]
+        data = torch.empty(b, one, n_tokens, size, **self._options)
         generator = torch.Generator(device=data.device).manual_seed(seed)
         self.latents.append(data.normal_(generator=generator))
 

@@ -105,8 +105,7 @@ CASES = {
     ),
     "recurrent_gemma": (
         "recurrent_gemma",
-        BASE
-        | {"num_hidden_layers": 3, "head_dim": 8, "lru_width": 32, "attention_window_size": 5},
+        BASE | {"num_hidden_layers": 3, "head_dim": 8, "lru_width": 32, "attention_window_size": 5},
     ),
     "deepseek_v3": ("deepseek_v3", LATENT),
     "deepseek_v3-yarn": (

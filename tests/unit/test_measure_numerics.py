@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from measure import parts
 from measure.mixers.base import linear_scan
+from measure.mixers.rwkv5 import recur
 from measure.mlps import route
 from measure.numerics import Routing, numerics_of
 
@@ -58,6 +59,23 @@ def test_the_associative_scan_is_the_recurrence(length):
     for t in range(length):
         state = a[:, t] * state + b[:, t]
         torch.testing.assert_close(found[:, t], state)
+
+
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 37])
+def test_rwkv5_in_chunks_is_the_recurrence(length):
+    generator = torch.Generator().manual_seed(length)
+    r, k, v = (torch.randn(2, 3, length, 4, generator=generator) for _ in range(3))
+    log_decay, bonus = -torch.rand(2, 3, 1, 4, generator=generator)
+    log_decay = 6 * log_decay  # so strong that inverse powers over a chunk would overflow
+    state, s = torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 4, 4)
+    found = recur(r, k, v, log_decay, bonus, state, 16)
+    for t in range(length):
+        outer = k[:, :, t, :, None] * v[:, :, t, None, :]
+        read = s + bonus.transpose(-1, -2) * outer
+        expected = (r[:, :, t, :, None] * read).sum(-2)
+        torch.testing.assert_close(found[:, :, t], expected, atol=1e-5, rtol=1e-4)
+        s = log_decay.exp().transpose(-1, -2) * s + outer
+    torch.testing.assert_close(state, s, atol=1e-5, rtol=1e-4)
 
 
 def test_routing_by_hand():

@@ -1,0 +1,98 @@
+"""RWKV-5 time mixing: S = diag(w) S + k^T v, y = r (S + u k^T v), one decay per key channel.
+
+Within a chunk the scores of two tokens are sums over channels of r_t k_s w^(t-1-s); the powers are
+at most one, so nothing overflows. Across chunks everything is a matmul with the state. The layer's
+channel mixing is run as its MLP, with ``measure.mlps``' plain form.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import group_norm, linear, pad, silu
+
+from costmodel.mixers.rwkv5 import RWKV5
+from measure.mixers.base import FixedState, RecurrentRunner, Shape, Shapes
+from measure.numerics import Numerics
+from measure.parts import Rotary, Tensors
+
+#: Tokens per chunk: bounds the scores' elementwise part, c^2 per channel.
+CHUNK_TOKENS = 16
+#: Epsilon of the group norm: 1e-5 times the square of the head-size divisor 8.
+_GROUP_EPS = 64e-5
+_INPUTS = ("key", "value", "receptance", "gate")
+
+
+class RWKV5Runner(RecurrentRunner):
+    """Time mixing of one layer.
+
+    Columns hold the last inputs of time and of channel mixing; the latter stays as it is here.
+    """
+
+    def __init__(self, mixer: RWKV5, numerics: Numerics) -> None:
+        self.mixer = mixer
+
+    def shapes(self, d_model: int) -> Shapes:
+        """Projections, mixing vectors (key, value, receptance, gate), decay, bonus, norm."""
+        m = self.mixer
+        inner = m.n_heads * m.head_dim
+        return {
+            **{x.name: Shape((x.n_out, x.n_in)) for x in m.linears(d_model)},
+            "mix": Shape((4, d_model), "ones"),
+            "decay": Shape((inner,), "step"),
+            "bonus": Shape((inner,), "zeros"),
+            "norm": Shape((inner,), "ones"),
+            "norm_bias": Shape((inner,), "zeros"),
+        }
+
+    def state_sizes(self) -> tuple[tuple[int, ...], tuple[int, int]]:
+        """[H, h, h] (key channels, value channels) and the two shifted inputs."""
+        m = self.mixer
+        return (m.n_heads, m.head_dim, m.head_dim), (m.shift_dim, 2)
+
+    def run(
+        self, x: Tensor, w: Tensors, cache: FixedState, table: Rotary | None, first: bool
+    ) -> Tensor:
+        """Mix with the token before, project, recur, norm and gate, project."""
+        m = self.mixer
+        before = torch.cat((cache.columns[..., 0].unsqueeze(1), x[:, :-1]), dim=1)
+        cache.columns[..., 0] = x[:, -1]
+        k, v, r, gate = (
+            linear(torch.lerp(before, x, mix), w[name])
+            for name, mix in zip(_INPUTS, w["mix"], strict=True)
+        )
+        r, k, v = (y.unflatten(-1, (m.n_heads, -1)).transpose(1, 2).float() for y in (r, k, v))
+        log_decay = -w["decay"].float().exp().view(m.n_heads, 1, -1)
+        bonus = w["bonus"].float().view(m.n_heads, 1, -1)
+        out = recur(r, k, v, log_decay, bonus, cache.state, CHUNK_TOKENS if first else 1)
+        cache.n_tokens += x.shape[1]
+        flat = out.transpose(1, 2).flatten(2).flatten(0, 1)
+        normed = group_norm(flat, m.n_heads, w["norm"].float(), w["norm_bias"].float(), _GROUP_EPS)
+        return linear(normed.view(*x.shape[:2], -1).to(x.dtype) * silu(gate), w["output"])
+
+
+def recur(
+    r: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, bonus: Tensor, state: Tensor, size: int
+) -> Tensor:
+    """r, k, v [B, H, S, h], decay and bonus [H, 1, h]; the state is updated in place.
+
+    A padded token has no key, but would still decay the state: the last chunk decays by its own
+    number of tokens.
+    """
+    s = r.shape[2]
+    missing = -s % size
+    r, k, v = (pad(y, (0, 0, 0, missing)) for y in (r, k, v))
+    t = torch.arange(size, device=r.device, dtype=torch.float32)
+    apart = (t[:, None] - t[None, :] - 1).unsqueeze(-1)  # steps between writing s and reading t
+    powers = (apart.clamp(min=0) * log_decay.unsqueeze(1)).exp().masked_fill(apart < 0, 0.0)
+    since = (t[:, None] * log_decay).exp()
+    out = torch.empty_like(v)
+    for start in range(0, s, size):
+        n = min(size, s - start)
+        piece = slice(start, start + size)
+        rs, ks, vs = r[:, :, piece], k[:, :, piece], v[:, :, piece]
+        scores = (rs.unsqueeze(3) * powers * ks.unsqueeze(2)).sum(-1)
+        scores = scores + torch.diag_embed((rs * bonus * ks).sum(-1))
+        out[:, :, piece] = torch.matmul(rs * since, state) + torch.matmul(scores, vs)
+        left = ((n - 1 - t[:n, None]) * log_decay).exp()
+        state.mul_((n * log_decay).exp().transpose(-1, -2))
+        state.add_(torch.matmul((ks[:, :, :n] * left).transpose(-1, -2), vs[:, :, :n]))
+    return out[:, :, :s]
