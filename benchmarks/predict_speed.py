@@ -3,8 +3,8 @@
     python benchmarks/predict_speed.py [--runs 7] [--markdown]
 
 Start-up is wall time of a fresh process with byte code cached, median of several after a warm-up;
-the sweep is one call of ``predict`` with 1,000,000 random (batch, context) pairs, without the solved
-fields, with its peak memory.
+the sweep is one call of ``predict`` with 1,000,000 random (batch, context) pairs, without the
+solved fields, with its peak memory.
 """
 
 import argparse

@@ -130,7 +130,8 @@ def solve_max_batch(
     """Largest batch that fits, per context; 0 where not even one sequence does.
 
     ``peak(batch, context)`` takes broadcastable arrays. Memory is affine in the batch once it
-    exceeds one prefill chunk: the answer is read off two large batches, then walked to the exact edge.
+    exceeds one prefill chunk: the answer is read off two large batches, then walked to the
+    exact edge.
     """
     c = np.asarray(context, dtype=np.float64)[..., None]
     probe = peak(np.array([1.0, 2.0, 2.0**21, 2.0**22]), c)
@@ -159,8 +160,8 @@ def solve_max_context(
 ) -> NDArray[np.float64]:
     """Largest context that fits, per batch; 0 where none does, infinity where memory does not grow.
 
-    A cache's size may saw (a block is quantised every R tokens), so the answer is an edge: it fits and
-    the next token does not. Grids of 257 contexts are evaluated at once, four times.
+    A cache's size may saw (a block is quantised every R tokens), so the answer is an edge: it
+    fits and the next token does not. Grids of 257 contexts are evaluated at once, four times.
     """
     b = np.asarray(batch, dtype=np.float64)[..., None]
     low = np.ones(b.shape)

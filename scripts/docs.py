@@ -12,11 +12,11 @@ from pathlib import Path
 import click
 import worked_example
 
+from costmodel.hardware import load_hardware
 from costmodel.methods import method_class, method_names
 from costmodel.methods.parse import parse_method
 from costmodel.predict import predict
 from costmodel.registry import load_architecture, model_names
-from costmodel.hardware import load_hardware
 from costmodel.units import format_bytes
 from costmodel.workload import Workload
 from lccost.catalogue import model_rows
@@ -33,7 +33,8 @@ def method_table() -> str:
     architecture, hardware = load_architecture(MODEL), load_hardware("h100-sxm")
     full = float(predict(architecture, "full", Workload.of(1, CONTEXT), hardware)["state_bytes"])
     lines = [
-        f"| method | what it is | acts on | parameters | GPU state, {MODEL} at {CONTEXT:,} tokens |",
+        "| method | what it is | acts on | parameters "
+        f"| GPU state, {MODEL} at {CONTEXT:,} tokens |",
         "|---|---|---|---|---|",
     ]
     for name in method_names():
@@ -79,12 +80,14 @@ def models_page() -> str:
         NOTE + f"# Bundled models ({len(model_names())})\n",
         "Any other model works by the path of its `config.json`. KV per token counts 16-bit layers "
         "whose cache grows without bound; bounded KV are full windows; fixed state is recurrent.\n",
-        "| model | family | parameters | active | KV per token | bounded KV | fixed state | confidence |",
+        "| model | family | parameters | active | KV per token | bounded KV | fixed state "
+        "| confidence |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for r in model_rows():
         lines.append(
-            f"| `{r['name']}` | {r['family']} | {r['n_parameters']:,} | {r['n_active_parameters']:,} "
+            f"| `{r['name']}` | {r['family']} | {r['n_parameters']:,} "
+            f"| {r['n_active_parameters']:,} "
             f"| {r['kv_bytes_per_token']:,} | {format_bytes(r['bounded_kv_bytes'])} "
             f"| {format_bytes(r['fixed_state_bytes'])} | {r['confidence']} |"
         )

@@ -1,5 +1,6 @@
 """What the planning tests share: a small plan, a candidate, a hand-made outcome."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,8 @@ def outcome(
     first: list[float],
     finish: list[float],
     gaps: list[list[float]],
-    stalls: list[tuple[int, float]] = [],
-) -> Outcome:  # noqa: B006
+    stalls: Sequence[tuple[int, float]] = (),
+) -> Outcome:
     columns = [np.array(c, dtype=float) for c in zip(*gaps, strict=True)]
     table = np.array(stalls, dtype=float).reshape(-1, 2)
     return Outcome(
