@@ -26,7 +26,7 @@ class RooflinePoint:
     intensity          useful FLOPs over HBM bytes of the pass
     predicted, low, high, observed    attained FLOP/s: useful FLOPs over time
     ceiling            most FLOP/s that the host link or the launches of the pass allow, whichever
-                       is lower; None where neither is known
+                       is lower; None where neither is known or the roof is lower still
     """
 
     pair: Pair
@@ -110,7 +110,7 @@ def roofline_point(pair: Pair, phase: str, hardware: HardwareProfile) -> Rooflin
         low=_rate(flops, pair.value(f"{stem}_high_s")),
         high=_rate(flops, pair.value(f"{stem}_low_s")),
         observed=_rate(flops, observed),
-        ceiling=_ceiling(pair, phase, flops, hardware),
+        ceiling=_ceiling(pair, phase, flops, hbm_bytes, hardware),
         bound=("" if pair.predicted is None else pair.predicted.text(f"{phase}_bound")),
     )
 
@@ -157,11 +157,19 @@ def _first(pair: Pair, metric: str) -> float | None:
     return pair.value(metric, "observed") if predicted is None else predicted
 
 
-def _ceiling(pair: Pair, phase: str, flops: float, hardware: HardwareProfile) -> float | None:
-    """FLOPs over the time that the host link, or starting the kernels, takes alone."""
+def _ceiling(
+    pair: Pair, phase: str, flops: float, hbm_bytes: float, hardware: HardwareProfile
+) -> float | None:
+    """FLOPs over the time that the host link, or starting the kernels, takes alone; None where
+    the roof is lower: only what binds is worth a mark.
+    """
     link_bytes, link = pair.value(f"{phase}_link_bytes"), hardware.host_link_bytes_per_s
     link_s = link_bytes / link if link_bytes and link else 0.0
-    return _rate(flops, max(link_s, pair.value(f"{phase}_launch_s") or 0.0))
+    found = _rate(flops, max(link_s, pair.value(f"{phase}_launch_s") or 0.0))
+    roof = min(
+        max(hardware.peak_flops_per_s.values()), flops / hbm_bytes * hardware.hbm_bytes_per_s
+    )
+    return found if found is not None and found < roof else None
 
 
 def _rate(flops: float, seconds: float | None) -> float | None:
