@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from costmodel.architecture import Architecture, Layer
-from costmodel.errors import ConfigError
+from costmodel.errors import ConfigError, NotApplicableError
 from costmodel.mixers import AbstractMixer, Attention
 from costmodel.mixers.delta import DeltaRule
 from costmodel.mixers.mamba import Mamba
@@ -24,6 +24,14 @@ from measure.parts import Tensors
 
 #: Families that store norms as w - 1; gated norms inside mixers are stored plainly.
 _SHIFTED = frozenset({"gemma", "gemma2", "gemma3", "gemma3_text", "recurrent_gemma", "qwen3_next"})
+#: Families whose logits equal transformers' with the same weights; tested one by one.
+PROVED = frozenset(
+    {
+        *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "mixtral"),
+        *("qwen2_moe", "qwen3_moe", "gpt_oss", "deepseek_v2", "deepseek_v3", "mamba", "mamba2"),
+        *("recurrent_gemma", "jamba", "bamba", "qwen3_next", "kimi_linear"),
+    }
+)
 _ROOTS = ("model.", "backbone.", "model.language_model.", "language_model.model.")
 #: Layer norms by the decoder's name; the first spelling that a layer has. Where a Gemma layer has
 #: ``pre_feedforward_layernorm``, its ``post_attention_layernorm`` is behind the mixer.
@@ -86,6 +94,11 @@ class _Part:
 
 def weights_from_state(architecture: Architecture, state: Mapping[str, Tensor]) -> Weights:
     """Return the decoder's weights; tensors that need no joining are shared, not copied."""
+    if architecture.family not in PROVED:
+        raise NotApplicableError(
+            f"{architecture.family}: the torch engine runs this family with random weights only; "
+            f"weights are read for {', '.join(sorted(PROVED))}"
+        )
     root = next((r for r in _ROOTS if any(k.startswith(f"{r}layers.") for k in state)), None)
     if root is None:
         raise ConfigError("checkpoint: expected layers under model. or backbone., got neither")
@@ -197,6 +210,8 @@ def _rglru(part: _Part, mixer: AbstractMixer, shift: float) -> Tensors:
 def _delta(part: _Part, mixer: AbstractMixer, shift: float) -> Tensors:
     """Stored key head by key head: its q, k, then its value heads' v and z; and b and a alike."""
     assert isinstance(mixer, DeltaRule)
+    if mixer.form == "kda":
+        return _kda(part)
     per_key = mixer.n_value_heads // mixer.n_key_heads
     sizes = (mixer.key_dim,) * 2 + (per_key * mixer.value_dim,) * 2
     by_head = part.get("in_proj_qkvz.weight").unflatten(0, (mixer.n_key_heads, -1))
@@ -209,6 +224,21 @@ def _delta(part: _Part, mixer: AbstractMixer, shift: float) -> Tensors:
         "a_log": part.get("A_log"),
         "dt_bias": part.get("dt_bias"),
         "norm": part.get("norm.weight"),
+    }
+
+
+def _kda(part: _Part) -> Tensors:
+    return {
+        **part.linear("qkv_proj", "q_proj", "k_proj", "v_proj"),
+        **part.linear("gates_a_proj", "forget_gate.f_a_proj", "g_a_proj"),
+        **part.linear("f_b_proj", "forget_gate.f_b_proj"),
+        **part.linear("g_b_proj", "g_b_proj"),
+        **part.linear("b_proj", "b_proj"),
+        **part.linear("out_proj", "o_proj"),
+        "conv": part.get("conv1d.weight"),
+        "a_log": part.get("forget_gate.A_log").flatten(),
+        "dt_bias": part.get("forget_gate.dt_bias"),
+        "norm": part.get("o_norm.weight"),
     }
 
 

@@ -152,6 +152,7 @@ _FAMILIES: Mapping[str, Numerics] = {
     "qwen3_next": Numerics(norm_eps=1e-6, qk_norm=True),
     "qwen3_5_text": Numerics(norm_eps=1e-6, qk_norm=True),
     "qwen3_5_moe_text": Numerics(norm_eps=1e-6, qk_norm=True),
+    "kimi_linear": Numerics(rope=None, routing=Routing(score="sigmoid")),
     "nemotron_h": Numerics(rope=None, activation="relu2"),
     "deepseek_v2": Numerics(norm_eps=1e-6, routing=Routing(normalise=False)),
     "deepseek_v3": Numerics(norm_eps=1e-6, routing=Routing(score="sigmoid")),
@@ -165,6 +166,7 @@ _ALIASES = {
 }
 #: Share of a head that turns where the config does not say.
 _FRACTIONS = {
+    "bamba": 0.5,
     "recurrent_gemma": 0.5,
     "qwen3_next": 0.25,
     "qwen3_5_text": 0.25,
@@ -227,10 +229,10 @@ def _activation(c: Mapping[str, Any], default: Activation) -> Activation:
 
 def _routing(c: Mapping[str, Any], known: Routing) -> Routing:
     greedy = c.get("topk_method") == "greedy"
-    groups = 1 if greedy else c.get("n_group") or 1
+    groups = 1 if greedy else c.get("n_group", c.get("num_expert_group")) or 1
     return replace(
         known,
-        normalise=c.get("norm_topk_prob", known.normalise),
+        normalise=c.get("norm_topk_prob", c.get("moe_renormalize", known.normalise)),
         scale=float(c.get("routed_scaling_factor") or 1.0),
         groups=groups,
         top_groups=(c.get("topk_group") or 1) if groups > 1 else 1,

@@ -62,6 +62,9 @@ MIXERS = {
     "gdn": DeltaRule(
         form="gdn", n_key_heads=2, n_value_heads=4, key_dim=8, value_dim=12, conv_kernel=4
     ),
+    "kda": DeltaRule(
+        form="kda", n_key_heads=4, n_value_heads=4, key_dim=8, value_dim=8, conv_kernel=4
+    ),
     "rwkv5": RWKV5(n_heads=4, head_dim=8, shift_dim=D),
 }
 NUMERICS = Numerics()
@@ -158,7 +161,7 @@ def test_a_prompt_equals_its_tokens_one_by_one_and_steps_can_be_undone(name):
 
 
 #: Mixers whose steps and prompts run exactly the matmuls that are predicted.
-EXACT_STEPS = ("full", "gated", "window", "mamba", "mamba2", "rglru", "gdn")
+EXACT_STEPS = ("full", "gated", "window", "mamba", "mamba2", "rglru", "gdn", "kda")
 
 
 @pytest.mark.parametrize("name", EXACT_STEPS)

@@ -1,11 +1,14 @@
 """The decoder against transformers' own models with the same random weights, family by family."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from costmodel.errors import NotApplicableError
 from costmodel.methods.parse import parse_method
 from costmodel.registry import load_architecture
-from measure.checkpoints import weights_from_state
+from measure.checkpoints import PROVED, weights_from_state
 from measure.engine import Decoder
 from measure.mixers import build_cache
 from measure.numerics import numerics_of
@@ -67,6 +70,7 @@ CASES = {
         BASE | {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
     ),
     "qwen3": ("qwen3", BASE | {"head_dim": 16}),
+    "gemma": ("gemma", BASE | {"head_dim": 16}),
     "gemma2": ("gemma2", GEMMA | {"query_pre_attn_scalar": 24}),
     "gemma3": (
         "gemma3_text",
@@ -145,6 +149,38 @@ CASES = {
             "linear_value_head_dim": 8,
         },
     ),
+    "kimi_linear": (
+        "kimi_linear",
+        {
+            **{k: v for k, v in LATENT.items() if k not in ("n_group", "n_routed_experts")},
+            "num_hidden_layers": 3,
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+            "mlp_layer_types": ["dense", "sparse", "sparse"],
+            "linear_num_heads": 4,
+            "linear_head_dim": 8,
+            "q_lora_rank": None,
+            "num_experts": 8,
+            "num_experts_per_token": 3,
+            "num_shared_experts": 1,
+            "num_expert_group": 4,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+    ),
+    "bamba": (
+        "bamba",
+        BASE
+        | {
+            "num_hidden_layers": 3,
+            "attn_layer_indices": [1],
+            "mamba_n_heads": 8,
+            "mamba_d_head": 8,
+            "mamba_d_state": 16,
+            "mamba_n_groups": 2,
+            "mamba_chunk_size": 8,
+        },
+    ),
     "qwen3_moe": ("qwen3_moe", BASE | EXPERTS | {"head_dim": 8}),
     "qwen2_moe": ("qwen2_moe", BASE | EXPERTS | {"shared_expert_intermediate_size": 16}),
 }
@@ -173,6 +209,12 @@ def reference(family, settings):
             else:
                 tensor.normal_(0.0, 0.2)
     return config, model
+
+
+def test_every_readable_family_is_proved_and_others_are_refused():
+    assert {family for family, _ in CASES.values()} == PROVED
+    with pytest.raises(NotApplicableError, match="granite"):
+        weights_from_state(replace(load_architecture("llama-3.2-1b"), family="granite"), {})
 
 
 @pytest.mark.parametrize(("family", "settings"), CASES.values(), ids=CASES)
