@@ -54,7 +54,9 @@ def scenarios() -> list[Scenario]:
                 *("--model", "llama-3.1-8b", "--gpu", "h100-sxm", "--context", "128k"),
                 *("--method", EVERY_METHOD, "--explain"),
             ),
-            draw=lambda pairs, device: figures.memory(pairs, device),
+            draw=lambda pairs, device: figures.memory(
+                [p for p in pairs if p.key.text("level") == "ideal"], device
+            ),
         ),
         Scenario(
             name="hybrid-at-1m",
