@@ -152,6 +152,7 @@ _FAMILIES: Mapping[str, Numerics] = {
     "qwen3_next": Numerics(norm_eps=1e-6, qk_norm=True),
     "qwen3_5_text": Numerics(norm_eps=1e-6, qk_norm=True),
     "qwen3_5_moe_text": Numerics(norm_eps=1e-6, qk_norm=True),
+    "glm4_moe": Numerics(routing=Routing(score="sigmoid")),
     "kimi_linear": Numerics(rope=None, routing=Routing(score="sigmoid")),
     "nemotron_h": Numerics(rope=None, activation="relu2"),
     "deepseek_v2": Numerics(norm_eps=1e-6, routing=Routing(normalise=False)),
@@ -167,6 +168,7 @@ _ALIASES = {
 #: Share of a head that turns where the config does not say.
 _FRACTIONS = {
     "bamba": 0.5,
+    "glm4_moe": 0.5,
     "recurrent_gemma": 0.5,
     "qwen3_next": 0.25,
     "qwen3_5_text": 0.25,

@@ -181,6 +181,22 @@ CASES = {
             "mamba_chunk_size": 8,
         },
     ),
+    "glm4_moe": (
+        "glm4_moe",
+        BASE
+        | {
+            "head_dim": 8,
+            "use_qk_norm": False,
+            "moe_intermediate_size": 16,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 3,
+            "n_shared_experts": 1,
+            "n_group": 4,
+            "topk_group": 2,
+            "first_k_dense_replace": 1,
+            "pad_token_id": 0,
+        },
+    ),
     "qwen3_moe": ("qwen3_moe", BASE | EXPERTS | {"head_dim": 8}),
     "qwen2_moe": ("qwen2_moe", BASE | EXPERTS | {"shared_expert_intermediate_size": 16}),
 }
