@@ -29,9 +29,10 @@ class Engine:
     reserved_bytes        device memory beside tensors: context, workspaces (one GPU / several)
     mlp_alive             elements alive at the widest point of a gated MLP: (per unit of its width,
                           per unit of the model's); one width less without a gate
+    kernels               whose fitted kernel families time its operations; "": none, the prior
     fused_dequantise      attention kernels read packed caches directly; False: the cache is
                           unpacked into a copy before it is attended, even at level "ideal"
-    score_block_tokens    queries whose scores are computed together where a method needs more than a
+    score_block_tokens    queries scored together where a method needs more of the scores than a
                           fused kernel gives: masked pairs of a block are computed too; 0: kernels
                           that compute only the pairs that exist
     fixed_state_layout    "exact": (kernel-1) convolution columns and W window tokens;
@@ -52,6 +53,7 @@ class Engine:
     fused_dequantise: bool = True
     score_block_tokens: int = 0
     fixed_state_layout: Literal["exact", "transformers"] = "exact"
+    kernels: str = ""
     sources: tuple[str, ...] = ()
 
 

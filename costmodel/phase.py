@@ -107,7 +107,7 @@ def busy_of(operations: Operations, hardware: HardwareProfile, engine: Engine) -
     extrapolated = zero
     bases: dict[str, float] = {}
     for op in operations:
-        t = time_operation(op, hardware, engine.name)
+        t = time_operation(op, hardware, engine.kernels)
         n = op.count
         mid_s = n * t.mid_s
         bases[t.basis] = bases.get(t.basis, 0.0) + float(np.sum(mid_s))

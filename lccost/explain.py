@@ -56,7 +56,7 @@ def _block(model: Model, run: Sweep) -> dict[str, Any]:
             "decode": _parts(model, max(allocated), decode_operations(model.run, last)),
         },
         "operations": [
-            _operation(op, phase, hardware, model.engine.name)
+            _operation(op, phase, hardware, model.engine.kernels)
             for phase, operations in phases.items()
             for op in operations
             if np.max(op.count) > 0

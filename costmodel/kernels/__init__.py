@@ -13,10 +13,16 @@ from costmodel.operation import Operation
 
 
 def time_operation(operation: Operation, hardware: HardwareProfile, engine: str = "") -> KernelTime:
-    """Interval, parts and basis of one run of ``operation`` as ``engine`` runs it."""
+    """Interval, parts and basis of one run of ``operation``.
+
+    ``engine`` names whose fitted families to use; without one only a profile's own families count.
+    """
     if hardware.curves:
         calibrated = calibrated_time(operation, hardware)
         if calibrated is not None:
             return calibrated
-    fitted = fitted_time(operation, hardware, engine)
-    return prior_time(operation, hardware) if fitted is None else fitted
+    if engine or hardware.families:
+        fitted = fitted_time(operation, hardware, engine)
+        if fitted is not None:
+            return fitted
+    return prior_time(operation, hardware)

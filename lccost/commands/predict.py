@@ -111,7 +111,8 @@ Examples:
 @click.option(
     "--engine",
     default=None,
-    help="Who executes [default: vllm for ideal, transformers for reference].",
+    help="Who executes; naming one uses its fitted kernel times "
+    "[default: rules of vllm for ideal, transformers for reference, times by the prior].",
 )
 @click.option(
     "--memory-fraction",

@@ -1,5 +1,7 @@
 """Properties every prediction must have, over models, methods, devices and workloads."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -36,6 +38,8 @@ WITH_EXPERTS = {
 }
 TILE_SWITCH = 0.25
 contexts = st.lists(st.integers(1, 2**20), min_size=1, max_size=6)
+#: Without an engine times rest on the prior, with one on its fitted families.
+ENGINES = [None, "vllm", "sglang"]
 
 
 @settings(max_examples=120, deadline=None)
@@ -47,9 +51,17 @@ contexts = st.lists(st.integers(1, 2**20), min_size=1, max_size=6)
     tokens=contexts,
     level=st.sampled_from(["ideal", "reference"]),
     tp=st.sampled_from([1, 2, 8]),
+    engine=st.sampled_from(ENGINES),
 )
 def test_nothing_is_below_its_floor(
-    model: str, method: str, gpu: str, batch: int, tokens: list[int], level: str, tp: int
+    model: str,
+    method: str,
+    gpu: str,
+    batch: int,
+    tokens: list[int],
+    level: str,
+    tp: int,
+    engine: str | None,
 ) -> None:
     try:
         p = predict(
@@ -60,6 +72,7 @@ def test_nothing_is_below_its_floor(
             level=level,  # type: ignore[arg-type]
             tp=tp,
             dtype="bf16",
+            engine=engine,
             solve=False,
         )
     except NotApplicableError:
@@ -87,7 +100,8 @@ def test_nothing_is_below_its_floor(
 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("method", ["full", "fp8_kv"])
-def test_time_grows_with_context_and_batch(model: str, method: str) -> None:
+@pytest.mark.parametrize("engine", [None, "vllm"])
+def test_time_grows_with_context_and_batch(model: str, method: str, engine: str | None) -> None:
     tokens = np.unique(np.geomspace(16, 2**20, 200).astype(int))
     try:
         p = predict(
@@ -95,6 +109,7 @@ def test_time_grows_with_context_and_batch(model: str, method: str) -> None:
             method,
             Workload.of(np.array([1, 2, 8, 64])[:, None], tokens),
             load_hardware("h200-sxm"),
+            engine=engine,
             solve=False,
         )
     except NotApplicableError:
@@ -114,16 +129,18 @@ def test_time_grows_with_context_and_batch(model: str, method: str) -> None:
     method=st.sampled_from(METHODS),
     tokens=contexts,
     batch=st.integers(1, 300),
+    engine=st.sampled_from(ENGINES),
 )
 def test_scalar_call_equals_array_call(
-    model: str, method: str, tokens: list[int], batch: int
+    model: str, method: str, tokens: list[int], batch: int, engine: str | None
 ) -> None:
     architecture, hardware = load_architecture(model), load_hardware("h100-sxm")
+    call = partial(predict, architecture, method, hardware=hardware, engine=engine, solve=False)
     try:
-        many = predict(architecture, method, Workload.of(batch, tokens), hardware, solve=False)
+        many = call(workload=Workload.of(batch, tokens))
     except NotApplicableError:
         return
-    one = predict(architecture, method, Workload.of(batch, tokens[0]), hardware, solve=False)
+    one = call(workload=Workload.of(batch, tokens[0]))
     for name, values in one.metrics.items():
         np.testing.assert_allclose(values, many[name][0], rtol=1e-12, err_msg=name)
 
