@@ -19,8 +19,10 @@ from measure.canary import canary_s
 from measure.engine import TORCH_DTYPES, Decoder, random_weights
 from measure.flops import count_flops
 from measure.load import ForeignLoad
+from measure.methods.base import AbstractLayerCache
 from measure.mixers import build_cache
 from measure.mixers.base import LayerState
+from measure.numerics import numerics_of
 from measure.points import MeasurePoint
 from measure.statistics import INVALID_FRACTION, NOISY_FRACTION, warnings_of
 from measure.timing import Budget, Sampler, Timing
@@ -41,7 +43,7 @@ def observe(point: MeasurePoint, budget: Budget | None = None) -> dict[str, Any]
     weights = random_weights(model, dtype, device, point.seed)
     room = point.context_tokens + point.output_tokens
     decoder = Decoder(model, weights, n_positions=room)
-    state_bytes = _exact_state_bytes(point, dtype, device)
+    state_bytes, state_host_bytes = _exact_state_bytes(point, dtype, device)
     caches = _caches(point, dtype, device, reserve_tokens=room)
     generator = torch.Generator(device=device).manual_seed(point.seed)
     shape = (point.batch, point.context_tokens)
@@ -58,7 +60,7 @@ def observe(point: MeasurePoint, budget: Budget | None = None) -> dict[str, Any]
     return {
         "weights_bytes": weights.nbytes,
         "state_bytes": state_bytes,
-        "state_host_bytes": 0,
+        "state_host_bytes": state_host_bytes,
         "state_allocated_bytes": sum(c.storage_bytes for c in caches),
         # Allocator peaks of a CPU process cannot be told from what libraries reserve.
         "peak_prefill_bytes": None,
@@ -104,8 +106,11 @@ class _Run:
 def _caches(
     point: MeasurePoint, dtype: torch.dtype, device: torch.device, reserve_tokens: int
 ) -> list[LayerState]:
-    return [
-        build_cache(
+    mixers = [mixer for layer in point.executed.layers for mixer in layer.mixers]
+    numerics = numerics_of(point.executed.family, d_model=point.executed.d_model)
+    n_kv_layers, caches = sum(m.HAS_KV for m in mixers), []
+    for index, mixer in enumerate(mixers):
+        cache = build_cache(
             point.stack,
             mixer,
             batch=point.batch,
@@ -113,14 +118,20 @@ def _caches(
             device=device,
             reserve_tokens=reserve_tokens,
         )
-        for layer in point.executed.layers
-        for mixer in layer.mixers
-    ]
+        if isinstance(cache, AbstractLayerCache):
+            ordinal = sum(m.HAS_KV for m in mixers[:index])
+            cache.place(ordinal, n_kv_layers, numerics.rope)
+        caches.append(cache)
+    return caches
 
 
-def _exact_state_bytes(point: MeasurePoint, dtype: torch.dtype, device: torch.device) -> int:
-    """Bytes of the storages that hold T tokens and no spare room; one layer alive at a time."""
-    total = 0
+def _exact_state_bytes(
+    point: MeasurePoint, dtype: torch.dtype, device: torch.device
+) -> tuple[int, int]:
+    """Bytes of the storages that hold T tokens and no spare room, on the device and on the host;
+    one layer is alive at a time.
+    """
+    total = on_host = 0
     for cache in _caches(point, dtype, device, reserve_tokens=0):
         cache.fill(point.context_tokens, point.seed)
         if cache.storage_bytes != cache.held_bytes:
@@ -129,8 +140,9 @@ def _exact_state_bytes(point: MeasurePoint, dtype: torch.dtype, device: torch.de
                 f"{cache.storage_bytes} bytes for {cache.held_bytes}"
             )
         total += cache.storage_bytes
+        on_host += cache.host_bytes if isinstance(cache, AbstractLayerCache) else 0
         cache.clear()
-    return total
+    return total, on_host
 
 
 def _reliability(

@@ -33,7 +33,7 @@ from costmodel.methods.base import (
     layer_bytes,
     within_pass,
 )
-from costmodel.methods.chains import cache_cat, elementwise, rotate_in_fp32
+from costmodel.methods.chains import cache_cat, computed_pairs, elementwise, rotate_in_fp32
 from costmodel.methods.eager import eager_prompt, eager_step, rotate_keys
 from costmodel.mixers import Attention
 from costmodel.mixers.attention import decode_attention, prefill_attention
@@ -136,7 +136,7 @@ class StreamingLLM(AbstractMethod):
             mixer,
             point,
             pairs=pairs,
-            executed_pairs=pairs,
+            executed_pairs=computed_pairs(point, sinks + window),
             state_bytes=layer_bytes(mixer, point, c),
             source=f"{_INF}, Triton multi-stage kernel" if point.level == "reference" else "",
             formula="2 (Hk + Hv) N for each of S queries and at most I + W keys",

@@ -17,6 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from costmodel.methods.base import AbstractMethod
 from costmodel.mixers import Attention
 from measure.methods.buffers import GrowingBuffer
+from measure.numerics import Rope
 
 
 class AbstractLayerCache(ABC):
@@ -33,6 +34,11 @@ class AbstractLayerCache(ABC):
     """
 
     NAME: ClassVar[str]
+    #: place among the model's caches, and how many it has
+    layer = 0
+    n_kv_layers = 1
+    #: rotary embedding of the queries and keys it is given; None: unknown, or none
+    rope: Rope | None = None
 
     def __init__(
         self,
@@ -60,6 +66,10 @@ class AbstractLayerCache(ABC):
     @abstractmethod
     def _buffers(self) -> Iterator[GrowingBuffer]:
         """All buffers, each once: what the layer holds between steps."""
+
+    def place(self, layer: int, n_kv_layers: int, rope: Rope | None = None) -> None:
+        """Say which of the model's caches this is, and how its queries and keys were rotated."""
+        self.layer, self.n_kv_layers, self.rope = layer, n_kv_layers, rope
 
     @abstractmethod
     def reserve(self, n_tokens: int) -> None:
@@ -116,6 +126,11 @@ class AbstractLayerCache(ABC):
     def held_bytes(self) -> int:
         """Bytes of what is in use."""
         return sum(b.held_bytes for b in self._buffers())
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes in use in host memory."""
+        return 0
 
     def fold(self, q: Tensor) -> Tensor:
         """[B, N, 1, H] -> [B, K, G, H]: the G query heads of a KV head as G queries."""

@@ -4,7 +4,7 @@ As long as a budget holds everything a twin is plain attention and keeps nothing
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,11 +36,11 @@ class KeptTokensCache(AbstractLayerCache):
     def _buffer(self, entry: tuple[int, ...], dtype: torch.dtype) -> GrowingBuffer:
         return GrowingBuffer(self.batch, self.mixer.n_kv_heads, entry, dtype, self.device)
 
-    def snapshot(self) -> _Snapshot:
+    def snapshot(self) -> Any:
         """Copies of everything kept: a step may overwrite any of it."""
         return _Snapshot(self.n_tokens, [x.entries().clone() for x in self._buffers()])
 
-    def restore(self, snapshot: _Snapshot) -> None:
+    def restore(self, snapshot: Any) -> None:
         """Put the copies back."""
         self.n_tokens = snapshot.n_tokens
         for buffer, entries in zip(self._buffers(), snapshot.entries, strict=True):

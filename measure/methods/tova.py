@@ -75,7 +75,6 @@ class TovaCache(KeptTokensCache):
         slots = torch.where(stays, 0, least).view(-1, 1, 1, 1)
         for held, new in ((keys, k), (values, v)):
             index = slots.expand_as(new)
-            held.scatter_(
-                2, index, torch.where(stays.view(-1, 1, 1, 1), held.gather(2, index), new)
-            )
+            entry = torch.where(stays.view(-1, 1, 1, 1), held.gather(2, index), new)
+            held.scatter_(2, index, entry)
         return out

@@ -1,6 +1,6 @@
 """The bridge: what runnable methods hold and multiply equals what the cost model predicts.
 
-For every method with a twin, on a two-layer decoder, after the prompt and after every step: bytes
+For every method with a twin, on a four-layer decoder, after the prompt and after every step: bytes
 of the storages themselves equal the predicted state to the byte, and the FLOPs that torch's counter
 sees equal the predicted executed FLOPs.
 """
@@ -22,7 +22,7 @@ from measure.methods import build_layer_cache, runnable_names
 
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits
 
-SIZE, D, F, V = 32, 64, 96, 50
+SIZE, D, F, V, N_LAYERS = 32, 64, 96, 50, 4
 HEADS = {"mha": (4, 4), "gqa": (4, 2), "mqa": (4, 1)}
 #: Every runnable method, with the parameters that change what it holds.
 METHODS = {
@@ -45,6 +45,11 @@ METHODS = {
         "h2o:variant=real_drop,heavy_fraction=0.4",
         "h2o:heavy_fraction=0.5,recent_fraction=0.5",
     ],
+    "kv_offload": ["kv_offload:resident_layers=1", "kv_offload:resident_layers=2"],
+    "quest": ["quest:page_tokens=8,keep_tokens=24", "quest:page_tokens=4,keep_tokens=4"],
+    "snapkv": ["snapkv:keep_tokens=32,window_tokens=8"],
+    "pyramidkv": ["pyramidkv:keep_tokens=32,window_tokens=8,beta=4"],
+    "streaming_llm": ["streaming_llm:sink_tokens=4,window_tokens=28"],
     "tova": ["tova:keep_tokens=32"],
 }
 SPECS = [(name, spec) for name, specs in METHODS.items() for spec in specs]
@@ -63,7 +68,7 @@ def decoder_architecture(kind: str) -> Architecture:
         family="llama",
         d_model=D,
         vocab_size=V,
-        layers=(layer, layer),
+        layers=(layer,) * N_LAYERS,
         other_parameters=D,
         tied_embeddings=True,
     )
@@ -82,13 +87,13 @@ def point(batch: int, prompt: int, cached: int, dtype: str) -> Point:
     )
 
 
-def predicted_bytes(model: Architecture, spec: str, at: Point) -> float:
-    stack = parse_method(spec)
-    return sum(float(stack.state(g, at).device) for g in model.mixer_groups)
+def predicted_bytes(model: Architecture, spec: str, at: Point, *, host: bool = False) -> float:
+    states = [parse_method(spec).state(g, at) for g in model.mixer_groups]
+    return sum(float(x.host if host else x.device) for x in states)
 
 
 def build_caches(model: Architecture, spec: str, batch: int, dtype: str, reserve_tokens: int = 0):
-    return [
+    caches = [
         build_layer_cache(
             parse_method(spec),
             layer.mixers[0],
@@ -99,6 +104,9 @@ def build_caches(model: Architecture, spec: str, batch: int, dtype: str, reserve
         )
         for layer in model.layers
     ]
+    for index, cache in enumerate(caches):
+        cache.place(index, len(caches))
+    return caches
 
 
 def test_every_twin_is_covered():
@@ -117,6 +125,10 @@ def test_storages_equal_the_predicted_state(name, spec, kind, batch, dtype):
         decoder.prefill(torch.zeros(batch, context, dtype=torch.long), caches)
         for cached in range(context, context + STEPS + 1):
             held = sum(c.storage_bytes for c in caches)
+            on_host = sum(c.host_bytes for c in caches)
+            assert on_host == predicted_bytes(
+                model, spec, point(batch, context, cached, dtype), host=True
+            )
             assert held == predicted_bytes(model, spec, point(batch, context, cached, dtype))
             assert {c.n_tokens for c in caches} == {cached}
             decoder.decode(torch.zeros(batch, 1, dtype=torch.long), caches)
@@ -156,9 +168,9 @@ def test_counted_flops_equal_the_prediction(name, spec, kind):
     (group,) = model.mixer_groups
     batch, stack = 2, parse_method(spec)
     decoder = Decoder(
-        model, random_weights(model, torch.float32, torch.device("cpu")), n_positions=140
+        model, random_weights(model, torch.float32, torch.device("cpu")), n_positions=602
     )
-    for context in (5, 40, 130):
+    for context in (5, 40, 600):
         caches = build_caches(model, spec, batch, "fp32")
         prompt = torch.zeros(batch, context, dtype=torch.long)
         at = point(batch, context, context, "fp32")

@@ -4,6 +4,9 @@ import pytest
 import torch
 from twin_cases import BATCH, HEADS, KV_HEADS, cache, part, probabilities, tokens
 
+from measure.numerics import Rope
+from measure.parts import rope_table, rotate
+
 GROUP = HEADS // KV_HEADS
 
 
@@ -87,7 +90,13 @@ def test_tova_drops_the_least_attended(n):
         same_output(twin.decode(*part(qkv, t, t + 1)), expected)
 
 
-LARGE = ["h2o:heavy_fraction=0.5,recent_fraction=0.5", "tova:keep_tokens=64"]
+LARGE = [
+    "h2o:heavy_fraction=0.5,recent_fraction=0.5",
+    "tova:keep_tokens=64",
+    "snapkv",
+    "pyramidkv",
+    "streaming_llm",
+]
 
 
 @pytest.mark.parametrize("spec", LARGE)
@@ -104,6 +113,9 @@ SMALL = [
     "h2o:heavy_fraction=0.3,recent_fraction=0.2",
     "h2o:variant=real_drop",
     "tova:keep_tokens=8",
+    "snapkv:keep_tokens=12,window_tokens=4",
+    "pyramidkv:keep_tokens=12,window_tokens=4",
+    "streaming_llm:sink_tokens=2,window_tokens=7",
 ]
 
 
@@ -117,3 +129,92 @@ def test_a_step_can_be_taken_back(spec, reserve):
     twin.restore(mark)
     assert (twin.n_tokens, twin.held_bytes) == (30, held)
     assert torch.equal(twin.decode(*part(qkv, 30, 31)), first)
+
+
+@pytest.mark.parametrize(("n", "keep", "layer"), [(40, 16, 0), (17, 16, 0), (60, 20, 1)])
+@pytest.mark.parametrize("name", ["snapkv", "pyramidkv"])
+def test_the_last_window_chooses(name, n, keep, layer):
+    window, qkv = 4, tokens(n + 3)
+    beta = ",beta=4" if name == "pyramidkv" else ""
+    twin, slow = cache(f"{name}:keep_tokens={keep},window_tokens={window}{beta}"), heads(qkv)
+    twin.place(layer, 2)
+    twin.prefill(*part(qkv, 0, n))
+    budget = keep
+    if name == "pyramidkv" and n >= 2 * (keep - window):  # by hand: m = 12 or 16, beta 4
+        budget = {(40, 16, 0): 4 + 21, (60, 20, 1): 4 + 4}[n, keep, layer]
+    for (b, h), head in slow.items():
+        votes = torch.zeros(n)
+        for t in range(n - window, n):
+            votes[: t + 1] += head.weights(t, list(range(t + 1))).sum(0)
+        pooled = torch.nn.functional.pad(votes, (2, 2)).unfold(0, 5, 1).mean(-1)
+        best = sorted(pooled[: n - window].topk(budget - window).indices.tolist())
+        head.kept = best + list(range(n - window, n))
+        assert torch.equal(twin.keys.entries()[b, h], head.k[head.kept])
+    for t in range(n, n + 3):
+        for head in slow.values():
+            head.kept.append(t)
+        expected = {key: head.attend(t, head.kept) for key, head in slow.items()}
+        same_output(twin.decode(*part(qkv, t, t + 1)), expected)
+
+
+@pytest.mark.parametrize("n", [8, 9, 10, 30, 300])
+def test_streaming_llm_attends_places_in_the_cache(n):
+    """Slow form: keep keys unrotated, rotate all of them and the query by their places."""
+    sinks, window, size = 2, 7, 16
+    rope, total = Rope(), n + 20
+    q, k, v = tokens(total)
+    table = rope_table(total, size, rope, torch.float32, torch.device("cpu"))
+    twin = cache(f"streaming_llm:sink_tokens={sinks},window_tokens={window}")
+    twin.place(0, 1, rope)
+    turned = rotate(q, table), rotate(k, table), v
+    found = twin.prefill(*part(turned, 0, n))
+    outs = [found[:, :, t] for t in range(n)]
+    outs += [twin.decode(*part(turned, t, t + 1))[:, :, 0] for t in range(n, total)]
+    for t in range(total):
+        # a prompt's query sees I + W keys with itself, a decoded one besides itself
+        before = window - 1 if t < n else window
+        first = max(sinks, t - before)
+        seen = [i for i in range(t + 1) if i < sinks or i >= first]
+        shift = 0 if t >= n else 1
+        at = list(range(len(seen)))
+        if t < n and t >= sinks + window:  # the query's place is I + W; its window ends there
+            at = [i if i < sinks else i + shift for i in at]
+        cos_sin = tuple(x[at] for x in table)
+        for h in range(HEADS):
+            keys = rotate(k[:, h // GROUP : h // GROUP + 1][:, :, seen], cos_sin)[0, 0]
+            query = rotate(q[:1, h : h + 1, t : t + 1], tuple(x[-1:] for x in cos_sin))[0, 0, 0]
+            expected = probabilities(query, keys) @ v[0, h // GROUP, seen]
+            torch.testing.assert_close(outs[t][0, h], expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("n", [13, 30, 33])
+def test_quest_attends_the_best_pages_and_the_new_token(n):
+    page, keep, qkv = 4, 12, tokens(n + 10)
+    twin, slow = cache(f"quest:page_tokens={page},keep_tokens={keep}"), heads(qkv)
+    twin.place(2, 3)
+    twin.prefill(*part(qkv, 0, n))
+    for t in range(n, n + 10):
+        expected = {}
+        for key, head in slow.items():
+            bounds = []
+            for start in range(0, t, page):
+                keys = head.k[start : min(t, start + page)]
+                low, high = keys.min(0).values, keys.max(0).values
+                bounds.append(max(float(torch.maximum(x[t] * low, x[t] * high).sum())
+                                  for x in head.q))  # fmt: skip
+            best = sorted(range(len(bounds)), key=lambda i, x=bounds: -x[i])[:3]
+            seen = [i for p in best for i in range(p * page, min(t, p * page + page))]
+            expected[key] = head.attend(t, [*seen, t])
+        same_output(twin.decode(*part(qkv, t, t + 1)), expected)
+
+
+@pytest.mark.parametrize("spec", ["quest:page_tokens=4,keep_tokens=4", "kv_offload"])
+@pytest.mark.parametrize("layer", [0, 2])
+def test_dense_layers_and_offloaded_ones_are_full_attention_exactly(spec, layer):
+    twin, full, qkv = cache(spec), cache("full"), tokens(25)
+    twin.place(layer, 4)
+    assert torch.equal(twin.prefill(*part(qkv, 0, 20)), full.prefill(*part(qkv, 0, 20)))
+    dense = spec == "kv_offload" or layer < 2
+    for t in range(20, 25):
+        step = part(qkv, t, t + 1)
+        assert torch.equal(twin.decode(*step), full.decode(*step)) == dense

@@ -1,0 +1,116 @@
+"""Quest run for real: the whole cache stays, a step reads the pages that may matter.
+
+Every page of p tokens keeps the elementwise minimum and maximum of its keys. A step bounds what
+each page's keys can score, sum_i max(q_i min_i, q_i max_i), takes the largest bound of a KV head's
+query heads, and attends the best pages and the new token. A chosen page that is not full is
+attended in full width with its empty places masked. The first two layers are dense. As long as a
+step reads everything there are no pages.
+"""
+
+from collections.abc import Iterator
+from typing import ClassVar, final
+
+import torch
+from torch import Tensor
+
+from costmodel.methods.base import AbstractMethod
+from costmodel.methods.quest import Quest
+from measure.methods.buffers import GrowingBuffer
+from measure.methods.kept_tokens import KeptTokensCache, attend_all, gather_tokens
+
+_DENSE_LAYERS = 2
+_MIN_PAGES = 3
+
+
+@final
+class QuestCache(KeptTokensCache):
+    """K and V of every token, minimum and maximum key of every page."""
+
+    NAME: ClassVar[str] = "quest"
+
+    def _build(self, method: AbstractMethod) -> None:
+        assert isinstance(method, Quest)
+        self.page, self.keep = method.page_tokens, method.keep_tokens
+        self.keys, self.values = self._kv_buffers()
+        self.low, self.high = (self._buffer((self.mixer.head_dim,), self.dtype) for _ in range(2))
+
+    def _buffers(self) -> Iterator[GrowingBuffer]:
+        yield from (self.keys, self.values, self.low, self.high)
+
+    def reserve(self, n_tokens: int) -> None:
+        """Room for all tokens and their pages."""
+        for buffer in (self.keys, self.values):
+            buffer.reserve(n_tokens)
+        for buffer in (self.low, self.high):
+            buffer.reserve(-(-n_tokens // self.page) if n_tokens > self.keep else 0)
+
+    def store(self, k: Tensor, v: Tensor) -> None:
+        """Keep everything; pages where a step will not read it all."""
+        self.keys.append(k)
+        self.values.append(v)
+        self.n_tokens = k.shape[2]
+        if self.n_tokens > self.keep:
+            self._make_pages()
+
+    def _make_pages(self) -> None:
+        keys, n = self.keys.entries(), self.n_tokens
+        whole = n - n % self.page
+        paged = keys[:, :, :whole].unflatten(2, (-1, self.page))
+        parts = [torch.aminmax(paged, dim=3)] if whole else []
+        if whole < n:
+            parts.append(torch.aminmax(keys[:, :, whole:], dim=2, keepdim=True))
+        for buffer, pieces in zip((self.low, self.high), zip(*parts, strict=True), strict=True):
+            buffer.append(torch.cat(pieces, dim=2))
+
+    def decode(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Estimate, choose, attend; then the new token joins its page."""
+        t = self.n_tokens
+        if t <= self.keep or self.layer < _DENSE_LAYERS:
+            self._append(k, v)
+            return attend_all(self, q, self.keys.entries(), self.values.entries())
+        chosen, hidden = self._chosen_tokens(self.fold(q))
+        keys, values = (gather_tokens(x.entries(), chosen) for x in (self.keys, self.values))
+        queries = self.fold(q) * q.shape[-1] ** -0.5
+        scores = torch.cat([torch.matmul(queries, x.transpose(-1, -2)) for x in (keys, k)], dim=-1)
+        scores[..., :-1].masked_fill_(hidden.unsqueeze(2), float("-inf"))
+        weights = scores.softmax(dim=-1)
+        out = torch.matmul(weights[..., :-1], values) + torch.matmul(weights[..., -1:], v)
+        self._append(k, v)
+        return self.unfold(out)
+
+    def chosen_pages(self, queries: Tensor) -> Tensor:
+        """Pages [B, K, n] to read for queries [B, K, G, H]."""
+        n_pages = self.low.length
+        low, high = (x.entries().unsqueeze(2) for x in (self.low, self.high))
+        one = queries.unsqueeze(3)
+        bounds = torch.maximum(one * low, one * high).sum(dim=-1, dtype=torch.float32)
+        n_chosen = min(max(_MIN_PAGES, self.keep // self.page), n_pages)
+        return bounds.amax(dim=2).topk(n_chosen, dim=-1).indices
+
+    def _chosen_tokens(self, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """Positions [B, K, n] of the chosen pages' tokens, and which of them do not exist."""
+        t = self.n_tokens
+        pages = self.chosen_pages(queries)
+        if pages.shape[-1] * self.page >= t:
+            everything = torch.arange(t, device=queries.device).expand(*pages.shape[:2], -1)
+            return everything, torch.zeros_like(everything, dtype=torch.bool)
+        inside = torch.arange(self.page, device=queries.device)
+        positions = (pages.unsqueeze(-1) * self.page + inside).flatten(-2)
+        return positions.clamp(max=t - 1), positions >= t
+
+    def _append(self, k: Tensor, v: Tensor) -> None:
+        t = self.n_tokens
+        self.keys.append(k)
+        self.values.append(v)
+        self.n_tokens += 1
+        if self.n_tokens <= self.keep:
+            return
+        if self.low.length == 0:
+            self._make_pages()
+        elif t % self.page == 0:
+            self.low.append(k)
+            self.high.append(k)
+        else:
+            last = self.low.length - 1
+            self.low.write(last, torch.minimum(self.low.entries(last), k))
+            self.high.write(last, torch.maximum(self.high.entries(last), k))

@@ -1,0 +1,161 @@
+"""StreamingLLM run for real: the first I tokens and a ring of the last W.
+
+Positions are places in the cache (``positions=cache``). Among the latest W tokens those places are
+as far apart as the tokens themselves, and the sinks' places are their own; so nothing that is
+cached has to turn: only the query that meets the sinks is turned back by as many positions as were
+dropped. The prompt is attended through the same band, block after block of queries.
+"""
+
+from collections.abc import Iterator
+from typing import Any, ClassVar, final
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from costmodel.errors import NotApplicableError
+from costmodel.methods.base import AbstractMethod
+from costmodel.methods.streaming_llm import StreamingLLM
+from measure.methods.buffers import GrowingBuffer
+from measure.methods.kept_tokens import QUERY_BLOCK, KeptTokensCache, attend_all
+from measure.numerics import Rope
+from measure.parts import rotate
+
+
+@final
+class StreamingCache(KeptTokensCache):
+    """Sinks, and the window as a ring whose ``_oldest`` entry leaves next."""
+
+    NAME: ClassVar[str] = "streaming_llm"
+
+    def _build(self, method: AbstractMethod) -> None:
+        assert isinstance(method, StreamingLLM)
+        if method.positions != "cache":
+            raise NotApplicableError(
+                f"streaming_llm:positions={method.positions} is priced but not run here; "
+                "positions=cache is"
+            )
+        self.method = method
+        self.sinks = self.window = self._oldest = 0
+        self.keys, self.values = self._kv_buffers()
+
+    def _buffers(self) -> Iterator[GrowingBuffer]:
+        yield from (self.keys, self.values)
+
+    def _set_budget(self, n_prompt: int) -> None:
+        self.sinks, self.window = (int(x) for x in self.method.budget(float(n_prompt)))
+
+    def reserve(self, n_tokens: int) -> None:
+        """Room for sinks and window of a prompt of ``n_tokens``."""
+        self._set_budget(n_tokens)
+        for buffer in self._buffers():
+            buffer.reserve(min(n_tokens, self.sinks + self.window))
+
+    def clear(self) -> None:
+        """Empty; the ring starts over."""
+        super().clear()
+        self._oldest = 0
+
+    def prefill(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attend through the band, then keep its end."""
+        s = k.shape[2]
+        self._set_budget(s)
+        if s <= self.sinks + self.window:
+            out = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        else:
+            out = self._banded(q, k, v)
+        self.store(k, v)
+        return out
+
+    def store(self, k: Tensor, v: Tensor) -> None:
+        """Keep the first I and the last W tokens."""
+        self.n_tokens = n = k.shape[2]
+        self._set_budget(n)
+        first = min(n, self.sinks)
+        last = max(first, n - self.window)
+        for buffer, x in ((self.keys, k), (self.values, v)):
+            buffer.append(torch.cat((x[:, :, :first], x[:, :, last:]), dim=2))
+
+    def _turned_back(self, q: Tensor, positions: Tensor) -> Tensor:
+        """Turn queries [B, heads, n, H] at ``positions`` [n] to their places in the cache."""
+        places = positions.clamp(max=self.sinks + self.window)
+        if self.rope is None:
+            return q
+        return _turn(q, places - positions, self.rope)
+
+    def _banded(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Every query attends the sinks and the W + ... tokens up to itself: I + W in all."""
+        b, n_kv, s, size = k.shape
+        out = torch.empty(*q.shape[:3], v.shape[-1], dtype=q.dtype, device=q.device)
+        positions = torch.arange(s, device=q.device)
+        scale = size**-0.5
+        for start in range(0, s, QUERY_BLOCK):
+            stop = min(s, start + QUERY_BLOCK)
+            low = max(0, start - self.window + 1)
+            first = min(self.sinks, stop)
+            low = max(low, first)
+            rows = positions[start:stop]
+            queries = q[:, :, start:stop] * scale
+            turned = self._turned_back(queries, rows)
+            pieces = [
+                torch.matmul(x.reshape(b, n_kv, -1, size), y.transpose(-1, -2))
+                for x, y in ((turned, k[:, :, :first]), (queries, k[:, :, low:stop]))
+            ]
+            columns = torch.cat((positions[:first], positions[low:stop]))
+            seen = columns <= rows[:, None]
+            seen &= (columns < self.sinks) | (columns > rows[:, None] - self.window)
+            scores = torch.cat(pieces, dim=-1).unflatten(2, (-1, stop - start))
+            weights = scores.masked_fill(~seen, float("-inf")).softmax(dim=-1)
+            values = torch.cat((v[:, :, :first], v[:, :, low:stop]), dim=2)
+            block = torch.matmul(weights.flatten(2, 3), values)
+            out[:, :, start:stop] = block.reshape(b, -1, stop - start, v.shape[-1])
+        return out
+
+    def decode(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attend sinks, window and the new token, which takes the oldest one's place."""
+        t, keys, values = self.n_tokens, self.keys, self.values
+        self.n_tokens += 1
+        if t < self.sinks + self.window:
+            keys.append(k)
+            values.append(v)
+            return attend_all(self, q, keys.entries(), values.entries())
+        position = torch.tensor([t], device=q.device)
+        queries = self.fold(q) * q.shape[-1] ** -0.5
+        turned = self.fold(self._turned_back(q, position)) * q.shape[-1] ** -0.5
+        scores = torch.cat(
+            (
+                torch.matmul(turned, keys.entries(0, self.sinks).transpose(-1, -2)),
+                torch.matmul(queries, keys.entries(self.sinks).transpose(-1, -2)),
+                torch.matmul(queries, k.transpose(-1, -2)),
+            ),
+            dim=-1,
+        )
+        weights = scores.softmax(dim=-1)
+        out = torch.matmul(weights[..., :-1], values.entries())
+        out += torch.matmul(weights[..., -1:], v)
+        for buffer, new in ((keys, k), (values, v)):
+            buffer.write(self.sinks + self._oldest, new)
+        self._oldest = (self._oldest + 1) % self.window
+        return self.unfold(out)
+
+    def snapshot(self) -> Any:
+        """Copies of everything kept, and where the ring is."""
+        return self._oldest, super().snapshot()
+
+    def restore(self, snapshot: Any) -> None:
+        """Put the copies back."""
+        self._oldest = snapshot[0]
+        super().restore(snapshot[1])
+
+
+def _turn(x: Tensor, by: Tensor, rope: Rope) -> Tensor:
+    """Turn x [B, heads, n, H] by ``by`` [n] positions."""
+    n = int(x.shape[-1] * rope.fraction)
+    angles = torch.outer(by.float(), rope.frequencies(n, x.device))
+    cos, sin = angles.cos(), angles.sin()
+    if rope.interleaved:
+        pair = torch.stack((cos, cos), -1).flatten(-2), torch.stack((-sin, sin), -1).flatten(-2)
+    else:
+        pair = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+    table = pair[0].to(x.dtype), pair[1].to(x.dtype)
+    return rotate(x, table, interleaved=rope.interleaved)
