@@ -43,6 +43,7 @@ def plan(folder: Path, trace: str, slo: dict[str, float], model: str) -> Plan:
             "methods": METHODS,
             "gpus": GPUS,
             "tp": MODELS[model],
+            "engines": ["vllm"],
             "max_gpus": 128,
         },
         "accuracy": {"allow_unknown": True},
