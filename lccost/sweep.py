@@ -198,7 +198,7 @@ def assumptions(rows: Sequence[dict[str, Any]], run: Sweep) -> list[str]:
     if "prior" in bases:
         out.append(
             "times rest on a prior made from published whole passes, not on measurements of this "
-            "GPU: read low-high as the answer, name an --engine for its fitted kernels, or calibrate"
+            "GPU: read low-high as the answer, or name an --engine for its fitted kernels"
         )
     for a in run.architectures:
         beyond = [c for c in run.contexts if a.max_context_tokens and c > a.max_context_tokens]
