@@ -69,8 +69,8 @@ def run_table() -> str:
         note = NOT_RUN.get(name, "" if runs == "yes" else "priced only: no runnable twin yet")
         lines.append(f"| `{name}` | yes | {runs} | {runs} | {note} |")
     lines.append(
-        "\nBridge-tested: storages equal the predicted state to the byte after the prompt and every "
-        "step, and counted FLOPs equal the predicted ones (MHA, GQA, MQA), as "
+        "\nBridge-tested: storages equal the predicted state to the byte after the prompt and "
+        "every step, and counted FLOPs equal the predicted ones (MHA, GQA, MQA), as "
         "`tests/contract/test_bridge.py` demands of every runnable method. Compositions are priced "
         "only.\n"
     )
