@@ -156,5 +156,5 @@ def test_heads_that_do_not_pack_are_refused():
 def test_twins_are_found_by_name():
     assert {"full", "kivi"} <= set(runnable_names())
     assert layer_cache_class("kivi").NAME == "kivi"
-    with pytest.raises(NotApplicableError, match="runnable: .*full.*kivi"):
+    with pytest.raises(NotApplicableError, match=r"runnable: .*full.*kivi"):
         layer_cache_class("gear")
