@@ -1,54 +1,99 @@
-"""Fit the engines that ship: ``python -m costmodel.serving --table serving.csv --output FILE``."""
+"""Fit the engines that ship: ``python -m costmodel.serving --data DIR --output FILE``."""
 
 import argparse
 import datetime
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+
 from costmodel.calibration.write import sha256, toml_value
-from costmodel.serving.engine_times import POOLED, engine_times, known_engines
-from costmodel.serving.fit import PRIORS, engine_table, fit, judge, read_runs
-from costmodel.validation.table import read_table
+from costmodel.errors import ConfigError
+from costmodel.serving.engine_times import (
+    POOLED,
+    EngineTimes,
+    facts_of,
+    known_engines,
+)
+from costmodel.serving.fit import Table, engine_table, fit, judge, read_runs
+from costmodel.serving.parameters import default_parameters
+from costmodel.validation import kv_methods, latency_throughput, serving
+from costmodel.validation.result import Block
+from costmodel.validation.serving_rows import read_rows
+from costmodel.validation.table import Record, read_table
 
 HEAD = """\
-# Engines that batch continuously, fitted by `python -m costmodel.serving`; do not edit.
+# Engines, fitted by `python -m costmodel.serving`; do not edit.
 # Parameters: docstring of costmodel/serving/engine_times.py. held_out_percent: errors on runs that
-# no fit had seen (both halves of 4 seeded splits by a hash of the shape columns), for dense and
-# sparse models. The parameters themselves are of a fit to all runs. interval: factors, likewise.
-# Table: {source}
+# no fit had seen (both halves of 4 seeded splits by a hash of the shape columns), by class of
+# metric, with the factors (low, high) that held 81 % of them. The parameters are of all runs.
 """
+#: Tables with runs of engines: name, how a row is read, how its value is.
+TABLES: tuple[tuple[str, Callable[..., object], Callable[[Record, Block], float]], ...] = (
+    ("serving.csv", read_rows, serving.observed),
+    ("latency_throughput.csv", latency_throughput.read_rows, latency_throughput.observed),
+    ("kv_methods.csv", kv_methods.read_rows, kv_methods.observed),
+)
 
 
 def main() -> None:
     """Fit, judge, write, print."""
     parser = argparse.ArgumentParser(prog="python -m costmodel.serving", description=__doc__)
-    parser.add_argument("--table", type=Path, required=True, help="serving runs (CSV)")
+    parser.add_argument("--data", type=Path, required=True, help="folder with the tables of runs")
     parser.add_argument("--output", type=Path, required=True, help="TOML file to write")
     arguments = parser.parse_args()
-    table = read_table(arguments.table)
-    source = (
-        f"{arguments.table.name}, aiconfigurator-core 0.12.0 wheel, Apache-2.0, SHA-256 "
-        f"{sha256(arguments.table)}"
-    )
-    lines = [HEAD.format(source=source), f'fitted = "{datetime.date.today().isoformat()}"', ""]
-    prior = {
-        "parameters": {name: value for name, (value, _) in PRIORS.items()},
-        "n_rows": 0,
-        "interval": {"low": [1.0, 1.0], "high": [1.0, 1.0]},
-        "held_out_percent": {},
-    }
+    tables, sources = read_tables(arguments.data)
+    lines = [HEAD + "".join(f"# {s}\n" for s in sources)]
+    lines += [f'fitted = "{datetime.date.today().isoformat()}"', ""]
     for name in (*known_engines(), POOLED):
-        times = engine_times(name, prior)
-        runs = read_runs(table.records, name, times, everyone=name == POOLED)
+        times = EngineTimes(name=name, parameters=default_parameters(), facts=facts_of(name))
+        runs = read_runs(tables, times, everyone=name == POOLED)
         if not runs:
             continue
         fitted = engine_table(fit(runs), judge(runs))
-        lines.append(f"[engine.{name}]")
+        lines.append(f"[engine.{toml_value(name)}]")
         lines += [f"{key} = {toml_value(value)}" for key, value in fitted.items()]
         lines.append("")
+        print(name, fitted["parameters"], flush=True)
         for kind, figures in fitted["held_out_percent"].items():
-            print(name, kind, figures, flush=True)
-        print(name, fitted["parameters"], fitted["interval"], flush=True)
+            print("   ", kind, figures, flush=True)
     arguments.output.write_text("\n".join(lines), encoding="utf-8")
+
+
+def read_tables(folder: Path) -> tuple[list[Table], list[str]]:
+    """The tables of runs in a folder, and what they are."""
+    tables, sources = [], []
+    for name, read, observed in TABLES:
+        path = folder / name
+        if path.is_file():
+            tables.append(
+                Table(records=read_table(path).records, read=read, observed=_labelled(observed))  # type: ignore[arg-type]
+            )
+            sources.append(f"{name}, SHA-256 {sha256(path)}")
+    if not tables:
+        raise ConfigError(f"{folder}: none of {', '.join(t[0] for t in TABLES)} is there")
+    return tables, sources
+
+
+def _labelled(observed: Callable[[Record, Block], float]) -> Callable[[Record, str], float]:
+    """Observed value by the label of a metric; NaN where it cannot be read."""
+    none = np.empty(0)
+
+    def value(record: Record, label: str) -> float:
+        block = Block(
+            group={"metric": label},
+            rows=np.empty(0, dtype=np.intp),
+            low=none,
+            mid=none,
+            high=none,
+            basis="",
+        )
+        try:
+            return observed(record, block)
+        except ConfigError:
+            return float("nan")
+
+    return value
 
 
 if __name__ == "__main__":

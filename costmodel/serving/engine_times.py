@@ -1,16 +1,20 @@
-"""Time per output token of an engine under a constant load, from physical parameters.
+"""Times of an engine's steps, prompts and requests from physical parameters.
 
-    step  = t0 + L t_layer + a dense + m experts + L_e t_expert + c collectives
-    TPOT  = step + q (n - 1) prefill / output tokens
-    prefill = a dense + m_p experts + c collectives, of one prompt
+    step    = t0 + L t_layer + a matmuls + b attention + a other + m experts + L_e t_expert
+              + c collectives
+    prompt  = t_s + t0 + L t_layer + p (matmuls + attention + other) + m_p experts + c collectives
+    TPOT    = step + q (n - 1) (prompt without its constants) / output tokens
 
-A request decodes while the n - 1 others of its rank are admitted once per output it makes: their
-prefill work stands between its tokens (q = 1), less where prompts are admitted together before
-anybody decodes. n is what fits in the KV pool when that is less than the load.
+each at least what the host needs to start its kernels where there is no captured graph. Under
+continuous batching a request decodes while the n - 1 others of its rank are admitted once per
+output it makes: their prefill stands between its tokens (q = 1), less where prompts are admitted
+together before anybody decodes. n is what fits in the KV pool when that is less than the load.
 
-    t0       host time per step                     t_layer   gaps between kernels of a layer
-    a        kernels in a step against alone        m         expert roofline to attained time
-    t_expert fixed cost of an expert layer          c         collectives against their table
+    t0  host time per step                    t_layer   gaps between kernels of a layer
+    a   kernels in a step against alone       b         decode attention against its family
+    m   expert roofline to attained time      t_expert  fixed cost of an expert layer
+    p   kernels of a prompt against alone     t_s       what the first token takes besides
+    c   collectives against their tables
 
 What is ignored: preemption, lengths that vary, batches smaller than the load while prompts wait,
 speculative decoding.
@@ -26,168 +30,168 @@ from typing import Any, Literal
 import numpy as np
 
 from costmodel.operation import Array
-from costmodel.serving.served import Load, Parts, Served
+from costmodel.serving.parameters import Facts, Parameters
+from costmodel.serving.served import Parts, Served
 
-#: Engine whose parameters stand for any other: fitted on the rows of all engines together.
+#: Engine whose parameters stand for any other: fitted on the runs of all engines together.
 POOLED = "any"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Parameters:
-    """What is fitted; units in the names, shares and multipliers without one.
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Load:
+    """A constant load on one replica; arrays that broadcast.
 
-    step_s            host time per step, t0
-    layer_s           gaps between the kernels of one layer
-    dense_factor      kernels inside a step against their own tables, a
-    expert_factor_16, _8, _4   expert roofline to attained time in decode, by bits of the weights
-    expert_factor_integer      the same for integer weights, which are widened before they multiply
-    expert_factor_prefill      the same in prefill, any format
-    expert_layer_s    fixed cost of one layer of experts
-    collective_factor collectives inside a step against their tables, c
-    prefill_share     share of the others' prefill that stands between two tokens, q
+    concurrency     requests in the system at any time
+    input_tokens, output_tokens   of each
     """
 
-    step_s: float
-    layer_s: float
-    dense_factor: float
-    expert_factor_16: float
-    expert_factor_8: float
-    expert_factor_4: float
-    expert_factor_integer: float
-    expert_factor_prefill: float
-    expert_layer_s: float
-    collective_factor: float
-    prefill_share: float
+    concurrency: Array
+    input_tokens: Array
+    output_tokens: Array
 
-    def expert_factor(self, precision: str) -> float:
-        """M for the precision of the weights."""
-        if precision in ("int4", "int8"):
-            return self.expert_factor_integer
-        by_name = {"fp8": self.expert_factor_8, "fp4": self.expert_factor_4}
-        return by_name.get(precision, self.expert_factor_16)
+    @property
+    def mean_tokens(self) -> Array:
+        """Cached tokens of a request half way through its output."""
+        return np.asarray(self.input_tokens) + np.asarray(self.output_tokens) / 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineTimes:
-    """One engine's parameters and what is known about it.
+    """One engine: its parameters, facts, and how far off they were on runs no fit had seen.
 
-    fp8_cache         keeps an fp8 cache where the weights are fp8 or fp4
-    memory_fraction   of the device for weights and KV pool
-    latent_prefill    generation -> factor on attention over a latent in prefill, where a GPU's
-                      kernel falls back to a slow one
-    uncaptured        version -> host time per layer, where decode was not replayed from graphs
-    low, high         factors that held 80 to 95 % of rows no fit had seen: dense, sparse models
-    held_out          errors on such rows in percent, by "dense" and "sparse"
+    low, high   factors that held 80 to 95 % of such runs, by class of metric ("tpot_dense", ...)
+    held_out    errors on them in percent, by the same classes
     """
 
     name: str
     parameters: Parameters
-    n_rows: int
-    fp8_cache: bool = False
-    memory_fraction: float = 0.93
-    latent_prefill: Mapping[str, float] = field(default_factory=dict)
-    uncaptured: Mapping[str, float] = field(default_factory=dict)
-    low: tuple[float, float] = (0.7, 0.6)
-    high: tuple[float, float] = (1.4, 1.7)
+    facts: Facts
+    n_rows: int = 0
+    low: Mapping[str, float] = field(default_factory=dict)
+    high: Mapping[str, float] = field(default_factory=dict)
     held_out: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     basis: Literal["calibrated", "transferred"] = "calibrated"
 
-    def tpot_s(
-        self, served: Served, load: Load, *, version: str = ""
-    ) -> tuple[Array, Array, Array]:
-        """(low, mid, high) seconds per output token. Shape: that of the load broadcast."""
-        terms = terms_of(self, served, load)
-        mid = tpot_from(self.parameters, terms, served.precision)
-        mid = np.maximum(mid, host_floor_s(self, served, load, version))
-        i = int(served.n_expert_layers > 0)
-        low = np.maximum(mid * self.low[i], np.minimum(terms.step.roofline_s, mid))
-        return low, mid, mid * self.high[i]
+    def step_s(
+        self, served: Served, sequences: Array, tokens: Array, *, version: str = ""
+    ) -> Array:
+        """Seconds of a decode step that nothing interferes with."""
+        seconds = step_from(self.parameters, served, served.step(sequences, tokens))
+        return np.maximum(seconds, self.host_floor_s(served, sequences, version))
 
-    def ttft_s(self, served: Served, load: Load) -> Array:
-        """Seconds to the first token of a request that waits for nobody."""
-        p = self.parameters
-        prompt = prefill_parts(self, served, load)
-        seconds: Array = (
-            p.step_s
-            + p.layer_s * served.n_layers
-            + p.dense_factor * prompt.dense_s
-            + p.expert_factor_prefill * prompt.expert_s
-            + p.expert_layer_s * served.n_expert_layers
-            + p.collective_factor * prompt.collective_s
+    def prompt_s(self, served: Served, tokens: Array, prompts: Array = 1.0) -> Array:
+        """Seconds from the start of a prefill of ``prompts`` prompts a rank to its first token."""
+        return prompt_from(self.parameters, served, self.prompt_parts(served, tokens, prompts))
+
+    def tpot_s(self, served: Served, load: Load, *, version: str = "") -> Array:
+        """Seconds per output token under continuous batching. Shape: that of the load."""
+        seconds = tpot_from(self.parameters, served, self.terms(served, load))
+        return np.maximum(seconds, self.host_floor_s(served, load.concurrency, version))
+
+    def terms(self, served: Served, load: Load) -> "Terms":
+        """Parts of the step and of a prompt at the load, limited to what fits in memory."""
+        concurrency, prompt, output = np.broadcast_arrays(
+            *(
+                np.asarray(x, dtype=np.float64)
+                for x in (load.concurrency, load.input_tokens, load.output_tokens)
+            )
         )
-        return seconds
+        fits = served.most_sequences(load.mean_tokens, self.facts.memory_fraction)
+        here = np.minimum(concurrency, fits)
+        others = np.maximum(here / served.deployment.dp - 1.0, 0.0)
+        return Terms(
+            step=served.step(here, load.mean_tokens),
+            prompt=self.prompt_parts(served, prompt),
+            prompts_per_token=others / output,
+        )
 
+    def prompt_parts(self, served: Served, tokens: Array, prompts: Array = 1.0) -> Parts:
+        """Parts of a prefill, attention slowed down where the engine's kernel is."""
+        parts = served.prefill(tokens, prompts)
+        slow = self.facts.latent_prefill.get(served.run.hardware.generation, 1.0)
+        if slow == 1.0 or not served.has_latent_attention:
+            return parts
+        return Parts(
+            **{f.name: getattr(parts, f.name) for f in fields(Parts) if f.name != "attention_s"},
+            attention_s=slow * parts.attention_s,
+        )
 
-def host_floor_s(engine: EngineTimes, served: Served, load: Load, version: str) -> Array:
-    """Least seconds per step where a version does not replay captured graphs.
+    def interval(self, kind: str, mid: Array) -> tuple[Array, Array]:
+        """(low, high) around a time of a class of metric; NaN where none was judged.
 
-    A single request is replayed from a graph even there.
-    """
-    host = engine.uncaptured.get(version.strip().lower(), 0.0)
-    floor: Array = np.where(np.asarray(load.concurrency) > 1.0, host * served.n_layers, 0.0)
-    return floor
+        A class the engine has no runs of takes the interval of all engines.
+        """
+        own = kind in self.low
+        table = self if own else load_engine_times(POOLED)
+        if kind not in table.low:
+            unknown = np.full(np.shape(mid), np.nan)
+            return unknown, unknown
+        return mid * table.low[kind], mid * table.high[kind]
+
+    def host_floor_s(self, served: Served, sequences: Array, version: str) -> Array:
+        """Least seconds per step where a version does not replay captured graphs.
+
+        A single request is replayed from a graph even there.
+        """
+        host = self.facts.uncaptured.get(version.strip().lower(), 0.0)
+        floor: Array = np.where(np.asarray(sequences) > 1.0, host * served.n_layers, 0.0)
+        return floor
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Terms:
-    """What the formula multiplies its parameters with."""
+    """What the formula of the time per output token multiplies its parameters with."""
 
     step: Parts
     prompt: Parts
     prompts_per_token: Array
-    n_layers: float
-    n_expert_layers: float
 
 
-def terms_of(engine: EngineTimes, served: Served, load: Load) -> Terms:
-    """Parts of the step and of a prompt at the load, limited to what fits in memory."""
-    concurrency, prompt, output = np.broadcast_arrays(
-        *(np.asarray(x, dtype=np.float64)
-          for x in (load.concurrency, load.input_tokens, load.output_tokens))
-    )  # fmt: skip
-    mean_tokens = prompt + output / 2.0
-    here = np.minimum(concurrency, served.most_sequences(mean_tokens, engine.memory_fraction))
-    others = np.maximum(here / served.deployment.dp - 1.0, 0.0)
-    return Terms(
-        step=served.step(here, mean_tokens),
-        prompt=prefill_parts(engine, served, load),
-        prompts_per_token=others / output,
-        n_layers=float(served.n_layers),
-        n_expert_layers=float(served.n_expert_layers),
+def step_from(p: Parameters, served: Served, parts: Parts) -> Array:
+    """A decode step; see the module's docstring."""
+    device = (
+        p.layer_s * served.n_layers
+        + p.matmuls(served.precision) * parts.matmul_s
+        + p.matmul_factor * parts.other_s
+        + p.attention_factor
+        * np.maximum(parts.attention_s, p.packed_attention_factor * parts.unpacked_attention_s)
+        + p.expert_factor(served.precision) * parts.expert_s
+        + p.expert_layer_s * served.n_expert_layers
+        + p.collective_factor * parts.collective_s
     )
+    if not served.engine.decode_graph:
+        device = np.maximum(device, parts.launches * served.engine.host_launch_s[1])
+    seconds: Array = p.step_s + device
+    return seconds
 
 
-def prefill_parts(engine: EngineTimes, served: Served, load: Load) -> Parts:
-    """Parts of one prompt's prefill, attention slowed down where the engine's kernel is."""
-    parts = served.prefill(load.input_tokens)
-    slow = engine.latent_prefill.get(served.run.hardware.generation, 1.0)
-    if slow == 1.0 or not served.has_latent_attention:
-        return parts
-    return Parts(
-        dense_s=parts.dense_s + (slow - 1.0) * parts.attention_s,
-        attention_s=slow * parts.attention_s,
-        expert_s=parts.expert_s,
-        collective_s=parts.collective_s,
-        roofline_s=parts.roofline_s,
+def prompt_work_from(p: Parameters, parts: Parts) -> Array:
+    """The part of a prompt that grows with it: what stands between others' tokens."""
+    seconds: Array = (
+        p.prefill_factor * (parts.matmul_s + parts.attention_s + parts.other_s)
+        + p.expert_factor_prefill * parts.expert_s
+        + p.collective_factor * parts.collective_s
     )
+    return seconds
 
 
-def tpot_from(p: Parameters, terms: Terms, precision: str) -> Array:
-    """The formula of the module's docstring."""
-    step = (
-        p.step_s
-        + p.layer_s * terms.n_layers
-        + p.dense_factor * terms.step.dense_s
-        + p.expert_factor(precision) * terms.step.expert_s
-        + p.expert_layer_s * terms.n_expert_layers
-        + p.collective_factor * terms.step.collective_s
+def prompt_from(p: Parameters, served: Served, parts: Parts) -> Array:
+    """A prefill with its first token; see the module's docstring."""
+    device = (
+        p.layer_s * served.n_layers
+        + p.expert_layer_s * served.n_expert_layers
+        + prompt_work_from(p, parts)
     )
-    prompt = (
-        p.dense_factor * terms.prompt.dense_s
-        + p.expert_factor_prefill * terms.prompt.expert_s
-        + p.collective_factor * terms.prompt.collective_s
+    seconds: Array = (
+        p.start_s + p.step_s + np.maximum(device, parts.launches * served.engine.host_launch_s[1])
     )
-    seconds: Array = step + p.prefill_share * terms.prompts_per_token * prompt
+    return seconds
+
+
+def tpot_from(p: Parameters, served: Served, terms: Terms) -> Array:
+    """Time per output token under continuous batching; see the module's docstring."""
+    between = terms.prompts_per_token * prompt_work_from(p, terms.prompt)
+    seconds: Array = step_from(p, served, terms.step) + p.prefill_share * between
     return seconds
 
 
@@ -202,31 +206,29 @@ def known_engines() -> list[str]:
     return [name for name in _table("serving_engines") if name != POOLED]
 
 
+def facts_of(name: str) -> Facts:
+    """An engine's facts; those of any engine where it has none."""
+    table = _table("serving_engines")
+    row = dict(table.get(name, table[POOLED]))
+    row.pop("sources")
+    return Facts(**row)
+
+
 @functools.cache
 def load_engine_times(name: str) -> EngineTimes:
     """The parameters of an engine; those of all engines together, marked, where it has none."""
     key = name.strip().lower()
     fitted = _table("serving")["engine"]
-    return engine_times(key, fitted[key] if key in fitted else fitted[POOLED])
-
-
-def engine_times(name: str, fitted: Mapping[str, Any]) -> EngineTimes:
-    """An engine's facts with parameters fitted to its runs."""
-    facts = _table("serving_engines")
-    own = facts.get(name, facts[POOLED])
+    own = key in fitted and key != POOLED
+    row = fitted[key] if own else fitted[POOLED]
     known = {f.name for f in fields(Parameters)}
     return EngineTimes(
-        name=name,
-        parameters=Parameters(
-            **{k: float(v) for k, v in fitted["parameters"].items() if k in known}
-        ),
-        n_rows=fitted["n_rows"],
-        fp8_cache=own["fp8_cache"],
-        memory_fraction=own["memory_fraction"],
-        latent_prefill=own.get("latent_prefill", {}),
-        uncaptured=own.get("uncaptured", {}),
-        low=tuple(fitted["interval"]["low"]),
-        high=tuple(fitted["interval"]["high"]),
-        held_out=fitted["held_out_percent"],
-        basis="calibrated" if name in facts and name != POOLED else "transferred",
+        name=key,
+        parameters=Parameters(**{k: float(v) for k, v in row["parameters"].items() if k in known}),
+        facts=facts_of(key),
+        n_rows=row["n_rows"],
+        low={k: v["low"] for k, v in row["held_out_percent"].items()},
+        high={k: v["high"] for k, v in row["held_out_percent"].items()},
+        held_out=row["held_out_percent"],
+        basis="calibrated" if own else "transferred",
     )

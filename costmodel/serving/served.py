@@ -8,17 +8,22 @@ tokens a GPU multiplies T k / ep rows with the hit ones of its E / ep experts, e
 
 summed over the two matrices. With attention data parallelism tokens are gathered before the experts
 and their sums scattered after them.
+
+A packed integer cache in an engine whose own kernels unpack it is priced at level ``ideal``, and
+beside its attention stands that on the 16-bit cache it replaces: unpacking, not bytes, is what such
+kernels wait for.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from costmodel.architecture import Architecture
 from costmodel.engines import Engine, load_engine
+from costmodel.errors import NotApplicableError
 from costmodel.hardware import HardwareProfile
 from costmodel.kernels import time_operation
-from costmodel.layout import Execution, decode_operations, prefill_operations
+from costmodel.layout import Execution, decode_operations, prefill_operations, total
 from costmodel.memory import state_of
 from costmodel.methods.parse import parse_method
 from costmodel.mixers.mla import MLA
@@ -26,7 +31,7 @@ from costmodel.operation import Array, Operation, Operations
 from costmodel.phase import hbm_bytes, peak_s
 from costmodel.serving.deployment import Deployment
 from costmodel.serving.stored import stored_as
-from costmodel.workload import Point
+from costmodel.workload import Level, Point
 
 _ATTENTION = frozenset(
     {"prefill_attention", "decode_attention", "mla_prefill_attention", "mla_decode_attention"}
@@ -34,33 +39,26 @@ _ATTENTION = frozenset(
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
-class Load:
-    """A constant load on one replica; arrays that broadcast.
-
-    concurrency     requests in the system at any time
-    input_tokens, output_tokens   of each
-    """
-
-    concurrency: Array
-    input_tokens: Array
-    output_tokens: Array
-
-
-@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Parts:
     """Seconds of one pass on the slowest GPU, by what scales alike.
 
-    dense_s       all kernels but routed experts and collectives
-    attention_s   of that, attention kernels
+    matmul_s      dense matrix products
+    attention_s   attention kernels
+    unpacked_attention_s   attention on the 16-bit cache that a packed one replaces, else 0
+    other_s       norms, activations, scans, everything else on the GPU
     expert_s      roofline of the routed experts
     collective_s  all-reduces, gathers
+    launches      kernels started
     roofline_s    the whole pass at datasheet rates, perfect overlap
     """
 
-    dense_s: Array
+    matmul_s: Array
     attention_s: Array
+    unpacked_attention_s: Array
+    other_s: Array
     expert_s: Array
     collective_s: Array
+    launches: Array
     roofline_s: Array
 
 
@@ -74,6 +72,8 @@ class Served:
     deployment: Deployment
     engine: Engine
     precision: str
+    level: Level
+    plain: "Served | None" = None  # the same with a 16-bit cache, where this one's is packed
 
     @classmethod
     def of(
@@ -85,26 +85,45 @@ class Served:
         deployment: Deployment | None = None,
         precision: str = "",
         fp8_cache: bool = False,
+        method: str = "full",
+        level: Level = "ideal",
+        dtype: str = "bf16",
     ) -> "Served":
         """Lay out a replica; raises ``NotApplicableError`` where the parts do not go together."""
         chosen = (deployment or Deployment()).for_model(architecture)
         stored, weight_dtype = stored_as(architecture, precision)
-        dtype = "fp16" if "bf16" not in hardware.peak_flops_per_s else "bf16"
-        stack = parse_method("fp8_kv" if fp8_cache else "full")
+        compute = dtype if dtype in hardware.peak_flops_per_s else "fp16"
+        stack = parse_method("fp8_kv" if fp8_cache and method == "full" else method)
         refusal = stack.refusal(stored)
+        if refusal and method != "full":
+            raise NotApplicableError(refusal)
         if refusal:
             stack = parse_method("full")
         run, whole = (
-            Execution.of(stored, stack, hardware, weight_dtype=weight_dtype, dtype=dtype, tp=tp)
+            Execution.of(stored, stack, hardware, weight_dtype=weight_dtype, dtype=compute, tp=tp)
             for tp in (chosen.tp, 1)
         )
+        rules = load_engine(engine)
+        packed = any(m.STORES.startswith("int") for m in stack.methods) and level == "ideal"
+        plain = None
+        if packed and rules.fused_dequantise:
+            plain = cls.of(
+                architecture,
+                hardware,
+                engine,
+                deployment=deployment,
+                precision=precision,
+                dtype=dtype,
+            )
         return cls(
             architecture=architecture,
             run=run,
             whole=whole,
             deployment=chosen,
-            engine=load_engine(engine),
+            engine=rules,
             precision=precision,
+            level=level,
+            plain=plain,
         )
 
     @property
@@ -131,22 +150,24 @@ class Served:
         )
         return self.run.weights_bytes - here + everywhere / self.deployment.n_gpus
 
-    def _point(self, batch: Array, tokens: Array) -> Point:
+    def point(self, batch: Array, tokens: Array) -> Point:
+        """Sequences of ``tokens`` cached tokens on one attention rank."""
+        prompt = self.run.stack.prompt_tokens(tokens)
         return Point(
             batch=batch,
-            prompt_tokens=tokens,
-            cached_tokens=tokens,
-            reserved_tokens=tokens,
+            prompt_tokens=prompt,
+            cached_tokens=prompt,
+            reserved_tokens=prompt,
             dtype=self.run.dtype,
             kv_dtype=self.run.dtype,
-            level="ideal",
+            level=self.level,
             engine=self.engine,
         )
 
     def most_sequences(self, tokens: Array, memory_fraction: float) -> Array:
         """Sequences of ``tokens`` cached tokens that fit on the replica; at least one a rank."""
         one = np.ones(np.shape(tokens))
-        each = np.asarray(state_of(self.run, self._point(one, tokens))[0])
+        each = np.asarray(state_of(self.run, self.point(one, tokens))[0])
         hardware = self.run.hardware
         room = hardware.memory_bytes * memory_fraction - self.weights_bytes
         room -= self.engine.reserved_bytes[0 if self.deployment.n_gpus == 1 else 1]
@@ -156,29 +177,39 @@ class Served:
     def step(self, sequences: Array, cached_tokens: Array) -> Parts:
         """Parts of a decode step of ``sequences`` on the whole replica."""
         here = np.maximum(np.asarray(sequences) / self.deployment.dp, 1.0)
-        operations = decode_operations(self.run, self._point(here, np.asarray(cached_tokens)))
-        return self._parts(operations, here)
+        operations = decode_operations(self.run, self.point(here, np.asarray(cached_tokens)))
+        parts = self._parts(operations, here)
+        if self.plain is None:
+            return parts
+        unpacked = self.plain.step(sequences, cached_tokens)
+        return replace(parts, unpacked_attention_s=unpacked.attention_s)
 
-    def prefill(self, prompt_tokens: Array) -> Parts:
-        """Parts of the prefill of one prompt on every attention rank at once."""
+    def prefill(self, prompt_tokens: Array, prompts: Array = 1.0) -> Parts:
+        """Parts of a prefill of ``prompts`` prompts on every attention rank at once."""
         tokens = np.asarray(prompt_tokens, dtype=np.float64)
-        one = np.ones(tokens.shape)
-        operations = prefill_operations(self.run, self._point(one, tokens))
-        return self._parts(operations, tokens)
+        batch = np.broadcast_to(np.asarray(prompts, dtype=np.float64), tokens.shape)
+        point = self.point(batch, tokens)
+        operations = (
+            *self.run.stack.prompt_operations(point),
+            *prefill_operations(self.run, point),
+        )
+        return self._parts(operations, batch * point.prompt_tokens)
 
     def _parts(self, operations: Operations, tokens: Array) -> Parts:
         """``tokens`` are those of one attention rank."""
         hardware, name = self.run.hardware, self.engine.name
-        dense, attention, collective = (np.zeros(np.shape(tokens)) for _ in range(3))
+        matmul, attention, other, collective = (np.zeros(np.shape(tokens)) for _ in range(4))
         rest = tuple(op for op in operations if op.kind != "moe_gemm")
         for op in (*rest, *self._exchanges(tokens)):
             seconds = op.count * time_operation(op, hardware, name).mid_s
             if op.kind == "collective":
                 collective = collective + seconds
-                continue
-            dense = dense + seconds
-            if op.kind in _ATTENTION:
+            elif op.kind == "gemm":
+                matmul = matmul + seconds
+            elif op.kind in _ATTENTION:
                 attention = attention + seconds
+            else:
+                other = other + seconds
         experts = self._expert_operations(tokens)
         expert_s = np.zeros(np.shape(tokens))
         for op in experts:
@@ -188,10 +219,13 @@ class Served:
         timed = (*rest, *experts)
         memory_s = hbm_bytes(timed) / hardware.hbm_bytes_per_s
         return Parts(
-            dense_s=dense,
+            matmul_s=matmul,
             attention_s=attention,
+            unpacked_attention_s=np.zeros(np.shape(tokens)),
+            other_s=other,
             expert_s=expert_s,
             collective_s=collective,
+            launches=total(timed, _launches),
             roofline_s=np.maximum(peak_s(timed, hardware), memory_s),
         )
 
@@ -239,3 +273,7 @@ class Served:
                 shape={"message_bytes": message, "n_gpus": float(d.n_gpus)},
             ),
         )
+
+
+def _launches(op: Operation) -> Array:
+    return op.launches

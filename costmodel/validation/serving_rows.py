@@ -9,10 +9,10 @@ at 1. A concurrency that is a multiple of batch_size means ranks with a batch ea
 
 import math
 import re
-from dataclasses import dataclass
 
 from costmodel.errors import ConfigError, NotApplicableError
 from costmodel.serving import Deployment
+from costmodel.validation.cases import Case, Row
 from costmodel.validation.cells import number, whole
 from costmodel.validation.table import Record
 
@@ -25,29 +25,8 @@ _PRECISIONS = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Case:
-    """What rows that are predicted together share."""
-
-    model: str
-    system: str
-    engine: str
-    version: str
-    precision: str
-    deployment: Deployment
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RowLoad:
-    """The load of one row."""
-
-    concurrency: float
-    input_tokens: float
-    output_tokens: float
-
-
-def read_case(record: Record) -> tuple[Case, RowLoad]:
-    """The deployment and the load of a row.
+def read_rows(record: Record, index: int) -> tuple[Case, list[Row]]:
+    """The deployment of a row, and its two metrics.
 
     Raises ``ConfigError`` for a cell that cannot be read, ``NotApplicableError`` for a row whose
     deployment is not known.
@@ -63,10 +42,12 @@ def read_case(record: Record) -> tuple[Case, RowLoad]:
     if given.lower() not in _PRECISIONS:
         known = ", ".join(sorted(set(_PRECISIONS.values()) - {""}))
         raise ConfigError(f"precision: no storage format for {given[:40]!r}; known: {known}")
+    engine = record.get("backend", "").lower()
     case = Case(
         model=record.get("model_path", ""),
         system=record.get("system", ""),
-        engine=record.get("backend", "").lower(),
+        engine=engine,
+        shown=engine,
         version=record.get("backend_version", "").lower(),
         precision=_PRECISIONS[given.lower()],
         deployment=deployment,
@@ -75,12 +56,26 @@ def read_case(record: Record) -> tuple[Case, RowLoad]:
         concurrency = number(record, "concurrency")
     else:
         concurrency = number(record, "batch_size") * deployment.dp
-    load = RowLoad(
-        concurrency=concurrency,
-        input_tokens=number(record, "isl"),
-        output_tokens=number(record, "osl"),
-    )
-    return case, load
+    prompt, output = number(record, "isl"), number(record, "osl")
+    return case, [
+        Row(
+            index=index,
+            metric="tpot",
+            label="tpot",
+            concurrency=concurrency,
+            input_tokens=prompt,
+            output_tokens=output,
+        ),
+        Row(
+            index=index,
+            metric="ttft",
+            label="ttft_unloaded",
+            concurrency=float(deployment.dp),
+            input_tokens=prompt,
+            output_tokens=output,
+            primary=False,
+        ),
+    ]
 
 
 def _deployment(record: Record) -> Deployment:

@@ -1,0 +1,101 @@
+"""The fitted parameters of an engine with their priors, and what else is known about it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+#: parameter -> (prior, spread of its logarithm; 0: not fitted). Kernels in a step take what they
+#: take alone; weights stream at 0.7 to 0.9 of the bandwidth; prefill interferes once.
+PRIORS: Mapping[str, tuple[float, float]] = {
+    "step_s": (4e-4, 1.0),
+    "layer_s": (4e-6, 1.0),
+    "start_s": (1e-3, 1.5),
+    "matmul_factor": (1.0, 0.25),
+    "integer_matmul_factor": (1.2, 0.3),
+    "attention_factor": (1.0, 0.25),
+    "packed_attention_factor": (0.9, 0.2),
+    "prefill_factor": (1.1, 0.2),
+    "expert_factor_16": (1.4, 0.5),
+    "expert_factor_8": (1.3, 0.5),
+    "expert_factor_4": (1.1, 0.5),
+    "expert_factor_integer": (1.5, 0.5),
+    "expert_factor_prefill": (1.6, 0.6),
+    "expert_layer_s": (1.5e-5, 1.0),
+    "collective_factor": (0.8, 0.6),
+    "prefill_share": (1.0, 0.4),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parameters:
+    """What is fitted; units in the names, shares and multipliers without one.
+
+    step_s            host time per step, t0
+    layer_s           gaps between the kernels of one layer
+    start_s           what a first token takes besides its prefill, t_s
+    matmul_factor     matmuls and small kernels inside a step against their own tables, a
+    integer_matmul_factor   the same for integer weights, which are widened before they multiply
+    attention_factor  decode attention against its family, b
+    packed_attention_factor   attention on a packed integer cache against that on the 16-bit cache
+                      it replaces, where the engine unpacks inside its kernel
+    prefill_factor    kernels of a prompt against their tables, p: clocks under sustained load
+    expert_factor_16, _8, _4   expert roofline to attained time in decode, by bits of the weights
+    expert_factor_integer      the same for integer weights
+    expert_factor_prefill      the same in prefill, any format
+    expert_layer_s    fixed cost of one layer of experts
+    collective_factor collectives inside a step against their tables, c
+    prefill_share     share of the others' prefill that stands between two tokens, q
+    """
+
+    step_s: float
+    layer_s: float
+    start_s: float
+    matmul_factor: float
+    integer_matmul_factor: float
+    attention_factor: float
+    packed_attention_factor: float
+    prefill_factor: float
+    expert_factor_16: float
+    expert_factor_8: float
+    expert_factor_4: float
+    expert_factor_integer: float
+    expert_factor_prefill: float
+    expert_layer_s: float
+    collective_factor: float
+    prefill_share: float
+
+    def expert_factor(self, precision: str) -> float:
+        """The multiplier m for the precision of the weights."""
+        if precision in ("int4", "int8"):
+            return self.expert_factor_integer
+        by_name = {"fp8": self.expert_factor_8, "fp4": self.expert_factor_4}
+        return by_name.get(precision, self.expert_factor_16)
+
+    def matmuls(self, precision: str) -> float:
+        """The multiplier a for the precision of the weights."""
+        return self.integer_matmul_factor if precision in ("int4", "int8") else self.matmul_factor
+
+
+def default_parameters() -> Parameters:
+    """The priors."""
+    return Parameters(**{name: value for name, (value, _) in PRIORS.items()})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """What is known about an engine besides what is fitted.
+
+    fp8_cache         keeps an fp8 cache where the weights are fp8 or fp4
+    memory_fraction   of the device for weights and KV pool
+    latent_prefill    generation -> factor on attention over a latent in prefill, where a GPU's
+                      kernel falls back to a slow one
+    uncaptured        version -> host seconds per layer, where decode was not replayed from graphs
+    rules             engine of ``costmodel/data/engines.toml`` whose accounting rules hold
+    with_method       its runs are of this method, whose kernels it brings
+    """
+
+    fp8_cache: bool = False
+    memory_fraction: float = 0.93
+    latent_prefill: Mapping[str, float] = field(default_factory=dict)
+    uncaptured: Mapping[str, float] = field(default_factory=dict)
+    rules: str = "vllm"
+    with_method: str = "full"

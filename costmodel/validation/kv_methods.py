@@ -1,0 +1,186 @@
+"""Cache methods in real engines: throughputs as times, and memory.
+
+Eager libraries run a method's published chain (level ``reference``). An engine with kernels of
+its own drops tokens for good and attends a packed cache in one kernel (level ``ideal``), but that
+kernel waits for unpacking, not for bytes: it takes about as long as the 16-bit kernel, which is
+why a cache of a quarter of the bytes gains a few percent. Overall figures are of throughputs and
+latencies as times; memory stands in the groups.
+"""
+
+from collections.abc import Sequence
+
+from costmodel.errors import ConfigError, NotApplicableError
+from costmodel.validation.cases import Case, Row
+from costmodel.validation.cells import number, observed_value
+from costmodel.validation.end_to_end import grouped_rows, predicted_blocks
+from costmodel.validation.kinds import Options
+from costmodel.validation.memory_blocks import (
+    MemoryCase,
+    MemoryRow,
+    bare_method,
+    memory_blocks,
+)
+from costmodel.validation.names import engine_named, method_named
+from costmodel.validation.result import Block, Predictions
+from costmodel.validation.table import Record
+from costmodel.workload import Level
+
+#: metric column -> (stage it must be of, label).
+_RATES = {
+    "throughput_tok_s": "",
+    "decode_tok_s": "decode",
+    "prefill_tok_s": "prefill",
+}
+_LATENCIES = {"decode_latency_s": "decode", "prefill_latency_s": "prefill"}
+#: metric column -> (quantity, bytes per unit).
+_MEMORY = {
+    "peak_gpu_mem_gb": ("peak_torch", 1e9),
+    "peak_mem_gib": ("peak_torch", 2.0**30),
+    "cache_size_gib": ("state", 2.0**30),
+}
+
+
+#: Prompts this short are start-up in the MInference benchmark, as its notes say.
+WARM_UP_TOKENS = 10_000
+
+
+def predict(records: Sequence[Record], options: Options) -> Predictions:
+    """Seconds, or bytes, of every row's metric."""
+    memory = [i for i, r in enumerate(records) if r.get("metric", "").lower() in _MEMORY]
+    is_memory = set(memory)
+    timed = [i for i in range(len(records)) if i not in is_memory]
+    grouped, unread = grouped_rows(
+        [records[i] for i in timed], lambda record, index: read_rows(record, timed[index])
+    )
+    unread = [(timed[i], reason) for i, reason in unread]
+    blocks, unsupported = predicted_blocks(grouped, options)
+    held, refused = memory_blocks([(i, records[i]) for i in memory], _memory_case, options)
+    return Predictions(
+        blocks=(*blocks, *held),
+        unsupported=(*unread, *unsupported, *refused),
+        assumptions=("throughputs are compared as times; each group names its level",),
+    )
+
+
+def read_rows(record: Record, index: int) -> tuple[Case, list[Row]]:
+    """The case and the one metric of a row."""
+    name = record.get("metric", "").lower()
+    stage = _stage(name, record.get("stage", "").lower())
+    batch, prompt = number(record, "batch"), number(record, "prompt_len")
+    output = number(record, "gen_len", 1.0) if stage == "decode" else 1.0
+    method = method_named(_method_text(record), prompt)
+    engine = engine_named(_engine_text(record))
+    case = Case(
+        model=record.get("model", ""),
+        system=_hardware_text(record),
+        engine=engine,
+        shown=engine,
+        method=method,
+        level=_level(engine),
+        dtype=_dtype(record),
+        fp8_cache=False,
+    )
+    warm_up = stage == "prefill" and _is_warm_up(record, prompt)
+    row = Row(
+        index=index,
+        metric="ttft" if stage == "prefill" else "step",
+        label="prefill_warm_up" if warm_up else stage,
+        primary=not warm_up,
+        concurrency=batch,
+        input_tokens=prompt,
+        output_tokens=output,
+        parts=() if warm_up else (f"{stage}_{bare_method(method)}",),
+    )
+    return case, [row]
+
+
+def _is_warm_up(record: Record, prompt_tokens: float) -> bool:
+    """Short prompts of the source that says its first rows are dominated by start-up."""
+    return prompt_tokens <= WARM_UP_TOKENS and "minference" in record.get("source", "").lower()
+
+
+def _level(engine: str) -> Level:
+    """``ideal`` where the engine brings kernels for the methods it runs."""
+    return "reference" if engine == "transformers" else "ideal"
+
+
+def _stage(name: str, given: str) -> str:
+    if name in _LATENCIES:
+        return _LATENCIES[name]
+    if name not in _RATES:
+        known = ", ".join((*_RATES, *_LATENCIES, *_MEMORY))
+        raise NotApplicableError(f"metric {name[:60]!r} has no model here; known: {known}")
+    stage = _RATES[name] or {"decoding": "decode", "decode": "decode", "prefill": "prefill"}.get(
+        given, ""
+    )
+    if not stage:
+        raise NotApplicableError(
+            f"{name} of stage {given[:20]!r}: weights offloaded to the host; the schedule is not "
+            "in the row"
+        )
+    return stage
+
+
+def _hardware_text(record: Record) -> str:
+    """A GPU column may carry remarks in brackets."""
+    return record.get("hardware", "").partition("(")[0].strip()
+
+
+def _engine_text(record: Record) -> str:
+    """Where a row says which engine ran: its method, its hardware remark, its note, its source."""
+    parts = ("method", "hardware", "note", "source")
+    texts = [record.get(c, "").lower() for c in parts]
+    if "lmdeploy" in texts[1]:
+        return "lmdeploy pytorch"
+    names = ("minference", "a-shape", "infllm", "vllm", "sglang", "flashattention")
+    for name in names:
+        if name in texts[0]:
+            return name.replace("flashattention", "hf")
+    for text in (texts[2], texts[3]):
+        for name in ("vllm", "sglang", "flexgen", "flexllmgen", "kvpress"):
+            if name in text:
+                return name
+    raise ConfigError("the row does not say which engine ran")
+
+
+def _method_text(record: Record) -> str:
+    return record.get("method", "")
+
+
+def _memory_case(record: Record) -> tuple[MemoryCase, MemoryRow]:
+    prompt = number(record, "prompt_len")
+    method = method_named(_method_text(record), prompt)
+    case = MemoryCase(
+        model=record.get("model", ""),
+        system=_hardware_text(record),
+        engine=engine_named(_engine_text(record)),
+        method=method,
+        level=_level(engine_named(_engine_text(record))),
+        quantity=_MEMORY[record.get("metric", "").lower()][0],
+        dtype=_dtype(record),
+        primary=False,
+    )
+    row = MemoryRow(
+        batch=number(record, "batch"),
+        context_tokens=prompt,
+        output_tokens=number(record, "gen_len", 1.0),
+    )
+    return case, row
+
+
+def _dtype(record: Record) -> str:
+    return "fp16" if "fp16" in record.get("note", "") + record.get("method", "") else "bf16"
+
+
+def observed(record: Record, block: Block) -> float:
+    """A latency or a rate as seconds per step or prompt batch; memory in bytes."""
+    value = observed_value(record, "value")
+    name = record.get("metric", "").lower()
+    if name in _MEMORY:
+        return value * _MEMORY[name][1]
+    batch = number(record, "batch")
+    if block.group["metric"].startswith("prefill"):
+        return value if name in _LATENCIES else batch * number(record, "prompt_len") / value
+    if name in _LATENCIES:
+        return value / max(number(record, "gen_len", 1.0) - 1.0, 1.0)
+    return batch / value
