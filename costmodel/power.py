@@ -1,7 +1,8 @@
 """Power and energy: a law for decode, prior until a device is measured.
 
-P = TDP * (0.43 + 0.43 * share of the KV pool in use), fitted by others on H100 decode; mean power over
-TDP is about 0.78 for dense models under load. Energy as TDP x time is some 40 % too high.
+P = TDP * (0.43 + 0.43 * share of the KV pool in use), fitted by others on H100 decode; mean
+power over TDP is about 0.78 for dense models under load. Energy as TDP x time is some 40 % too
+high.
 """
 
 import numpy as np

@@ -274,7 +274,7 @@ def _rope(family: str, p: Mapping[str, Any], fraction: float, context: int) -> R
         theta=float(p.get("rope_theta", 10_000.0)),
         fraction=float(p.get("partial_rotary_factor") or fraction),
         interleaved=family in _INTERLEAVED,
-        kind=kind,
+        kind=kind,  # type: ignore[arg-type]
         factor=float(p.get("factor") or context / original),
         low_freq_factor=float(p.get("low_freq_factor") or 1.0),
         high_freq_factor=float(p.get("high_freq_factor") or 4.0),

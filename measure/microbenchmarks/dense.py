@@ -5,12 +5,13 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, rms_norm
+from torch.nn.functional import linear, silu
 
 from costmodel.kernels.curves import curve_name
-from costmodel.mixers import Attention
-from measure.engine import TORCH_DTYPES, rope, rope_table, split_heads, swiglu
+from measure.engine import TORCH_DTYPES
 from measure.microbenchmarks.bench import Bench, CurvePoint
+from measure.numerics import Rope
+from measure.parts import rms, rope_table, rotate
 
 #: Copies of at most this size reuse their buffers, as activations are reused.
 _REUSED_BYTES = 2**23
@@ -83,25 +84,26 @@ class _Between:
         def activation(*shape: int) -> Tensor:
             return torch.full(shape, 0.1, dtype=dtype)
 
-        self.mixer = Attention(
-            n_heads=n_heads, n_kv_heads=n_kv_heads, head_dim=size, v_head_dim=size
-        )
+        self.n_heads, self.n_kv_heads, self.size = n_heads, n_kv_heads, size
         self.weight = activation(d)
         self.x = activation(1, rows, d)
         self.qkv = activation(1, rows, (n_heads + 2 * n_kv_heads) * size)
         self.attended = activation(1, n_heads, rows, size)
         self.gate_up = activation(1, rows, 2 * f)
-        self.table = rope_table(rows, size, 1e4, dtype, torch.device("cpu"))
+        self.table = rope_table(rows, size, Rope(), dtype, torch.device("cpu"))
 
     def __call__(self) -> Tensor:
-        rms_norm(self.x, self.weight.shape, self.weight, 1e-5)
-        q, k, _ = split_heads(self.qkv, self.mixer)
-        rope(q, *self.table)
-        rope(k, *self.table)
+        rms(self.x, self.weight, 1e-5)
+        heads = self.qkv.view(1, self.qkv.shape[1], -1, self.size).transpose(1, 2)
+        parts = (self.n_heads, self.n_kv_heads, self.n_kv_heads)
+        q, k, _ = heads.split(parts, dim=1)
+        rotate(q, self.table)
+        rotate(k, self.table)
         self.attended.transpose(1, 2).flatten(2)
         y = self.x + self.x
-        rms_norm(y, self.weight.shape, self.weight, 1e-5)
-        swiglu(self.gate_up)
+        rms(y, self.weight, 1e-5)
+        gate, up = self.gate_up.chunk(2, dim=-1)
+        silu(gate) * up
         return y + self.x
 
 
