@@ -255,8 +255,8 @@ class Model:
         refusal = stack.refusal(architecture)
         if refusal:
             raise NotApplicableError(refusal)
-        # Fitted kernels are those of an engine: they count where one was named. Kernel tables are of
-        # single kernels; whole passes on the same GPUs were up to a fifth slower, so that the
+        # Fitted kernels are those of an engine: they count where one was named. Kernel tables are
+        # of single kernels, and whole passes on the same GPUs were up to a fifth slower; the
         # prior, made from whole passes, stands where nobody asked for an engine.
         named = options.engine is not None
         engine = load_engine(
