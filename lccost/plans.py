@@ -44,7 +44,7 @@ def document(plan: Plan, version: str) -> dict[str, Any]:
     near = None if plan.feasible else plan.nearest
     out["nearest"] = near
     if plan.feasible:
-        out["deploy"] = sentences.deploy(plan.feasible[0], spec)
+        out["deploy"] = sentences.deploy(plan.feasible[0], spec, plan.workload)
     return out
 
 
@@ -104,7 +104,7 @@ def text(plan: Plan, *, markdown: bool = False) -> str:
         out.print(line)
     _print_sensitivities(plan, out)
     if plan.feasible:
-        commands = sentences.deploy(plan.feasible[0], plan.spec)
+        commands = sentences.deploy(plan.feasible[0], plan.spec, plan.workload)
         if commands:
             out.print()
             out.print("Check rank 1:")

@@ -102,7 +102,8 @@ def read_lengths(value: object, key: str, folder: Path) -> Lengths:
         raise ConfigError(f"{key}: expected tokens, a CDF or a distribution, got {short(value)}")
     if isinstance(value, int | float):
         if not 1 <= value <= MAX_TOKENS or value != int(value):
-            raise ConfigError(f"{key}: expected a whole number of tokens, got {short(value)}")
+            form = f"a whole number of tokens from 1 to {MAX_TOKENS:,}"
+            raise ConfigError(f"{key}: expected {form}, got {short(value)}")
         return Lengths(kind="fixed", tokens=(float(value),))
     if isinstance(value, str):
         return _cdf(_json(folder / Path(value).expanduser(), key), key)
@@ -138,8 +139,13 @@ def _cdf(table: object, key: str) -> Lengths:
             raise ConfigError(f"{key}: row {i}: {form}, got {short(row)}")
         tokens.append(float(row[0]))
         cumulative.append(float(row[1]))
-    rises = all(a <= b for xs in (tokens, cumulative) for a, b in itertools.pairwise(xs))
-    if not rises or cumulative[0] < 0 or abs(cumulative[-1] - 1.0) > 1e-6 or tokens[0] < 1:
+    for name, xs in (("tokens", tokens), ("probabilities", cumulative)):
+        for i, (a, b) in enumerate(itertools.pairwise(xs), start=2):
+            if b < a:
+                raise ConfigError(f"{key}: row {i}: {form}; the {name} fall from {a:g} to {b:g}")
+    if tokens[0] < 1 or cumulative[0] < 0:
+        raise ConfigError(f"{key}: row 1: {form}, of at least 1 token, got {short(table[0])}")
+    if abs(cumulative[-1] - 1.0) > 1e-6:
         raise ConfigError(f"{key}: {form}; the last row says {cumulative[-1]:g}")
     return Lengths(kind="cdf", tokens=tuple(tokens), cumulative=tuple(cumulative))
 

@@ -193,14 +193,15 @@ def realised_sentence(row: Row) -> str | None:
     )
 
 
-def deploy(row: Row, spec: PlanSpec) -> list[str]:
+def deploy(row: Row, spec: PlanSpec, workload: Mapping[str, Any] | None = None) -> list[str]:
     """Commands that start one replica of a plan (where its engine has the method and there is one
-    pool), and that put the planned load on the service.
+    pool), and that put the planned load on the service: where no tool draws the lengths of
+    ``workload``, at their means.
     """
     engine = str(row["engine"])
     model, pool = _hub_id(str(row["model"])), row["pools"][0]
     if engine not in ("vllm", "sglang") or len(row["pools"]) > 1 or not_built_in(row):
-        return [_load_test(model, spec)]
+        return [_load_test(model, spec, workload or {})]
     stack = parse_method(str(row["method_spec"]))
     flags = [flag for m in stack.methods for flag in m.ENGINE_FLAGS.get(engine, ())]
     chunk, fraction = spec.grid.chunk_tokens or 8192, f"{spec.grid.memory_fraction:g}"
@@ -209,6 +210,7 @@ def deploy(row: Row, spec: PlanSpec) -> list[str]:
             "python", "-m", "sglang.launch_server", "--model-path", model,
             "--tp-size", str(row["tp"]), "--chunked-prefill-size", str(chunk),
             "--max-running-requests", str(spec.grid.max_batch), "--mem-fraction-static", fraction,
+            "--port", "8000",
         ]  # fmt: skip
     else:
         serve = [
@@ -222,12 +224,13 @@ def deploy(row: Row, spec: PlanSpec) -> list[str]:
             serve += ["--data-parallel-size", str(pool["ep"]), "--enable-expert-parallel"]
         if spec.demand.prefix_share == 0.0:
             serve.append("--no-enable-prefix-caching")
-    return [shlex.join([*serve, *flags]), _load_test(model, spec)]
+    return [shlex.join([*serve, *flags]), _load_test(model, spec, workload or {})]
 
 
-def _load_test(model: str, spec: PlanSpec) -> str:
+def _load_test(model: str, spec: PlanSpec, workload: Mapping[str, Any]) -> str:
     demand = spec.demand
-    if demand.trace is not None and demand.trace.suffix == ".jsonl":
+    as_recorded = demand.arrivals.kind == "trace" and demand.scale * demand.growth == 1.0
+    if demand.trace is not None and demand.trace.suffix == ".jsonl" and as_recorded:
         return shlex.join(
             [
                 "aiperf", "profile", "--model", model, "--endpoint-type", "completions",
@@ -235,16 +238,23 @@ def _load_test(model: str, spec: PlanSpec) -> str:
                 "--custom-dataset-type", "mooncake_trace", "--fixed-schedule",
             ]
         )  # fmt: skip
-    rate = demand.rate_per_s
     args = ["vllm", "bench", "serve", "--model", model, "--dataset-name", "random"]
-    if demand.input_tokens is not None and demand.input_tokens.kind == "fixed":
-        args += ["--random-input-len", f"{demand.input_tokens.tokens[0]:.0f}"]
-    if demand.output_tokens is not None and demand.output_tokens.kind == "fixed":
-        args += ["--random-output-len", f"{demand.output_tokens.tokens[0]:.0f}"]
+    for side, lengths in (("input", demand.input_tokens), ("output", demand.output_tokens)):
+        fixed = lengths is not None and lengths.kind == "fixed"
+        mean = (
+            lengths.tokens[0]
+            if lengths is not None and fixed
+            else workload.get(f"{side}_tokens_mean")
+        )
+        if mean is not None:
+            args += [f"--random-{side}-len", f"{max(1.0, mean):.0f}"]
+    rate = workload.get("rate_per_s")
+    if demand.rate_per_s is not None:
+        rate = demand.rate_per_s * demand.scale * demand.growth
     if demand.sessions is not None:
         args += ["--max-concurrency", str(demand.sessions)]
     elif rate is not None:
-        args += ["--request-rate", f"{rate * demand.scale * demand.growth:g}"]
+        args += ["--request-rate", f"{rate:g}"]
         if demand.arrivals.kind == "gamma":
             args += ["--burstiness", f"{1 / demand.arrivals.cv**2:g}"]
     args += ["--num-prompts", "1000", "--percentile-metrics", "ttft,tpot,itl,e2el"]

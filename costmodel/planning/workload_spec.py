@@ -107,7 +107,7 @@ def _arrivals(f: Fields, kind: Kind) -> Arrivals:
 def _lengths(f: Fields, key: str, kind: Kind, folder: Path) -> Lengths | None:
     value = f.raw(key)
     if kind == "trace":
-        if value is not None:
+        if value is not None and "trace" in f.table:
             f.problem(key, "a trace has its own lengths; use rate_per_s with this key")
         return None
     if value is None:

@@ -1,14 +1,18 @@
 """Metrics, closed form, search, evidence and ranking: hand-worked figures."""
 
 import math
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from planning_cases import candidate, outcome, solved, spec
 
 from costmodel.methods.parse import parse_method
+from costmodel.planning.arrivals import Arrivals
 from costmodel.planning.bound import bound_of
 from costmodel.planning.candidate import screen
+from costmodel.planning.demand import Demand
 from costmodel.planning.evidence import given_up
 from costmodel.planning.load import Load
 from costmodel.planning.metrics import checks, goodput_rps, intervals, measured, percentiles
@@ -331,6 +335,22 @@ def test_commands_switch_the_method_on_where_the_engine_has_it() -> None:
     fp8 = deploy(plan_row(method="fp8_kv", method_spec="fp8_kv"), spec())
     assert "--kv-cache-dtype fp8" in fp8[0]
     assert realised_sentence(plan_row(method="fp8_kv", method_spec="fp8_kv")) is None
+
+
+def test_the_load_test_carries_the_lengths_and_the_rate_of_a_trace(tmp_path: Path) -> None:
+    trace = tmp_path / "own.csv"
+    trace.write_text("arrival_s,input_tokens,output_tokens\n0,100,10\n2,300,30\n")
+    workload = {"input_tokens_mean": 200.0, "output_tokens_mean": 20.0, "rate_per_s": 0.5}
+    demand = Demand(kind="trace", trace=trace, arrivals=Arrivals(kind="trace"))
+    test = deploy(plan_row(), replace(spec(), demand=demand), workload)[1]
+    assert "--random-input-len 200 --random-output-len 20 --request-rate 0.5 " in test
+    jsonl = replace(demand, trace=tmp_path / "m.jsonl")
+    assert "--fixed-schedule" in deploy(plan_row(), replace(spec(), demand=jsonl), workload)[1]
+    # A recorded schedule replayed at its own speed would not test twice the load.
+    doubled = replace(jsonl, scale=2.0)
+    test = deploy(plan_row(), replace(spec(), demand=doubled), {**workload, "rate_per_s": 1.0})[1]
+    assert "--request-rate 1 " in test
+    assert "--fixed-schedule" not in test
 
 
 def test_a_method_the_engine_lacks_is_said() -> None:

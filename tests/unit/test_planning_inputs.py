@@ -116,6 +116,21 @@ def sample(value: object, n: int = 40_000) -> np.ndarray:
     return read_lengths(value, "input_tokens", Path()).sample(n, np.random.default_rng(1))
 
 
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ([[512, 0.5], [100, 1.0]], "row 2: .* tokens fall from 512 to 100"),
+        ([[1, 0.9], [2, 0.5], [3, 1.0]], "row 2: .* probabilities fall from 0.9 to 0.5"),
+        ([[0, 0.5], [3, 1.0]], "row 1: .* at least 1 token"),
+        ([[1, 0.5], [3, 0.9]], "last row says 0.9"),
+        (10**12, "from 1 to 1,073,741,824, got"),
+    ],
+)
+def test_bad_lengths_name_the_row_and_the_range(value: object, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read_lengths(value, "input_tokens", Path())
+
+
 def test_cdf_quantiles() -> None:
     drawn = sample([[100, 0.25], [200, 0.75], [400, 1.0]])
     assert np.percentile(drawn, [25, 50, 75, 100]) == pytest.approx([100, 150, 200, 400], abs=3)
