@@ -4,6 +4,7 @@ run.
 
 import shlex
 from collections.abc import Mapping, Sequence
+from math import prod
 from typing import Any
 
 from costmodel.errors import LccostError
@@ -33,11 +34,29 @@ def verdict(plan: Plan) -> str:
         )
     near = plan.nearest
     if near is None:
-        return "No plan meets the objectives: every candidate is out before it is simulated."
+        text = "No plan meets the objectives: every candidate is out before it is simulated."
+        needs = [(n, i) for i, r in enumerate(plan.rows) if (n := _gpus_over(r, plan.spec))]
+        if not needs:
+            return text
+        n, i = min(needs)
+        row = plan.rows[i]
+        return (
+            f"{text} Nearest, by its closed form: {n} x {row['gpu']} with {row['method_spec']}, "
+            f"where max_gpus is {plan.spec.grid.max_gpus}."
+        )
     return (
         f"No plan meets the objectives. Nearest: {near['gpus']} x {near['gpu']} with "
         f"{near['method_spec']}: {near['reason']}."
     )
+
+
+def _gpus_over(row: Row, spec: PlanSpec) -> int:
+    """GPUs of the closed form of a row that is out for needing more than allowed, else 0."""
+    splits = [row.get(k) for k in ("bound_replicas", "tp", "pp", "cp")]
+    if "more than the" not in (row["reason"] or "") or not all(isinstance(x, int) for x in splits):
+        return 0
+    n = prod(x for x in splits if isinstance(x, int))
+    return n if n > spec.grid.max_gpus else 0
 
 
 def binding_sentences(rows: Sequence[Row]) -> list[str]:

@@ -16,9 +16,10 @@ from costmodel.planning.demand import Demand
 from costmodel.planning.evidence import given_up
 from costmodel.planning.load import Load
 from costmodel.planning.metrics import checks, goodput_rps, intervals, measured, percentiles
+from costmodel.planning.plan import Plan
 from costmodel.planning.rows import KEYS
 from costmodel.planning.sensitivity import sensitivities
-from costmodel.planning.sentences import binding_sentences, deploy, realised_sentence
+from costmodel.planning.sentences import binding_sentences, deploy, realised_sentence, verdict
 from costmodel.planning.slo import Limit, Slo
 from costmodel.planning.spec import AccuracyFloor
 from costmodel.planning.steps import StepTable
@@ -351,6 +352,17 @@ def test_the_load_test_carries_the_lengths_and_the_rate_of_a_trace(tmp_path: Pat
     test = deploy(plan_row(), replace(spec(), demand=doubled), {**workload, "rate_per_s": 1.0})[1]
     assert "--request-rate 1 " in test
     assert "--fixed-schedule" not in test
+
+
+def test_too_few_gpus_name_the_nearest_plan() -> None:
+    out = {"feasible": False, "gpu": "h100-sxm", "tp": 2, "pp": 1, "cp": 1, "miss": None}
+    full = {**out, "method_spec": "full", "bound_replicas": 400, "reason": "more than the 2"}
+    kivi = {**out, "method_spec": "kivi", "bound_replicas": 300, "reason": "more than the 2"}
+    refused = {**out, "method_spec": "h2o", "bound_replicas": 1, "reason": "accuracy"}
+    plan = Plan(spec=spec(), workload={}, rows=[full, kivi, refused])
+    assert "Nearest, by its closed form: 600 x h100-sxm with kivi" in verdict(plan)
+    refused_only = Plan(spec=spec(), workload={}, rows=[refused])
+    assert "Nearest" not in verdict(refused_only)
 
 
 def test_a_method_the_engine_lacks_is_said() -> None:
