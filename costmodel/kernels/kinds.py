@@ -8,11 +8,12 @@ roofline needs. Calibration, validation and prediction all go through it.
 import functools
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 import numpy as np
 
+from costmodel.errors import ConfigError
 from costmodel.hardware import HardwareProfile
 from costmodel.kernels.physics import Prior, tensor_peak
 from costmodel.operation import Array
@@ -52,8 +53,16 @@ class KernelKind:
     work: Callable[[HardwareProfile, Shape, str], Work]
 
     def build(self, values: Mapping[str, float]) -> Any:
-        """Parameters from numbers by name; names that are not parameters are left out."""
+        """Parameters from numbers by name; names that are not parameters are left out.
+
+        Raises ``ConfigError`` where one without a default is missing.
+        """
         known = {f.name for f in fields(self.parameters)}
+        missing = [
+            f.name for f in fields(self.parameters) if f.default is MISSING and f.name not in values
+        ]
+        if missing:
+            raise ConfigError(f"families.{self.name}: expected also {', '.join(missing)}")
         return self.parameters(**{k: float(v) for k, v in values.items() if k in known})
 
     def roofline_s(self, device: HardwareProfile, shape: Shape, variant: str) -> Array:

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from costmodel.errors import ConfigError
 from costmodel.hardware import load_hardware
 from costmodel.kernels.families import (
     WIDER_ENGINE,
@@ -16,7 +17,7 @@ from costmodel.kernels.families import (
     shipped_families,
 )
 from costmodel.kernels.fitted import fitted_time
-from costmodel.kernels.kinds import kernel_class, kind_names
+from costmodel.kernels.kinds import kernel_class, kernel_kind, kind_names
 from costmodel.operation import Operation, causal_pairs
 
 
@@ -207,3 +208,8 @@ def test_causal_prefill_is_fitted_and_sparse_patterns_are_not() -> None:
 
 def test_a_cpu_has_no_gpu_families() -> None:
     assert fitted_time(gemm(), load_hardware("epyc-9654"), "vllm") is None
+
+
+def test_a_profiles_family_without_its_parameters_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"families\.gemm: expected also launch_s"):
+        kernel_kind("gemm").build({"foo": 1.0})
