@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 OUT ?= out/demo
 
-.PHONY: demo test check format docs gallery bench wheel clean
+.PHONY: demo test check format docs gallery bench wheel clean accuracy
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -40,6 +40,9 @@ format: $(VENV)/.test
 
 docs: $(VENV)/.test
 	$(BIN)/python scripts/docs.py
+
+accuracy: $(VENV)/.test
+	$(BIN)/python scripts/accuracy.py $(if $(DATA),--data $(DATA))
 
 gallery: $(VENV)/.test
 	$(BIN)/python scripts/gallery.py

@@ -2,7 +2,7 @@
 
 import argparse
 import datetime
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -60,11 +60,13 @@ def main() -> None:
     arguments.output.write_text("\n".join(lines), encoding="utf-8")
 
 
-def read_tables(folder: Path) -> tuple[list[Table], list[str]]:
-    """The tables of runs in a folder, and what they are."""
+def read_tables(
+    folder: Path, paths: Mapping[str, Path] | None = None
+) -> tuple[list[Table], list[str]]:
+    """The tables of runs in a folder, or at ``paths`` by name, and what they are."""
     tables, sources = [], []
     for name, read, observed in TABLES:
-        path = folder / name
+        path = (paths or {}).get(name, folder / name)
         if path.is_file():
             tables.append(
                 Table(records=read_table(path).records, read=read, observed=_labelled(observed))  # type: ignore[arg-type]

@@ -40,6 +40,8 @@ LIMIT_TOLERANCE = 0.95
 #: Share of unseen rows that an interval holds, and the rows a class needs for one of its own.
 COVERED_SHARE = 0.81
 INTERVAL_ROWS = 20
+#: Labels that are fitted though they are not in the overall figures.
+_FITTED_LABELS = frozenset({"output_throughput", "max_throughput"})
 #: Columns that are no part of a row's shape.
 _NOT_SHAPE = frozenset(
     {"id", "row_id", "origin", "source", "note", "value", "n_rows"}
@@ -69,11 +71,14 @@ class Runs:
     """
 
     engine: str
+    hardware: str
+    model: str
     metric_class: str
     seconds: Callable[[Parameters], Any]
     floor_s: Floats
     observed_s: Floats
     roofline_s: Floats
+    prompt_tokens: Floats
     keys: tuple[str, ...]
     mask: Bools
 
@@ -111,8 +116,8 @@ def read_runs(tables: Sequence[Table], times: EngineTimes, *, everyone: bool = F
                 continue
             if not (case.engine == times.name or (everyone and own == "full" and not packed)):
                 continue
-            # First tokens under load or of a first run are no measure of a prefill.
-            judged = [r for r in rows if r.primary or r.metric != "ttft"]
+            # Not: first tokens under load or of a first run, times that users reported as bugs.
+            judged = [r for r in rows if r.primary or r.label in _FITTED_LABELS]
             for kind in dict.fromkeys(r.metric for r in judged):
                 members = [r for r in judged if r.metric == kind]
                 try:
@@ -135,11 +140,14 @@ def _runs(
     stated = np.broadcast_to(roofline_s(kind, served, load), shape)
     return Runs(
         engine=case.engine,
+        hardware=served.run.hardware.name,
+        model=served.architecture.name,
         metric_class=metric_class(kind, served),
         seconds=metric(kind, times, served, load),
         floor_s=np.broadcast_to(floor, shape),
         observed_s=observed,
         roofline_s=stated,
+        prompt_tokens=np.array([r.input_tokens for r in rows]),
         keys=tuple(row_key(table.records[r.index]) for r in rows),
         mask=np.isfinite(observed) & (observed >= LIMIT_TOLERANCE * stated),
     )

@@ -1,0 +1,276 @@
+"""Every row of the published tables predicted by a fit that had not seen it."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fit_power
+import numpy as np
+from numpy.typing import NDArray
+
+from costmodel.activity_power import load_power
+from costmodel.calibration.families import LEAST_ROWS, fit_families, judged_intervals
+from costmodel.calibration.tables import Rows, read_table
+from costmodel.serving.__main__ import read_tables
+from costmodel.serving.engine_times import EngineTimes, facts_of, known_engines
+from costmodel.serving.fit import Runs, class_table, fit, judge, read_runs
+from costmodel.serving.parameters import default_parameters
+from costmodel.validation import validate
+
+Floats = NDArray[np.float64]
+
+#: Table -> the operation as the page calls it.
+KERNELS = {
+    "gemm.csv": "GEMM",
+    "decode_attention.csv": "decode attention",
+    "prefill_attention.csv": "prefill attention",
+    "mla.csv": "latent attention (MLA)",
+    "linear_attention.csv": "linear attention",
+    "sparse_attention.csv": "sparse attention (DSA)",
+    "moe.csv": "mixture of experts",
+    "collectives.csv": "collectives",
+}
+ENGINE_TABLES = ("serving.csv", "latency_throughput.csv", "kv_methods.csv")
+#: First tokens of prompts this long are judged apart.
+LONG_PROMPT = 10_000.0
+_CLASSES = {
+    "tpot_dense": "time per output token under load, dense models",
+    "tpot_sparse": "time per output token under load, sparse (MoE) models",
+    "step_dense": "decode step of a static batch",
+    "step_sparse": "decode step of a static batch, sparse models",
+    "ttft_dense": "time to first token, unloaded",
+    "ttft_sparse": "time to first token, unloaded, sparse models",
+    "throughput_dense": "throughput of whole runs, as time",
+    "throughput_sparse": "throughput of whole runs, sparse models",
+}
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Judged:
+    """Rows of one group; predicted_s has a row per judging split.
+
+    operation   what the rows are of; group: hardware, engine, kernel and what else
+    coverage, width   percent of rows inside their interval, median of (high - low) / mid
+    fitted      False where nothing was fitted
+    """
+
+    table: str
+    operation: str
+    group: tuple[str, ...]
+    variant: str
+    predicted: Floats
+    observed: Floats
+    roofline: Floats
+    coverage: float
+    width: float
+    fitted: bool = True
+    unit: str = "s"
+
+
+def judge_tables(tables: Sequence[Path]) -> list[Judged]:
+    """All tables, in the order of the page."""
+    by_name = {path.name: path for path in tables}
+    out: list[Judged] = []
+    for name in KERNELS:
+        if name in by_name:
+            print(f"judging {name}", flush=True)
+            out += _kernels(by_name[name])
+    if any(name in by_name for name in ENGINE_TABLES):
+        print("judging engines", flush=True)
+        out += _engines([by_name[n] for n in ENGINE_TABLES if n in by_name])
+    if "memory.csv" in by_name:
+        out += _memory(by_name["memory.csv"])
+    if "power_b200.csv" in by_name:
+        out += _power(by_name["power_b200.csv"])
+    return out
+
+
+def _kernels(path: Path) -> list[Judged]:
+    by_kind: dict[str, list[Rows]] = {}
+    for rows in read_table(path).families:
+        if len(rows) >= LEAST_ROWS:
+            by_kind.setdefault(rows.key.kind, []).append(rows)
+    out = []
+    for families in by_kind.values():
+        fitted = fit_families(families)
+        for f, (coverage, width) in zip(fitted, judged_intervals(fitted), strict=True):
+            out.append(
+                Judged(
+                    table=path.name,
+                    operation=KERNELS[path.name],
+                    group=(f.key.hardware, f.key.engine, f.key.kernel),
+                    variant=" ".join(dict.fromkeys((*phase(f.key.kind), f.key.variant))).strip(),
+                    predicted=f.held_out_s,
+                    observed=f.rows.observed_s,
+                    roofline=f.roofline_s,
+                    coverage=coverage,
+                    width=width,
+                )
+            )
+    return out
+
+
+def phase(kind: str) -> tuple[str, ...]:
+    """Words that tell operation kinds of one table apart."""
+    words = kind.removeprefix("mla_").removesuffix("_attention")
+    return (words,) if words in ("prefill", "decode") else ()
+
+
+def _runs_by_engine(paths: Sequence[Path]) -> Iterable[tuple[str, list[Runs]]]:
+    tables, _ = read_tables(paths[0].parent, {p.name: p for p in paths})
+    for name in known_engines():
+        times = EngineTimes(name=name, parameters=default_parameters(), facts=facts_of(name))
+        runs = read_runs(tables, times)
+        if runs:
+            yield name, runs
+
+
+def _engines(paths: Sequence[Path]) -> list[Judged]:
+    out = []
+    for name, runs in _runs_by_engine(paths):
+        judged = judge(runs)
+        classes = class_table(judged)
+        hardware = np.concatenate([np.full(r.mask.sum(), r.hardware) for r in runs])
+        prompts = np.concatenate([r.prompt_tokens[r.mask] for r in runs])
+        for kind, figures in classes.items():
+            for hw in sorted(set(hardware[judged.metric_class == kind].tolist())):
+                mine = (judged.metric_class == kind) & (hardware == hw)
+                for title, mask in _by_length(kind, mine, prompts):
+                    part = judged.where(mask)
+                    ratio = part.observed_s / part.predicted_s
+                    inside = (ratio >= figures["low"]) & (ratio <= figures["high"])
+                    out.append(
+                        Judged(
+                            table="serving.csv",
+                            operation=title,
+                            group=(hw, name),
+                            variant="",
+                            predicted=part.predicted_s,
+                            observed=part.observed_s,
+                            roofline=part.roofline_s,
+                            coverage=float(inside.mean() * 100.0),
+                            width=(figures["high"] - figures["low"]) * 100.0,
+                        )
+                    )
+    order = list(dict.fromkeys(_titles()))
+    return sorted(out, key=lambda j: order.index(j.operation))
+
+
+def _titles() -> Iterable[str]:
+    for kind in _CLASSES:
+        for title, _ in _by_length(kind, np.ones(2, dtype=bool), np.array([0.0, LONG_PROMPT])):
+            yield title
+
+
+def _by_length(
+    kind: str, mask: NDArray[np.bool_], prompts: Floats
+) -> list[tuple[str, NDArray[np.bool_]]]:
+    """First tokens by the length of the prompt; everything else as it is."""
+    if not kind.startswith("ttft"):
+        return [(_CLASSES[kind], mask)] if mask.any() else []
+    long = mask & (prompts >= LONG_PROMPT)
+    short = mask & (prompts < LONG_PROMPT)
+    titles = (f"{_CLASSES[kind]}, from 10,000 tokens", f"{_CLASSES[kind]}, below 10,000 tokens")
+    return [(t, m) for t, m in zip(titles, (long, short), strict=True) if m.any()]
+
+
+def unseen_hardware(paths: Sequence[Path]) -> list[Judged]:
+    """Serving runs of each GPU predicted by parameters fitted on the other GPUs' runs."""
+    out = []
+    for name, runs in _runs_by_engine(paths):
+        for hw in sorted({r.hardware for r in runs if r.metric_class.startswith("tpot")}):
+            others = [r for r in runs if r.hardware != hw]
+            mine = [r for r in runs if r.hardware == hw and r.metric_class.startswith("tpot")]
+            n_rows = sum(int(r.mask.sum()) for r in others)
+            if n_rows < 10:
+                continue
+            parameters = fit(others)
+            everything = [np.ones(r.mask.shape, dtype=np.bool_) for r in mine]
+            predicted = [
+                r.predicted_s(parameters, m) for r, m in zip(mine, everything, strict=True)
+            ]
+            out.append(
+                Judged(
+                    table="serving.csv",
+                    operation="time per output token on a GPU no run was of",
+                    group=(hw, name),
+                    variant="",
+                    predicted=np.concatenate(predicted)[None, :],
+                    observed=np.concatenate([r.observed_s[r.mask] for r in mine]),
+                    roofline=np.concatenate([r.roofline_s[r.mask] for r in mine]),
+                    coverage=float("nan"),
+                    width=float("nan"),
+                )
+            )
+    return out
+
+
+def _memory(path: Path) -> list[Judged]:
+    ours = _rows_of(path, None)
+    roofline = _rows_of(path, "datasheet")
+    names = {
+        "peak_torch": "peak memory",
+        "peak_profile": "peak memory",
+        "state": "KV cache in memory",
+    }
+    by_group: dict[tuple[str, ...], list[int]] = {}
+    for line, (group, _, _, _) in ours.items():
+        if group["metric"] in names:
+            key = (group["hw"], group["engine"], group["method"], names[group["metric"]])
+            by_group.setdefault(key, []).append(line)
+    out = []
+    for (hw, engine, method, name), lines in by_group.items():
+        out.append(
+            Judged(
+                table=path.name,
+                operation=name,
+                group=(hw, engine, method),
+                variant="",
+                predicted=np.array([[ours[x][1] for x in lines]]),
+                observed=np.array([ours[x][2] for x in lines]),
+                roofline=np.array([roofline[x][1] for x in lines]),
+                coverage=float(np.mean([ours[x][3] for x in lines]) * 100.0),
+                width=2.0,
+                fitted=False,
+                unit="bytes",
+            )
+        )
+    return out
+
+
+def _rows_of(path: Path, baseline: str | None) -> dict[int, tuple[Any, float, float, bool]]:
+    result = validate(path, baseline=baseline, n_worst=100_000)
+    return {
+        row["line"]: (
+            row["group"],
+            row["predicted"],
+            row["observed"],
+            row["low"] is not None and row["low"] <= row["observed"] <= row["high"],
+        )
+        for row in result.worst
+    }
+
+
+def _power(path: Path) -> list[Judged]:
+    out = []
+    for phase in ("decode", "prefill"):
+        rows = fit_power.rows_of(path, phase)
+        ratio = np.stack([fit_power.judged(rows, seed) for seed in range(4)])
+        law = load_power("decode" if phase == "decode" else "prefill")
+        inside = (1.0 / ratio >= law.low) & (1.0 / ratio <= law.high)
+        out.append(
+            Judged(
+                table=path.name,
+                operation="power of attention kernels",
+                group=("b200-sxm", phase),
+                variant="",
+                predicted=ratio * rows["share"] * 1000.0,
+                observed=rows["share"] * 1000.0,
+                roofline=np.full(rows["share"].shape, 1000.0),
+                coverage=float(inside.mean() * 100.0),
+                width=(law.high - law.low) * 100.0,
+                unit="W",
+            )
+        )
+    return out

@@ -1,0 +1,173 @@
+"""The text of docs/accuracy.md."""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from accuracy_judged import ENGINE_TABLES, KERNELS, Judged, unseen_hardware
+
+HEAD = """\
+# Accuracy
+
+Written by `make accuracy`; do not edit. `make accuracy DATA=dir` does the same on tables of your
+own of the same names.
+
+Error = |predicted - observed| / observed in percent. Every figure is of rows that no fit had seen:
+kernel families are fitted on one half of their rows and judged on the other, both ways, for three
+seeded splits; engines likewise for four, split by a hash of the shape columns. The parameters that
+ship are of a fit to all rows, and no figure on this page is of such a fit. *Roofline* is the
+datasheet: max(FLOPs / peak, bytes / bandwidth). *Inside* is the share of rows within their
+interval, *width* the median of (high - low) / mid.
+
+`lccost validate FILE` makes such a report of any table; on the tables below its figures are better
+than here, because the shipped parameters have seen them.
+"""
+LIMITS = """\
+## What these figures are not
+
+- Tables of kernels replay the same buffers: what fits in the last-level cache is read from there.
+  They are predicted so (warm); steps of a model are predicted with cold caches.
+- Times to first token are unloaded. Under load a request also waits for others: that needs a queue
+  model (`lccost plan`).
+- int8, int4 and fp4 products have no rows: they are priced by a prior and marked as such.
+- Rows that a device could not have run (faster than its peaks allow with the shape they state) are
+  not fitted; `lccost validate` counts them under `unsupported`, and its figures with them stand
+  under `with_impossible_rows`.
+- Figures of classes with few rows (under 20) say little; n is given for each.
+- Sizes of caches below 0.3 GiB were read off a plot with a resolution of 0.03 GiB.
+"""
+COLUMNS = "| n | roofline MAPE | MAPE | median | p90 | bias | inside | width |"
+RULE = "|---:|---:|---:|---:|---:|---:|---:|---:|"
+
+
+def page(judged: Sequence[Judged], tables: Sequence[Path], images: Mapping[str, str]) -> str:
+    """The whole page."""
+    parts = [HEAD, "## Summary", "", _summary(judged), "## What was fitted on what", ""]
+    parts.append(_provenance(tables))
+    for operation in dict.fromkeys(j.operation for j in judged):
+        members = [j for j in judged if j.operation == operation]
+        parts += [f"## {operation[0].upper()}{operation[1:]}", ""]
+        if operation in images:
+            parts += [f"![Predicted against observed: {operation}]({images[operation]})", ""]
+        parts.append(_details(members))
+    engines = [t for t in tables if t.name in ENGINE_TABLES]
+    if engines:
+        parts += ["## Engines on a GPU that none of their runs was of", ""]
+        parts += ["Parameters of an engine fitted on its runs on other GPUs.", ""]
+        parts.append(_details(unseen_hardware(engines)))
+    parts.append(LIMITS)
+    return "\n".join(parts)
+
+
+def _figures(members: Sequence[Judged]) -> str:
+    predicted = [(j.predicted / j.observed - 1.0) * 100.0 for j in members]
+    n = sum(j.observed.size for j in members)
+    # Every row counts once, whatever the number of splits.
+    size = np.concatenate([np.abs(p).mean(axis=0) for p in predicted])
+    each = np.concatenate([np.abs(p).ravel() for p in predicted])
+    weight = np.concatenate([np.full(p.size, 1.0 / p.shape[0]) for p in predicted])
+    bias = np.concatenate([p.mean(axis=0) for p in predicted])
+    roofline = np.concatenate([np.abs(j.roofline / j.observed - 1.0) * 100.0 for j in members])
+    rows = np.array([j.observed.size for j in members])
+    inside = _mean([j.coverage for j in members], rows)
+    width = _mean([j.width for j in members], rows)
+    order = np.argsort(each)
+    share = np.cumsum(weight[order]) / weight.sum()
+    median, p90 = (each[order][np.searchsorted(share, q)] for q in (0.5, 0.9))
+    cells = [f"{roofline.mean():.1f}", f"{size.mean():.1f}", f"{median:.1f}", f"{p90:.1f}"]
+    cells += [f"{bias.mean():+.1f}", inside, width]
+    return f"| {n:,} | " + " | ".join(cells) + " |"
+
+
+def _mean(values: Sequence[float], rows: np.ndarray) -> str:
+    known = np.isfinite(values)
+    if not known.any():
+        return ""
+    return f"{np.average(np.asarray(values)[known], weights=rows[known]):.0f} %"
+
+
+def _summary(judged: Sequence[Judged]) -> str:
+    lines = [f"| what {COLUMNS}", f"|---{RULE}"]
+    for title, chosen in _rows_of_summary(judged):
+        if chosen:
+            lines.append(f"| {title} {_figures(chosen)}")
+    return "\n".join(lines) + "\n"
+
+
+def _rows_of_summary(judged: Sequence[Judged]) -> list[tuple[str, list[Judged]]]:
+    def of(operation: str, keep: Callable[[Judged], bool] = lambda j: True) -> list[Judged]:
+        return [j for j in judged if j.operation == operation and keep(j)]
+
+    decode = of("decode attention")
+    over = [_large(j) for j in decode]
+    out = [
+        ("GEMM, bf16", of("GEMM", lambda j: j.variant == "bf16")),
+        ("GEMM, fp8 (activation quantisation included)", of("GEMM", lambda j: j.variant != "bf16")),
+        ("decode attention", decode),
+        ("decode attention, calls over 100 µs", [j for j in over if j.observed.size]),
+        ("decode attention on A100", [j for j in decode if j.group[0].startswith("a100")]),
+    ]
+    out += [(name, of(name)) for name in list(KERNELS.values())[2:]]
+    seen = {"GEMM", "decode attention", *KERNELS.values()}
+    for operation in dict.fromkeys(j.operation for j in judged):
+        if operation in seen:
+            continue
+        members = of(operation)
+        out.append((operation, members))
+        engines = list(dict.fromkeys(j.group[1] for j in members))
+        if len(engines) > 1 and operation.startswith("time per output"):
+            out += [
+                (f"- {engine}", [j for j in members if j.group[1] == engine]) for engine in engines
+            ]
+    return out
+
+
+def _large(j: Judged) -> Judged:
+    mask = j.observed > 100e-6
+    return Judged(
+        table=j.table,
+        operation=j.operation,
+        group=j.group,
+        variant=j.variant,
+        predicted=j.predicted[:, mask],
+        observed=j.observed[mask],
+        roofline=j.roofline[mask],
+        coverage=float("nan"),
+        width=float("nan"),
+    )
+
+
+def _details(members: Sequence[Judged]) -> str:
+    lines = [f"| hardware | family {COLUMNS}", f"|---|---{RULE}"]
+    for j in sorted(members, key=lambda j: (j.group, j.variant)):
+        family = " ".join((*j.group[1:], j.variant)).strip()
+        lines.append(f"| {j.group[0]} | {family} {_figures([j])}")
+    return "\n".join(lines) + "\n"
+
+
+_USES = {
+    **{name: "kernel families: costmodel/data/families" for name in KERNELS},
+    "serving.csv": "engines: costmodel/data/serving.toml",
+    "latency_throughput.csv": "engines: costmodel/data/serving.toml",
+    "kv_methods.csv": "engines (runs of full attention, of packed caches in engines with kernels "
+    "for them, and of prefill methods that bring their own): costmodel/data/serving.toml",
+    "power_b200.csv": "power: costmodel/data/power.toml",
+    "memory.csv": "nothing: memory is calculated",
+}
+
+
+def _provenance(tables: Sequence[Path]) -> str:
+    lines = ["| table | rows | SHA-256 | what was fitted on it |", "|---|---:|---|---|"]
+    for path in tables:
+        if path.name not in _USES:
+            continue
+        raw = path.read_bytes()
+        rows = raw.decode("utf-8").count("\n") - 1
+        digest = hashlib.sha256(raw).hexdigest()
+        lines.append(f"| {path.name} | {rows:,} | `{digest}` | {_USES[path.name]} |")
+    note = (
+        "\nKernel, power, serving tables: NVIDIA aiconfigurator-core 0.12.0, Apache License 2.0.\n"
+        "The others: published figures cited row by row.\n"
+    )
+    return "\n".join(lines) + "\n" + note
