@@ -22,7 +22,9 @@ LONG_PROMPT_TOKENS = 10_000
 LONG_PART = "ttft_from_10000_tokens"
 _PRECISIONS = {
     "bf16": "bf16", "fp16": "fp16", "fp8": "fp8", "fp4": "fp4", "nvfp4": "fp4",
-    "int8": "int8", "int4": "int4", "int4g32": "int4", "int4g128": "int4", "unknown": "", "": "",
+    "int8": "int8", "w8a16": "int8", "int4": "int4", "int4g32": "int4", "int4g64": "int4",
+    "int4g128": "int4", "w4a16": "int4", "awq": "int4", "gptq": "int4", "mxfp4": "fp4",
+    "unknown": "", "": "",
 }  # fmt: skip
 #: metric column -> (metric, label, seconds per unit; None: a rate of tokens per second).
 _METRICS: dict[str, tuple[str, str, float | None]] = {

@@ -8,6 +8,7 @@ from importlib import resources
 from typing import Any
 
 from costmodel.errors import ConfigError, NotApplicableError
+from costmodel.serving.engine_times import POOLED
 
 
 @functools.cache
@@ -21,12 +22,16 @@ def _table() -> dict[str, list[tuple[re.Pattern[str], Mapping[str, Any]]]]:
 
 @functools.lru_cache(maxsize=4096)
 def engine_named(spelling: str) -> str:
-    """The engine a table means; ``ConfigError`` where no pattern fits."""
+    """The engine a table means: one with runs of its own, else "any", whose parameters were fitted
+    on the runs of all. ``ConfigError`` where the cell is empty.
+    """
     text = spelling.strip().lower()[:200]
+    if not text:
+        raise ConfigError("the row does not name an engine")
     for pattern, row in _table()["engine"]:
         if pattern.search(text):
             return str(row["engine"])
-    raise ConfigError(f"no engine is known by the name {spelling[:60]!r}")
+    return POOLED
 
 
 @functools.lru_cache(maxsize=65536)
