@@ -117,6 +117,7 @@ def _caches(
             dtype=dtype,
             device=device,
             reserve_tokens=reserve_tokens,
+            fused=point.engine == "lccost",
         )
         if isinstance(cache, AbstractLayerCache):
             ordinal = sum(m.HAS_KV for m in mixers[:index])

@@ -3,13 +3,18 @@
 
     python scripts/docs.py            write them
     python scripts/docs.py --check    fail when one is out of date
+
+docs/kernels.md is written by scripts/kernels_doc.py, which needs Triton; here it is only checked
+against the kernels' sources, and written where Triton is.
 """
 
 import argparse
+import importlib.util
 import sys
 from pathlib import Path
 
 import click
+import kernels_doc
 import worked_example
 
 from costmodel.hardware import load_hardware
@@ -169,6 +174,11 @@ def main() -> int:
                 path.write_text(text, "utf-8")
                 if path == worked_example.PAGE:
                     worked_example.main([])
+    if kernels_doc.stale():
+        if check or importlib.util.find_spec("triton") is None:
+            stale.append(kernels_doc.PAGE.relative_to(ROOT))
+        else:
+            kernels_doc.write(kernels_doc.stale())
     if check and stale:
         print(f"out of date: {', '.join(map(str, stale))}; run make docs", file=sys.stderr)
         return 1

@@ -1,5 +1,6 @@
 """Shared test rules: what may be skipped, and where skipping is a failure."""
 
+import importlib.util
 import os
 import shutil
 
@@ -25,12 +26,15 @@ def _has_cuda() -> bool:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
     compiler = shutil.which("cc") or shutil.which("gcc")
+    triton = importlib.util.find_spec("triton") is not None
     gpu = None
     for item in items:
         if "browser" in item.keywords and not chromium:
             item.add_marker(pytest.mark.skip(reason="needs headless Chromium (package chromium)"))
         if "compiler" in item.keywords and not compiler:
             item.add_marker(pytest.mark.skip(reason="needs a C compiler"))
+        if "triton" in item.keywords and not triton:
+            item.add_marker(pytest.mark.skip(reason="needs Triton (package triton)"))
         if "gpu" in item.keywords:
             gpu = _has_cuda() if gpu is None else gpu
             if not gpu:
@@ -42,7 +46,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):  
     """On CI, a test whose tool CI installs must run: its skip is a failure."""
     outcome = yield
     report = outcome.get_result()
-    installs = {"browser", "ray", "compiler"}
+    installs = {"browser", "ray", "compiler", "triton"}
     if (
         ON_CI
         and report.skipped

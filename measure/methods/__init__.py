@@ -13,6 +13,7 @@ import torch
 from costmodel.errors import NotApplicableError
 from costmodel.methods.stack import MethodStack
 from costmodel.mixers import AbstractMixer, Attention
+from measure.kernels import check_usable
 from measure.methods.base import AbstractLayerCache
 
 _NOT_METHODS = ("base", "buffers", "kept_tokens", "packing", "token_packed")
@@ -49,18 +50,23 @@ def build_layer_cache(
     dtype: torch.dtype,
     device: torch.device,
     reserve_tokens: int = 0,
+    fused: bool = False,
 ) -> AbstractLayerCache:
     """Return one layer's empty cache: the method's where it covers the mixer, else the plain one.
 
     ``reserve_tokens`` is the room made from the start; 0 keeps the storage exact at every step (it
-    is reallocated as it grows), which is for checking bytes, not for timing.
+    is reallocated as it grows), which is for checking bytes, not for timing. ``fused`` lets a twin
+    decode with the kernels of ``measure.kernels``; raises ``MissingExtraError`` where they cannot
+    run.
     """
+    if fused:
+        check_usable(device)
     if len(stack.methods) != 1:
         raise NotApplicableError(f"{stack.spec}: compositions cannot be run yet, only priced")
     assert isinstance(mixer, Attention)
     method = stack.methods[0]
     name = method.NAME if method.covers(mixer) else "full"
-    return layer_cache_class(name)(
+    cache = layer_cache_class(name)(
         method,
         mixer,
         batch=batch,
@@ -68,3 +74,5 @@ def build_layer_cache(
         device=device,
         reserve_tokens=reserve_tokens,
     )
+    cache.fused = fused
+    return cache

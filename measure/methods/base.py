@@ -39,6 +39,8 @@ class AbstractLayerCache(ABC):
     n_kv_layers = 1
     #: rotary embedding of the queries and keys it is given; None: unknown, or none
     rope: Rope | None = None
+    #: decode with the kernels of ``measure.kernels``; set where they can run (engine lccost)
+    fused = False
 
     def __init__(
         self,

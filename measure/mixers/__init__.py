@@ -51,11 +51,16 @@ def build_cache(
     dtype: torch.dtype,
     device: torch.device,
     reserve_tokens: int = 0,
+    fused: bool = False,
 ) -> LayerState:
-    """Return one layer's empty cache or state; ``reserve_tokens`` as in ``build_layer_cache``."""
+    """Return one layer's empty cache or state; ``reserve_tokens`` and ``fused`` as in
+    ``build_layer_cache``.
+    """
     options: dict[str, Any] = {"batch": batch, "dtype": dtype, "device": device}
     if isinstance(mixer, Attention):
-        return build_layer_cache(stack, mixer, reserve_tokens=reserve_tokens, **options)
+        return build_layer_cache(
+            stack, mixer, reserve_tokens=reserve_tokens, fused=fused, **options
+        )
     if isinstance(mixer, MLA):
         if any(method.covers(mixer) and method.NAME != "full" for method in stack.methods):
             raise NotApplicableError(f"{stack.spec}: latents are held in full only, so far")

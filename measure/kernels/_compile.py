@@ -1,0 +1,126 @@
+"""Compile kernels for GPUs that are not there, and read what resources they use.
+
+    COMPILE_CASES of a kernel's file -> triton.compile for sm_80, sm_90, sm_100
+        -> shared memory from the metadata; registers and spills from ``cuobjdump -res-usage``
+
+Both tools are in the Triton wheel; no device and no CUDA toolkit is needed.
+"""
+
+import importlib
+import re
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+#: Compute capabilities compiled for: Ampere, Hopper, Blackwell (data centre).
+ARCHITECTURES = (80, 90, 100)
+#: Most shared memory of one block, bytes (CUDA programming guide, table of compute capabilities).
+SHARED_LIMIT_BYTES: Mapping[int, int] = {80: 166_912, 90: 232_448, 100: 232_448}
+#: Registers of one SM, and most of one thread.
+REGISTERS, THREAD_REGISTERS = 65_536, 255
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompileCase:
+    """One specialisation of a kernel, as a launch makes it.
+
+    signature   type of every run-time argument: "*bf16", "*i32", "i32", "fp32", ...
+    constants   value of every ``tl.constexpr`` argument
+    aligned     integer arguments known to be multiples of 16; pointers always are
+    """
+
+    name: str
+    kernel: Any
+    signature: Mapping[str, str]
+    constants: Mapping[str, Any]
+    num_warps: int = 4
+    num_stages: int = 3
+    aligned: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resources:
+    """What one block of a compiled kernel uses."""
+
+    threads: int
+    shared_bytes: int
+    registers: int
+    spilled_bytes: int
+
+    @property
+    def resident_blocks(self) -> int:
+        """Blocks that the registers of one SM hold (shared memory may allow fewer)."""
+        per_block = -(-self.registers // 8) * 8 * self.threads
+        return REGISTERS // per_block
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compiled:
+    """A compiled case: its resources and its texts (``ttgir``, ``ptx``; ``cubin`` in bytes)."""
+
+    resources: Resources
+    asm: Mapping[str, Any] = field(repr=False)
+
+
+def compile_case(case: CompileCase, architecture: int) -> Compiled:
+    """Compile for a compute capability; raises what Triton raises."""
+    names = case.kernel.arg_names
+    missing = set(names) ^ (set(case.signature) | set(case.constants))
+    if missing:
+        raise ValueError(f"{case.name}: expected every argument once, wrong: {sorted(missing)}")
+    signature = {n: case.signature.get(n, "constexpr") for n in names}
+    attributes = {
+        (i,): [["tt.divisibility", 16]]
+        for i, n in enumerate(names)
+        if signature[n].startswith("*") or n in case.aligned
+    }
+    source = ASTSource(case.kernel, signature, dict(case.constants), attributes)
+    compiled = triton.compile(
+        source,
+        target=GPUTarget("cuda", architecture, 32),
+        options={
+            "num_warps": case.num_warps,
+            "num_stages": case.num_stages,
+            "enable_fp_fusion": True,
+        },
+    )
+    threads = compiled.metadata.num_warps * 32
+    registers, spilled = _usage(compiled.asm["cubin"])
+    return Compiled(
+        resources=Resources(
+            threads=threads,
+            shared_bytes=compiled.metadata.shared,
+            registers=registers,
+            spilled_bytes=spilled,
+        ),
+        asm=compiled.asm,
+    )
+
+
+def compile_cases(kernel: str) -> tuple[CompileCase, ...]:
+    """Cases of a kernel's file."""
+    cases: tuple[CompileCase, ...] = importlib.import_module(
+        f"measure.kernels.{kernel}"
+    ).COMPILE_CASES
+    return cases
+
+
+def _usage(cubin: bytes) -> tuple[int, int]:
+    """Registers of a thread, and bytes of its stack (spills)."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(cubin)
+        tool = triton.knobs.nvidia.cuobjdump.path
+        done = subprocess.run(
+            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
+        )
+    found = re.search(r"REG:(\d+) STACK:(\d+)", done.stdout + done.stderr)
+    if found is None:
+        raise ValueError(f"cuobjdump -res-usage: expected REG and STACK, got {done.stdout[:300]!r}")
+    return int(found[1]), int(found[2])

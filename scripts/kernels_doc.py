@@ -1,0 +1,107 @@
+"""Write docs/kernels.md: what every kernel computes and moves, and what its blocks use.
+
+    python scripts/kernels_doc.py            compile what changed, write the page
+    python scripts/kernels_doc.py --all      compile everything again
+    python scripts/kernels_doc.py --check    fail when a kernel changed since (nothing is compiled)
+
+Compiling needs Triton and no GPU. Measured speeds stand between the marks of a section and are
+written by benchmarks/kernels_gpu.py; this script keeps them.
+"""
+
+import argparse
+import ast
+import hashlib
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from measure.kernels._compile import CompileCase, Resources
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER, PAGE = ROOT / "measure" / "kernels", ROOT / "docs" / "kernels.md"
+HEAD = """<!-- Written by scripts/kernels_doc.py; edit the kernels instead. -->
+
+# Kernels
+
+Triton kernels of `measure/kernels/`, used by `--engine lccost` on a CUDA device. They are checked
+against their references in Triton's interpreter and compiled for sm_80, sm_90 and sm_100 in every
+test run; the tables say what one block of each takes (Triton 3.9.0 and the ptxas in its wheel).
+Speeds need a device: `scripts/gpu_run.sh kernels` measures them.
+
+"""
+COLUMNS = (
+    "| case | target | threads | registers | spilled bytes | shared bytes "
+    "| blocks an SM's registers hold |\n|---|---|---|---|---|---|---|\n"
+)
+
+
+def names() -> list[str]:
+    """Kernel files, without importing them."""
+    return sorted(p.stem for p in FOLDER.glob("*.py") if p.stem[0] != "_")
+
+
+def digest(name: str) -> str:
+    """12 hex digits of a kernel's source."""
+    return hashlib.sha256((FOLDER / f"{name}.py").read_bytes()).hexdigest()[:12]
+
+
+def row(case: "CompileCase", architecture: int, used: "Resources") -> str:
+    """One line of a section's table."""
+    return (
+        f"| {case.name} | sm_{architecture} | {used.threads} | {used.registers} "
+        f"| {used.spilled_bytes} | {used.shared_bytes:,} | {used.resident_blocks} |\n"
+    )
+
+
+def section(name: str) -> str:
+    """Compile a kernel's cases; its section of the page."""
+    from measure.kernels._compile import ARCHITECTURES, compile_case, compile_cases
+
+    doc = ast.get_docstring(ast.parse((FOLDER / f"{name}.py").read_text("utf-8"))) or ""
+    rows = "".join(
+        row(case, architecture, compile_case(case, architecture).resources)
+        for case in compile_cases(name)
+        for architecture in ARCHITECTURES
+    )
+    return f"## {name}\n\n<!-- {digest(name)} -->\n\n{doc}\n\n{COLUMNS}{rows}\n"
+
+
+def sections() -> dict[str, str]:
+    """Sections of the page as it stands."""
+    if not PAGE.exists():
+        return {}
+    parts = re.split(r"^(?=## )", PAGE.read_text("utf-8"), flags=re.M)[1:]
+    return {part[3:].partition("\n")[0]: part for part in parts}
+
+
+def stale() -> list[str]:
+    """Kernels whose section is not of their present source, and sections without a kernel."""
+    found = sections()
+    current = {n for n in names() if f"<!-- {digest(n)} -->" in found.get(n, "")}
+    return sorted((set(names()) | set(found)) - current)
+
+
+def write(outdated: list[str]) -> None:
+    """Compile the outdated kernels and write the page."""
+    found = sections()
+    texts = [section(n) if n in outdated else found[n] for n in names()]
+    PAGE.write_text(HEAD + "".join(texts).rstrip("\n") + "\n", "utf-8")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--all", action="store_true")
+    options = parser.parse_args()
+    if options.check:
+        if stale():
+            print(f"docs/kernels.md is out of date: {', '.join(stale())}", file=sys.stderr)
+        return 1 if stale() else 0
+    write(names() if options.all else stale())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
