@@ -51,7 +51,7 @@ def split_count(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Partials:
-    """Partial results of a step, fp32: ``acc`` [rows, splits, H], ``m`` and ``l`` [rows, splits]."""
+    """Partial results, fp32: ``acc`` [rows, splits, H], ``m`` and ``l`` [rows, splits]."""
 
     acc: Tensor
     m: Tensor
