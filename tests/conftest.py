@@ -24,13 +24,14 @@ def _has_cuda() -> bool:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    browser = shutil.which("chromium") and shutil.which("chromedriver")
     compiler = shutil.which("cc") or shutil.which("gcc")
     triton = importlib.util.find_spec("triton") is not None
     gpu = None
     for item in items:
-        if "browser" in item.keywords and not chromium:
-            item.add_marker(pytest.mark.skip(reason="needs headless Chromium (package chromium)"))
+        if "browser" in item.keywords and not browser:
+            reason = "needs headless Chromium (packages chromium and chromium-driver)"
+            item.add_marker(pytest.mark.skip(reason=reason))
         if "compiler" in item.keywords and not compiler:
             item.add_marker(pytest.mark.skip(reason="needs a C compiler"))
         if "triton" in item.keywords and not triton:
