@@ -14,7 +14,7 @@ from costmodel.errors import NotApplicableError
 from costmodel.methods.stack import MethodStack
 from costmodel.mixers import AbstractMixer, Attention
 from measure.kernels import check_usable
-from measure.methods.base import AbstractLayerCache
+from measure.methods.base import AbstractLayerCache, Realisation
 
 _NOT_METHODS = ("base", "buffers", "kept_tokens", "packing", "token_packed")
 
@@ -51,6 +51,7 @@ def build_layer_cache(
     device: torch.device,
     reserve_tokens: int = 0,
     fused: bool = False,
+    realisation: Realisation = "best",
 ) -> AbstractLayerCache:
     """Return one layer's empty cache: the method's where it covers the mixer, else the plain one.
 
@@ -73,6 +74,7 @@ def build_layer_cache(
         dtype=dtype,
         device=device,
         reserve_tokens=reserve_tokens,
+        realisation=realisation,
     )
     cache.fused = fused
     return cache

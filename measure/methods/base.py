@@ -8,16 +8,20 @@ the group into the query length, so K and V are never repeated.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from costmodel.errors import NotApplicableError
 from costmodel.methods.base import AbstractMethod
 from costmodel.mixers import Attention
 from measure.methods.buffers import GrowingBuffer
 from measure.numerics import Rope
+
+#: ``best``: the fastest correct form here; ``reference``: the operations of the published code.
+Realisation = Literal["reference", "best"]
 
 
 class AbstractLayerCache(ABC):
@@ -31,9 +35,13 @@ class AbstractLayerCache(ABC):
         The layer's attention.
     reserve_tokens
         Sequence length to make room for; 0: storage grows exactly with what is held.
+    realisation
+        Which form runs; raises ``NotApplicableError`` where the method has no such form here.
     """
 
     NAME: ClassVar[str]
+    #: forms that this twin has
+    REALISATIONS: ClassVar[frozenset[Realisation]] = frozenset({"best"})
     #: place among the model's caches, and how many it has
     layer = 0
     n_kv_layers = 1
@@ -51,7 +59,14 @@ class AbstractLayerCache(ABC):
         dtype: torch.dtype,
         device: torch.device,
         reserve_tokens: int = 0,
+        realisation: Realisation = "best",
     ) -> None:
+        if realisation not in self.REALISATIONS:
+            raise NotApplicableError(
+                f"{self.NAME}: expected realisation {' or '.join(sorted(self.REALISATIONS))}, "
+                f"got {realisation}"
+            )
+        self.realisation = realisation
         self.mixer = mixer
         self.batch = batch
         self.dtype = dtype

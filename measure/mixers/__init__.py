@@ -14,6 +14,7 @@ from costmodel.mixers.mla import MLA
 from costmodel.mixers.rglru import RGLRU
 from costmodel.mixers.rwkv5 import RWKV5
 from measure.methods import build_layer_cache
+from measure.methods.base import Realisation
 from measure.mixers.attention import AttentionRunner
 from measure.mixers.base import AbstractRunner, LayerState, RecurrentRunner
 from measure.mixers.delta import DeltaRunner
@@ -52,14 +53,20 @@ def build_cache(
     device: torch.device,
     reserve_tokens: int = 0,
     fused: bool = False,
+    realisation: Realisation = "best",
 ) -> LayerState:
-    """Return one layer's empty cache or state; ``reserve_tokens`` and ``fused`` as in
-    ``build_layer_cache``.
+    """Return one layer's empty cache or state; the rest as in ``build_layer_cache``. Latents and
+    fixed states have one form.
     """
     options: dict[str, Any] = {"batch": batch, "dtype": dtype, "device": device}
     if isinstance(mixer, Attention):
         return build_layer_cache(
-            stack, mixer, reserve_tokens=reserve_tokens, fused=fused, **options
+            stack,
+            mixer,
+            reserve_tokens=reserve_tokens,
+            fused=fused,
+            realisation=realisation,
+            **options,
         )
     if isinstance(mixer, MLA):
         if any(method.covers(mixer) and method.NAME != "full" for method in stack.methods):
