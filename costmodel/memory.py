@@ -1,26 +1,17 @@
-"""Peaks and capacity.
+"""Peaks of memory.
 
-    peak = weights + state by tier + the largest transient of the phase + what the engine reserves
-
-Capacity is solved: memory is affine in the batch beyond one prefill chunk, so the largest batch is
-read off two points and checked at its neighbours; the largest context is bracketed with whole
-grids evaluated at once.
+peak = weights + state by tier + the largest transient of the phase + what the engine reserves
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from costmodel.architecture import MixerGroup
 from costmodel.layout import Execution, decode_operations, prefill_operations
 from costmodel.methods.base import State
 from costmodel.operation import Array, Operations
 from costmodel.workload import Point
-
-_MAX_BATCH = float(2**24)
-_MAX_CONTEXT = float(2**30)
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -114,72 +105,3 @@ def memory_of(
         peak_prefill_bytes=fixed + allocated + largest_transient(prefill),
         peak_decode_bytes=fixed + np.maximum(allocated, allocated_last) + transient,
     )
-
-
-def peak_bytes(run: Execution, point: Point, output_tokens: Array) -> Array:
-    """The larger peak of both phases."""
-    return memory_of(run, point, output_tokens).peak_bytes
-
-
-Peak = Callable[[NDArray[np.float64], NDArray[np.float64]], NDArray[np.float64]]
-
-
-def solve_max_batch(
-    peak: Peak, capacity: float, context: NDArray[np.float64]
-) -> NDArray[np.float64]:
-    """Largest batch that fits, per context; 0 where not even one sequence does.
-
-    ``peak(batch, context)`` takes broadcastable arrays. Memory is affine in the batch once it
-    exceeds one prefill chunk: the answer is read off two large batches, then walked to the
-    exact edge.
-    """
-    c = np.asarray(context, dtype=np.float64)[..., None]
-    probe = peak(np.array([1.0, 2.0, 2.0**21, 2.0**22]), c)
-    slope_far = (probe[..., 3] - probe[..., 2]) / 2.0**21
-    far = np.floor((capacity - probe[..., 2]) / slope_far + 2.0**21)
-    slope_near = probe[..., 1] - probe[..., 0]
-    near = np.floor((capacity - probe[..., 0]) / slope_near + 1.0)
-    guess = np.clip(np.where(far > 2, far, near), 0.0, _MAX_BATCH)
-    low = np.zeros_like(guess)
-    high = np.full_like(guess, _MAX_BATCH)
-    # Bracket with the guess and its neighbours; halve only where the guess was not the edge.
-    for candidate in (guess, guess + 1, near, near + 1):
-        candidate = np.clip(candidate, 1.0, _MAX_BATCH)
-        fits = peak(candidate[..., None], c)[..., 0] <= capacity
-        low = np.where(fits, np.maximum(low, candidate), low)
-        high = np.where(fits, high, np.minimum(high, candidate))
-    while np.any(high - low > 1):
-        middle = np.floor((low + high) / 2)
-        fits = (middle >= 1) & (peak(np.maximum(middle, 1.0)[..., None], c)[..., 0] <= capacity)
-        low, high = np.where(fits, middle, low), np.where(fits, high, middle)
-    return np.where(probe[..., 0] <= capacity, np.maximum(low, 1.0), 0.0)
-
-
-def solve_max_context(
-    peak: Peak, capacity: float, batch: NDArray[np.float64]
-) -> NDArray[np.float64]:
-    """Largest context that fits, per batch; 0 where none does, infinity where memory does not grow.
-
-    A cache's size may saw (a block is quantised every R tokens), so the answer is an edge: it
-    fits and the next token does not. Grids of 257 contexts are evaluated at once, four times.
-    """
-    b = np.asarray(batch, dtype=np.float64)[..., None]
-    low = np.ones(b.shape)
-    high = np.full(b.shape, _MAX_CONTEXT)
-    steps = np.linspace(0.0, 1.0, 257)
-    first_fits = peak(b, low)[..., 0] <= capacity
-    last_fits = peak(b, high)[..., 0] <= capacity
-    logarithmic = True
-    while np.any(high - low > 1):
-        grid = low * (high / low) ** steps if logarithmic else low + (high - low) * steps
-        grid = np.floor(np.maximum(grid, low))
-        grid[..., -1:] = high
-        fits = peak(b, grid) <= capacity
-        fits[..., 0] = True
-        fits[..., -1] = False
-        edge = fits.shape[-1] - 1 - np.argmax(fits[..., ::-1], axis=-1)[..., None]
-        new_low = np.take_along_axis(grid, edge, axis=-1)
-        after = np.where(grid > new_low, grid, np.inf).min(axis=-1, keepdims=True)
-        low, high = new_low, np.minimum(after, high)
-        logarithmic = False
-    return np.where(last_fits, np.inf, np.where(first_fits, low[..., 0], 0.0))

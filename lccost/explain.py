@@ -10,8 +10,8 @@ from costmodel.kernels import time_operation
 from costmodel.layout import decode_operations
 from costmodel.memory import state_of
 from costmodel.mixers import Attention
+from costmodel.model import Model
 from costmodel.operation import Operation, Operations
-from costmodel.predict import Model
 from lccost.sweep import Sweep
 
 

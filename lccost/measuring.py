@@ -12,7 +12,7 @@ from costmodel.architecture import Architecture
 from costmodel.errors import ConfigError, MissingExtraError, NotApplicableError
 from costmodel.hardware import HardwareProfile, load_hardware
 from costmodel.methods.parse import parse_methods
-from costmodel.predict import default_dtype
+from costmodel.options import default_dtype
 from costmodel.registry import load_architecture
 from lccost.joins import predict_record
 from measure.points import MeasurePoint

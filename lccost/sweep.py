@@ -17,7 +17,8 @@ from costmodel.hardware import HardwareProfile, load_hardware
 from costmodel.methods.parse import parse_methods
 from costmodel.methods.stack import MethodStack
 from costmodel.mlps import MoE
-from costmodel.predict import Options, default_dtype, default_engine, predict
+from costmodel.options import Options, default_dtype, default_engine
+from costmodel.predict import predict
 from costmodel.quality import scores
 from costmodel.registry import load_architecture
 from costmodel.results import SCHEMA_VERSION as SCHEMA_VERSION

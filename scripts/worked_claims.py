@@ -6,7 +6,9 @@ import numpy as np
 
 from costmodel.architecture import Architecture
 from costmodel.hardware import HardwareProfile
-from costmodel.predict import Model, Options, predict
+from costmodel.model import Model
+from costmodel.options import Options
+from costmodel.predict import predict
 from costmodel.quality import accuracy
 from costmodel.registry import load_architecture
 from costmodel.units import format_bytes, format_seconds

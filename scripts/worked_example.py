@@ -20,8 +20,10 @@ from costmodel.architecture import Architecture
 from costmodel.errors import NotApplicableError
 from costmodel.hardware import HardwareProfile, load_hardware
 from costmodel.methods import method_class
+from costmodel.model import Model
 from costmodel.operation import Operation
-from costmodel.predict import Model, Options, predict
+from costmodel.options import Options
+from costmodel.predict import predict
 from costmodel.registry import load_architecture
 from costmodel.units import format_bytes, format_seconds
 from costmodel.workload import Workload

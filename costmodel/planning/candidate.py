@@ -11,6 +11,8 @@ from costmodel.errors import LccostError
 from costmodel.hardware import HardwareProfile, load_hardware
 from costmodel.methods.parse import parse_method, parse_methods
 from costmodel.methods.stack import MethodStack
+from costmodel.model import Model
+from costmodel.options import Options
 from costmodel.planning.bound import Bound, Unloaded, bound_of, unloaded
 from costmodel.planning.evidence import GivenUp, given_up
 from costmodel.planning.load import Load, load_of, pool_bytes
@@ -19,7 +21,6 @@ from costmodel.planning.pricing import Estimate, StepBuilder
 from costmodel.planning.requests import Requests
 from costmodel.planning.spec import Grid, PlanSpec
 from costmodel.planning.steps import StepTable, build_steps
-from costmodel.predict import Model, Options
 from costmodel.registry import load_architecture
 from costmodel.units import GIB, format_bytes
 

@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from costmodel.memory import memory_of, state_of
+from costmodel.model import Model
 from costmodel.planning.pricing import StepBuilder
 from costmodel.planning.requests import Requests
-from costmodel.predict import Model
 
 Floats = NDArray[np.float64]
 #: Requests whose state is evaluated at once.

@@ -28,8 +28,8 @@ from costmodel.mlps import MoE
 from costmodel.operation import Array, Operation, Operations
 
 if TYPE_CHECKING:
+    from costmodel.model import Model
     from costmodel.planning.steps import StepTable
-    from costmodel.predict import Model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

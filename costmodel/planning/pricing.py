@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from costmodel.layout import decode_operations, mixing_operations, token_operations, total
+from costmodel.model import Model
 from costmodel.operation import Array, Operation, Operations
 from costmodel.phase import phase_time
 from costmodel.planning.parallel import Parallel
-from costmodel.predict import Model
 from costmodel.workload import Point
 
 Floats = NDArray[np.float64]

@@ -18,15 +18,15 @@ Ignored: that kernels of prompt and decode may overlap; what a captured graph sa
 """
 
 from bisect import bisect_right
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from costmodel.basis import weakest
+from costmodel.model import Model
 from costmodel.planning.parallel import Parallel
 from costmodel.planning.pricing import Estimate, Floats, StepBuilder
-from costmodel.predict import BASIS_SHARE, Model
 
 #: Token counts up to this have their own entry in L; above, one of ``_STRIDE`` and interpolation.
 _EXACT = 1024
@@ -166,20 +166,9 @@ def build_steps(
         floor_s=floor,
         alone_s=make.alone_s(),
         host_s=make.host_s(),
-        basis=weakest_basis(make.bases),
+        basis=weakest(make.bases),
     )
     return parallel.applied(table, model)
-
-
-#: From the weakest source of a time to the strongest.
-_WEAKEST = ("datasheet", "prior", "published", "transferred", "anchored", "calibrated", "measured")
-
-
-def weakest_basis(seconds: Mapping[str, float]) -> str:
-    """The weakest source that makes up a share of the time that counts."""
-    whole = sum(seconds.values())
-    counted = {b for b, s in seconds.items() if s >= BASIS_SHARE * whole}
-    return next((b for b in _WEAKEST if b in counted), "prior")
 
 
 def _straightened(x: Floats, y: Floats) -> NDArray[np.intp]:

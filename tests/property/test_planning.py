@@ -6,6 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from costmodel.hardware import load_hardware
+from costmodel.model import Model
+from costmodel.options import Options
 from costmodel.planning.bound import bound_of, unloaded
 from costmodel.planning.fleet import Outcome, simulate
 from costmodel.planning.load import Load, load_of, pool_bytes
@@ -15,7 +17,7 @@ from costmodel.planning.pricing import StepBuilder
 from costmodel.planning.requests import Requests
 from costmodel.planning.slo import Slo
 from costmodel.planning.steps import StepTable, build_steps
-from costmodel.predict import Model, Options, predict
+from costmodel.predict import predict
 from costmodel.registry import load_architecture
 from costmodel.workload import Workload
 

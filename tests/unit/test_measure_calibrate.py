@@ -9,7 +9,8 @@ import tomli_w
 
 from costmodel.errors import MeasurementError, NotApplicableError
 from costmodel.hardware import load_hardware
-from costmodel.predict import Model, Options
+from costmodel.model import Model
+from costmodel.options import Options
 from costmodel.registry import load_architecture, model_names
 from measure import calibrate as module
 from measure.calibrate import calibrate, profile_table, write_atomically

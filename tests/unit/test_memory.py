@@ -3,7 +3,9 @@
 import pytest
 
 from costmodel.hardware import load_hardware
-from costmodel.predict import Model, Options, predict
+from costmodel.model import Model
+from costmodel.options import Options
+from costmodel.predict import predict
 from costmodel.registry import load_architecture
 from costmodel.workload import Workload
 
