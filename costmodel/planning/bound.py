@@ -146,7 +146,7 @@ def unloaded(load: Load, steps: StepTable) -> Unloaded:
     share = steps.token_s(steps.chunk_tokens) / steps.chunk_tokens
     work = (load.prompt_tokens - load.cached_tokens) * share
     work = work + steps.mixing_s(load.prompt_tokens, load.cached_tokens)
-    ttft = steps.alone_s + work + load.before_s
+    ttft = steps.alone_s + work + load.before_s + load.drain_s
     middle = load.moved_bytes + load.moved_slope * np.maximum(load.decode_steps - 1, 0) / 2
     return Unloaded(ttft_s=ttft, tpot_s=_decode_alone(steps, middle))
 

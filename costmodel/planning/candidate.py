@@ -182,7 +182,8 @@ def _parts(
     estimate: Estimate,
 ) -> Parts | str:
     """Tables, loads and bound; or the reason why it does not fit."""
-    candidate.parallel.check(model)
+    parallel = replace(candidate.parallel, network_bytes_per_s=grid.transfer_bytes_per_s)
+    parallel.check(model)
     per_node = hardware.max_gpus_per_node
     if candidate.tp > per_node:
         return f"tp = {candidate.tp} is more than the {per_node} GPUs of a node"
@@ -194,14 +195,14 @@ def _parts(
             f"the longest request has {int(total[longest]):,} tokens and {architecture.name} takes "
             f"{limit:,}"
         )
-    weights = candidate.parallel.weights_bytes(model)
+    weights = parallel.weights_bytes(model)
     pool = pool_bytes(
         model,
         float(requests.input_tokens.max()),
         float(requests.output_tokens[longest]),
         grid.max_batch,
     )
-    pool = candidate.parallel.pool_bytes(pool, model)
+    pool = parallel.pool_bytes(pool, model)
     if pool <= 0:
         return (
             f"no room for state: {format_bytes(weights)} of weights and "
@@ -210,7 +211,7 @@ def _parts(
             else f"weights of {format_bytes(weights)} per GPU do not fit in "
             f"{grid.memory_fraction:.0%} of {format_bytes(hardware.memory_bytes)}"
         )
-    make = StepBuilder(model, candidate.parallel, estimate)
+    make = StepBuilder(model, parallel, estimate)
     load = load_of(model, requests, make)
     worst = int(np.argmax(load.peak_bytes))
     if load.peak_bytes[worst] > pool:
@@ -227,9 +228,12 @@ def _parts(
         max_batch=min(grid.max_batch, chunk),
         max_tokens=int((load.prompt_tokens + load.output_tokens).max()),
         max_output=int(load.output_tokens.max()),
-        parallel=candidate.parallel,
+        parallel=parallel,
         estimate=estimate,
     )
+    if parallel.pp > 1:
+        drain = parallel.drain_s(steps, load.prompt_tokens, load.cached_tokens)
+        load = replace(load, drain_s=drain)
     return Parts(
         candidate=candidate, architecture=architecture, stack=stack, hardware=hardware,
         model=model, load=load, steps=steps, pool=pool,

@@ -57,6 +57,25 @@ class PairParts:
     answer_bound: Bound
     transfer_s: np.ndarray
 
+    @property
+    def prompt_rate_per_s(self) -> float:
+        """Of one prefill replica: its own closed form, or what its network takes away."""
+        return min(self.prompt_bound.rate_per_s, 1.0 / float(self.transfer_s.mean()))
+
+
+def sent_s(finish_s: np.ndarray, replica: np.ndarray, transfer_s: np.ndarray) -> np.ndarray:
+    """When each prompt's state is whole on the other side: the adapters of a replica send one
+    after another, in the order in which prompts are done.
+    """
+    out = np.empty_like(finish_s)
+    for j in np.unique(replica).tolist():
+        mine = np.flatnonzero(replica == j)
+        mine = mine[np.argsort(finish_s[mine], kind="stable")]
+        busy = np.cumsum(transfer_s[mine])
+        begun = np.maximum.accumulate(finish_s[mine] - (busy - transfer_s[mine]))
+        out[mine] = begun + busy
+    return out
+
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class ScreenedPair:
@@ -73,7 +92,8 @@ class ScreenedPair:
         assert self.parts is not None
         if not np.isfinite(rate):
             return 1, 1
-        return self.parts.prompt_bound.replicas(rate), self.parts.answer_bound.replicas(rate)
+        prefill = max(1, int(np.ceil(rate / self.parts.prompt_rate_per_s - 1e-9)))
+        return prefill, self.parts.answer_bound.replicas(rate)
 
 
 def screen_pair(
@@ -115,7 +135,9 @@ def _parts(first: Parts, second: Parts, bytes_per_s: float) -> PairParts:
         answers=answers,
         prompt_bound=bound_of(prompts, first.steps, first.pool),
         answer_bound=bound_of(answers, second.steps, second.pool),
-        transfer_s=_TRANSFER_LATENCY_S + first.load.held_bytes / rate,
+        # Each GPU sends its part; where one side has fewer GPUs, theirs are the larger parts.
+        transfer_s=_TRANSFER_LATENCY_S
+        + np.maximum(first.load.held_bytes, second.load.held_bytes) / rate,
     )
 
 
@@ -163,10 +185,12 @@ class PairSearch(Search):
         if several.size == 0:
             self.outcomes[replicas] = (first, None)
             return first
-        ready = (first.finish_s + self.both.transfer_s)[several]
-        order = several[np.argsort(ready, kind="stable")]
-        started = first.first_s[order]
-        arrive = (first.finish_s + self.both.transfer_s)[order]
+        sent = np.full(first.finish_s.size, np.inf)
+        sent[several] = sent_s(
+            first.finish_s[several], first.replica[several], self.both.transfer_s[several]
+        )
+        order = several[np.argsort(sent[several], kind="stable")]
+        started, arrive = first.first_s[order], sent[order]
         second = simulate(
             _take(self.both.answers, order, arrive), self.both.decode.steps,
             self.both.decode.pool, replicas, router=self.spec.grid.router,

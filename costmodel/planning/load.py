@@ -36,6 +36,8 @@ class Load:
     held_bytes     state at the end of the prompt; ``held_slope`` more for each generated token
     moved_bytes    bytes moved by the first decode step; ``moved_slope`` more for each one after it
     input_tokens   as the user sent them
+    drain_s        from the end of the iteration with its last chunk to its first token: what a
+                   pipeline still has to do
     """
 
     arrival_s: Floats
@@ -48,6 +50,7 @@ class Load:
     held_slope: Floats
     moved_bytes: Floats
     moved_slope: Floats
+    drain_s: Floats | float = 0.0
 
     @property
     def size(self) -> int:

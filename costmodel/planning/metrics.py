@@ -64,8 +64,9 @@ def measured(outcome: Outcome, load: Load, slo: Slo, warm_up: int = 0) -> Measur
         raise AssertionError("an aborted simulation has no percentiles")
     keep = slice(min(warm_up, load.size - 1), None)
     output = load.output_tokens[keep]
-    ttft = (outcome.first_s - outcome.arrival_s)[keep]
-    e2e = (outcome.finish_s - outcome.arrival_s)[keep]
+    # Behind a pipeline everything of a request comes out that much later.
+    ttft = (outcome.first_s - outcome.arrival_s + load.drain_s)[keep]
+    e2e = (outcome.finish_s - outcome.arrival_s + load.drain_s)[keep]
     start = float(outcome.arrival_s[keep][0])
     itl, weight, when = _gaps(outcome, start)
     edges = np.linspace(start, float(outcome.finish_s.max()), _BLOCKS + 1)[1:-1]

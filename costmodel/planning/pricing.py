@@ -72,7 +72,7 @@ class StepBuilder:
         moved = np.broadcast_to(self.moved_bytes(prompt, cached), prompt.shape)
         batch = np.arange(1.0, max_batch + 1)[:, None]
         point = self.point(batch, prompt[None, :], cached[None, :])
-        operations = self.parallel.experts(decode_operations(self.run, point), batch)
+        operations = self.parallel.experts(decode_operations(self.run, point), batch, self.model)
         graph = self.model.engine.decode_graph
         time = np.broadcast_to(self.pass_s(operations, graph=graph), (max_batch, prompt.size))
         order = np.argsort(moved, kind="stable")
@@ -86,7 +86,7 @@ class StepBuilder:
         """L at so many tokens."""
         point = self.point(np.float64(1.0), np.float64(1.0), np.float64(1.0))
         operations = token_operations(self.run, point, counts)
-        time = self.kernels_s(self.parallel.experts(operations, counts))
+        time = self.kernels_s(self.parallel.experts(operations, counts, self.model))
         return np.broadcast_to(time, counts.shape)
 
     def prompts(self, lengths: Floats) -> tuple[Floats, Floats, float]:

@@ -62,7 +62,7 @@ def needed_replicas(
         both = screen_pair(candidate, spec, changed, scenario.estimate).parts
         if both is None or not isfinite(changed.rate_per_s):
             return inf
-        each = 1 / both.prompt_bound.rate_per_s + 1 / both.answer_bound.rate_per_s
+        each = 1 / both.prompt_rate_per_s + 1 / both.answer_bound.rate_per_s
         return changed.rate_per_s * scenario.rate * each
     screened = screen(candidate, spec, changed, scenario.estimate)
     if screened.parts is None or not isfinite(changed.rate_per_s):

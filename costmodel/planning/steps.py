@@ -5,7 +5,7 @@ together. Its time depends on that iteration's own load, never on averages:
 
     n >= 1, no prompt    D(n, R)
     with c prompt tokens D(n, R) + L(n + c) - L(n) + A,    D(0, 0) = head and overhead
-    A = floor + sum over chunks p..p+c of max(G(p + c) - G(p), Q(p))
+    A = floor + sum over chunks p..p+c of max(G(p + c) - G(p), Q(p), X(p + c))
 
 R   bytes the mixers move for the sequences in the batch, added up over what each one really holds
 D   a whole decode step, from the cost model at every batch size, piecewise linear in R
@@ -13,12 +13,13 @@ L   projections, experts, norms and collectives for that many tokens (the weight
 G   attention and other mixing over a prompt of that length; a chunk is a difference, so all
     chunks of a prompt sum to the whole prompt's cost
 Q   reading the prefix again, which binds for small chunks behind long prefixes
+X   passing K and V around the ranks of context parallelism
 
 Ignored: that kernels of prompt and decode may overlap; what a captured graph saves in mixed steps.
 """
 
 from bisect import bisect_right
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,6 +48,7 @@ class StepTable:
     alone_s  an iteration without decoding sequences, before its tokens are priced
     basis    the weakest source of the times
     host_s   the host cannot start the kernels of a mixed iteration faster than this
+    exchange_s   K and V of a prompt of that length past all context-parallel ranks; empty without
     """
 
     chunk_tokens: int
@@ -63,6 +65,7 @@ class StepTable:
     alone_s: float
     host_s: float
     basis: str = "prior"
+    exchange_s: list[float] = field(default_factory=list)
 
     def decode_s(self, n: int, moved: float) -> float:
         """D(n, R), n >= 1."""
@@ -83,6 +86,9 @@ class StepTable:
         mixing = _at(self.prompt_s, self.prompt_shift, start + tokens) - _at(
             self.prompt_s, self.prompt_shift, start
         )
+        if self.exchange_s:
+            passed = _at(self.exchange_s, self.prompt_shift, start + tokens)
+            mixing = mixing if mixing > passed else passed
         if start == 0:
             return mixing
         again = _at(self.prefix_s, self.prompt_shift, start)
