@@ -8,6 +8,7 @@ from rich import box
 from rich.table import Table
 
 from costmodel.planning.plan import Plan
+from costmodel.planning.sentences import split_of
 from costmodel.units import format_seconds
 
 Row = dict[str, Any]
@@ -37,12 +38,6 @@ def _seconds(key: str) -> Callable[[Row], str]:
 
 def _text(key: str) -> Callable[[Row], str]:
     return lambda row: str(row[key])
-
-
-def split(row: Row) -> str:
-    """Degrees of parallelism: ``tp2 pp2``."""
-    degrees = [f"{k}{row[k]}" for k in ("pp", "ep", "cp") if (row.get(k) or 1) > 1]
-    return " ".join([f"tp{row['tp']}", *degrees])
 
 
 def _accuracy(row: Row) -> str:
@@ -75,7 +70,7 @@ def _columns(plan: Plan) -> list[Column]:
         *(Column(title=k, text=_text(k), is_number=False) for k in vary),
         Column(title="method", text=_text("method_spec"), is_number=False),
         Column(title="gpu", text=_text("gpu"), is_number=False),
-        Column(title="split", text=split, is_number=False),
+        Column(title="split", text=split_of, is_number=False),
         Column(title="replicas", text=lambda r: f"{r['replicas']}{'*' if r['fragile'] else ''}"),
         Column(title="GPUs", text=_text("gpus")),
         Column(title="USD/h", text=_number("usd_per_hour", ".2f")),
@@ -112,9 +107,6 @@ def ranked(rows: Sequence[Row], plan: Plan, width: int | None) -> Table:
     table = _empty([(c.title, c.is_number) for c in columns], markdown=width is None)
     for row in rows:
         table.add_row(*(c.text(row) for c in columns))
-    if any(r["fragile"] for r in rows):
-        table.caption = "* fragile: the interval of a percentile reaches beyond its limit"
-        table.caption_justify = "left"
     return table
 
 
@@ -125,7 +117,7 @@ def left_out(rows: Sequence[Row], *, markdown: bool) -> Table:
     for r in rows[:SHOWN_OUT]:
         bound = "-" if r["bound_replicas"] is None else str(r["bound_replicas"])
         name = f"{r['model']} {r['method_spec']}"
-        table.add_row(name, r["gpu"], split(r), bound, str(r["reason"]))
+        table.add_row(name, r["gpu"], split_of(r), bound, str(r["reason"]))
     if len(rows) > SHOWN_OUT:
         table.add_row(f"and {len(rows) - SHOWN_OUT} more", "", "", "", "see --format json")
     return table

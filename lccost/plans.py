@@ -41,8 +41,7 @@ def document(plan: Plan, version: str) -> dict[str, Any]:
     out["explanations"] = explanations(plan)
     out["sensitivities"] = plan.sensitivities
     out["curve"] = _rates(plan)
-    near = None if plan.feasible else plan.nearest
-    out["nearest"] = near
+    out["nearest"] = None if plan.feasible else plan.nearest
     if plan.feasible:
         out["deploy"] = sentences.deploy(plan.feasible[0], spec, plan.workload)
     return out

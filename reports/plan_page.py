@@ -6,9 +6,11 @@ from functools import partial
 from typing import Any
 
 from costmodel.errors import MissingExtraError
+from costmodel.planning.sentences import split_of
 from costmodel.units import format_seconds
-from reports.charts import Colours, chart_series
+from reports.charts import MOST_SERIES, Colours, chart_series
 from reports.figures import planning
+from reports.figures.pareto import frontier
 from reports.html import Heading, Section, page, picture_of
 from reports.illustrations import Illustration
 from reports.labels import safe_text
@@ -24,28 +26,33 @@ _COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("rank", "rank", "whole"),
     ("model", "model", "text"),
     ("method_spec", "method", "text"),
-    ("level", "level", "text"),
-    ("engine", "engine", "text"),
     ("gpu", "GPU", "text"),
-    ("tp", "TP", "whole"),
-    ("replicas", "replicas", "whole"),
+    ("tp", "split", "split"),
+    ("replicas", "replicas", "replicas"),
     ("gpus", "GPUs", "whole"),
     ("usd_per_hour", "US$/h", _MONEY),
-    ("usd_per_million_tokens", "US$/Mtok", "number"),
-    ("energy_j_per_token", "J/token", "number"),
-    ("ttft_p50_s", "TTFT P50", _SECONDS),
-    ("ttft_p99_s", "TTFT P99", _SECONDS),
+    ("accuracy_drop_points", "points given up", "points"),
+    ("binds", "binds", "text"),
+    ("ttft_p50_s", "TTFT P50 with queue", _SECONDS),
+    ("ttft_p99_s", "TTFT P99 with queue", _SECONDS),
     ("tpot_p95_s", "TPOT P95", _SECONDS),
     ("itl_p95_s", "ITL P95", _SECONDS),
     ("e2e_p99_s", "E2E P99", _SECONDS),
     ("goodput_rps", "goodput (req/s)", "number"),
     ("kv_occupancy", "KV use", "share"),
     ("headroom", "headroom", "share"),
+    ("max_rate_per_s", "most req/s", "number"),
     ("breaks_first", "breaks first", "text"),
-    ("binds", "binds", "text"),
+    ("usd_per_million_tokens", "US$/Mtok", "number"),
+    ("usd_per_million_input_tokens", "in", "number"),
+    ("usd_per_million_output_tokens", "out", "number"),
+    ("energy_j_per_token", "J/token", "number"),
     ("bound_replicas", "closed form", "whole"),
-    ("accuracy_drop_points", "points given up", "points"),
+    ("level", "level", "text"),
+    ("engine", "engine", "text"),
 )
+#: Left out where all plans have the same.
+_SHARED = ("model", "level", "engine")
 
 
 def html(document: Document) -> str:
@@ -57,7 +64,7 @@ def html(document: Document) -> str:
     def of(section: str) -> tuple[Any, ...]:
         return tuple(picture for name, picture in pictures if name == section)
 
-    ranking = ranked_table(held)
+    ranking = ranked_table(held, document["limits"])
     found = (
         Section(id="verdict", title="Verdict"),
         Section(id="methods", title="Plans that hold", tables=(ranking,)),
@@ -91,14 +98,41 @@ def _texts(texts: Sequence[str]) -> list[str]:
 # Tables --------------------------------------------------------------------------------------
 
 
-def ranked_table(rows: Sequence[Row]) -> Table:
-    """One row a plan that holds, best first."""
+def ranked_table(rows: Sequence[Row], limits: Sequence[Row] = ()) -> Table:
+    """One row a plan that holds, best first; with every percentile that has a limit."""
+    columns = [c for c in _COLUMNS if c[0] not in _SHARED or len({r.get(c[0]) for r in rows}) > 1]
+    known = {name for name, _, _ in columns}
+    place = next(n for n, c in enumerate(columns) if c[0] == "goodput_rps")
+    asked = [(x["key"], _percentile(x), _SECONDS) for x in limits if x["key"] not in known]
+    columns[place:place] = asked
     return Table(
         title="Plans that hold",
-        columns=tuple(Column(name=n, title=t, is_number=k != "text") for n, t, k in _COLUMNS),
-        values=tuple(tuple(r.get(n) for n, _, _ in _COLUMNS) for r in rows),
-        texts=tuple(tuple(_shown(r.get(n), k) for n, _, k in _COLUMNS) for r in rows),
+        columns=tuple(Column(name=n, title=t, is_number=k not in _WORDS) for n, t, k in columns),
+        values=tuple(tuple(_value(r, n, k) for n, _, k in columns) for r in rows),
+        texts=tuple(tuple(_text(r, n, k) for n, _, k in columns) for r in rows),
     )
+
+
+#: Kinds of columns that are words.
+_WORDS = ("text", "split")
+
+
+def _percentile(limit: Row) -> str:
+    queue = " with queue" if limit["metric"] == "ttft" else ""
+    return f"{limit['metric'].upper()} P{limit['percentile']:g}{queue}"
+
+
+def _value(row: Row, name: str, kind: str) -> Any:
+    return split_of(row) if kind == "split" else row.get(name)
+
+
+def _text(row: Row, name: str, kind: str) -> str:
+    text = _shown(_value(row, name, kind), "text" if kind in _WORDS else kind)
+    if kind == "replicas" and row.get("fragile"):
+        text += "*"
+    if kind == "points" and row.get("accuracy_analogy") and row.get(name) is not None:
+        text += " by analogy"
+    return text
 
 
 def _shown(value: Any, kind: str) -> str:
@@ -108,7 +142,13 @@ def _shown(value: Any, kind: str) -> str:
         return "unknown" if kind == "points" else "-"
     if kind == _SECONDS:
         return format_seconds(float(value))
-    form = {"whole": ",.0f", "share": ".0%", "points": ".1f", _MONEY: ",.2f"}.get(kind, ".3g")
+    form = {
+        "whole": ",.0f",
+        "replicas": ",.0f",
+        "share": ".0%",
+        "points": ".1f",
+        _MONEY: ",.2f",
+    }.get(kind, ".3g")
     return f"{float(value):{form}}"
 
 
@@ -150,11 +190,11 @@ def _evidence(rows: Sequence[Row]) -> Table:
 
 def _out(rows: Sequence[Row]) -> Table:
     out = [
-        (r["model"], r["method_spec"], r["gpu"], r["tp"], r["bound_replicas"], r["reason"])
+        (r["model"], r["method_spec"], r["gpu"], split_of(r), r["bound_replicas"], r["reason"])
         for r in rows
         if not r["feasible"]
     ]
-    heads = ("model", "method", "GPU", "TP", "closed form", "why")
+    heads = ("model", "method", "GPU", "split", "closed form", "why")
     return _table("Out", heads, out)
 
 
@@ -194,17 +234,42 @@ def _bound_rate(row: Row) -> float | None:
 def _charts(document: Document, held: Sequence[Row]) -> dict[str, Spec]:
     colours = Colours()
     specs = {
-        "cost": _scatter(
-            "Cost against accuracy", planning.cost_points(held), held, colours,
-            ("US$ per hour", "US$"), ("accuracy given up (points)", "points"),
-        ),
+        "cost": _cost(held, colours),
         "speed": _scatter(
             "Speed of a user against use of a GPU", planning.speed_points(held), held, colours,
             ("tokens/s of one user (1 / TPOT P50)", ""), ("output tokens/s of one GPU", ""),
         ),
         "load": _load(document, held),
     }  # fmt: skip
+    if specs["speed"] is not None:
+        best = frontier([(-x, -y) for x, y, _ in planning.speed_points(held)])
+        specs["speed"]["series"].append(_edge([(-x, -y) for x, y in best]))
     return {name: spec for name, spec in specs.items() if spec is not None}
+
+
+def _cost(held: Sequence[Row], colours: Colours) -> Spec | None:
+    """Plans without evidence stand above a line: their accuracy is unknown, not zero."""
+    known = planning.cost_points(held)
+    top, unknown = planning.unknown_points(held)
+    spec = _scatter(
+        "Cost against accuracy", [*known, *unknown], held, colours,
+        ("US$ per hour", "US$"), ("accuracy given up (points)", "points"),
+    )  # fmt: skip
+    if spec is None:
+        return None
+    edge = frontier([(x, y) for x, y, _ in known])
+    if len(edge) > 1:
+        spec["series"].append(_edge(edge))
+    if unknown:
+        ends = (0.0, max(x for x, _, _ in (*known, *unknown)))
+        line = [(x, top, -1, "") for x in ends]
+        spec["series"].append(chart_series("above this line: accuracy unknown", "guide", line))
+    return spec
+
+
+def _edge(points: Sequence[tuple[float, float]]) -> Spec:
+    line = [(x, y, -1, "") for x, y in points]
+    return chart_series("not beaten in both (Pareto)", "roof", line)
 
 
 def _scatter(
@@ -215,21 +280,26 @@ def _scatter(
     x: tuple[str, str],
     y: tuple[str, str],
 ) -> Spec | None:
+    """One series a method and GPU, as the static picture has them."""
     if not points:
         return None
     number = {id(r): n for n, r in enumerate(held)}
     grouped: dict[str, list[tuple[float, float | None, int, str]]] = {}
     for a, b, row in points:
-        tip = f"{row['gpus']} x {row['gpu']}, rank {row['rank']}"
-        grouped.setdefault(str(row["method_spec"]), []).append((a, b, number[id(row)], tip))
+        lost = row["accuracy_drop_points"]
+        accuracy = "accuracy unknown" if lost is None else f"{lost:.1f} points given up"
+        tip = f"{row['gpus']} x {row['gpu']}, rank {row['rank']}, {accuracy}"
+        name = f"{row['method_spec']} on {row['gpu']}"
+        grouped.setdefault(name, []).append((a, b, number[id(row)], tip))
     return {
         "title": title,
         "x": {"label": x[0], "unit": x[1], "log": 0},
         "y": {"label": y[0], "unit": y[1], "log": 0},
         "series": [
             chart_series(safe_text(name, 60), "ring", found, colour=colours(name))
-            for name, found in grouped.items()
+            for name, found in list(grouped.items())[:MOST_SERIES]
         ],
+        "omitted": max(0, len(grouped) - MOST_SERIES),
     }
 
 
@@ -247,6 +317,11 @@ def _load(document: Document, held: Sequence[Row]) -> Spec | None:
         if key in limits:
             line = [(x, limits[key], -1, "") for x in ends]
             series.append(chart_series(f"limit of {title}", "guide", line, colour=n))
+    bound = _bound_rate(held[0])
+    if bound is not None and bound <= 2 * ends[1]:
+        values = [y for s in series for y in s["y"] if y]
+        line = [(bound, min(values), -1, ""), (bound, max(values), -1, "")]
+        series.append(chart_series("closed form: unstable beyond", "guide", line))
     return {
         "title": "Latency of rank 1 against rate",
         "x": {"label": "requests per second", "unit": "", "log": 0},
@@ -275,7 +350,7 @@ def xlsx(document: Document) -> bytes:
     }  # fmt: skip
     held = [r for r in document["results"] if r["feasible"]]
     tables = {
-        "Plans": ranked_table(held), "Out": _out(document["results"]),
+        "Plans": ranked_table(held, document["limits"]), "Out": _out(document["results"]),
         "Sensitivities": _changes(document), "Accuracy": _evidence(held),
     }  # fmt: skip
     with xlsxwriter.Workbook(out, options) as book:

@@ -94,6 +94,14 @@ def bound_of(load: Load, steps: StepTable, pool: float) -> Bound:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Miss:
+    """Why a candidate is out, and how many times over its limit it is (above 1)."""
+
+    reason: str
+    factor: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Unloaded:
     """Latencies of each request alone on an idle replica: no load can make them shorter."""
 
@@ -105,8 +113,8 @@ class Unloaded:
         alone: np.ndarray = self.ttft_s + self.tpot_s * (output_tokens - 1)
         return alone
 
-    def broken(self, slo: Slo, input_tokens: np.ndarray, output_tokens: np.ndarray) -> str | None:
-        """An objective that not even an idle fleet meets, in words; None when there is none."""
+    def broken(self, slo: Slo, input_tokens: np.ndarray, output_tokens: np.ndarray) -> Miss | None:
+        """An objective that not even an idle fleet meets; None when there is none."""
         e2e = self.e2e_s(output_tokens)
         several = output_tokens > 1
         values = {"ttft": self.ttft_s, "tpot": self.tpot_s[several], "e2e": e2e}
@@ -126,13 +134,15 @@ class Unloaded:
                         f"; the prompt of {int(input_tokens[longest]):,} tokens alone takes "
                         f"{float(self.ttft_s[longest]):.3g} s"
                     )
-                return text
+                return Miss(reason=text, factor=best / limit.limit_s)
         if slo.ttft_s_per_1k_tokens is not None:
-            share = float(np.mean(self.ttft_s <= slo.scaled_ttft_s(input_tokens)))
-            if share < (slo.attainment or DEFAULT_SHARE):
-                return (
-                    f"only {share:.1%} of requests meet TTFT of {slo.ttft_s_per_1k_tokens:g} s per "
-                    "1,000 prompt tokens on an idle replica"
+            use = self.ttft_s / slo.scaled_ttft_s(input_tokens)
+            share, asked = float(np.mean(use <= 1.0)), slo.attainment or DEFAULT_SHARE
+            if share < asked:
+                return Miss(
+                    reason=f"only {share:.1%} of requests meet TTFT of "
+                    f"{slo.ttft_s_per_1k_tokens:g} s per 1,000 prompt tokens on an idle replica",
+                    factor=float(np.quantile(use, asked)),
                 )
         return None
 

@@ -13,7 +13,7 @@ from costmodel.methods.parse import parse_method, parse_methods
 from costmodel.methods.stack import MethodStack
 from costmodel.model import Model
 from costmodel.options import Options
-from costmodel.planning.bound import Bound, Unloaded, bound_of, unloaded
+from costmodel.planning.bound import Bound, Miss, Unloaded, bound_of, unloaded
 from costmodel.planning.evidence import GivenUp, given_up
 from costmodel.planning.load import Load, load_of, pool_bytes
 from costmodel.planning.parallel import Parallel
@@ -87,7 +87,8 @@ class Parts:
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Screened:
     """The answer before any simulation. ``reason`` says why it is out; ``parts`` is None then,
-    unless it is out for its accuracy or the number of GPUs alone.
+    unless it is out for its accuracy or the number of GPUs alone. ``miss``: how many times over
+    the limit it is that puts it out, where that is a number.
     """
 
     candidate: Candidate
@@ -95,6 +96,7 @@ class Screened:
     reason: str | None
     given_up: GivenUp | None = None
     parts: Parts | None = None
+    miss: float | None = None
 
     @property
     def bound_replicas(self) -> int | None:
@@ -113,14 +115,35 @@ def _offered(load: Load) -> float:
     return (load.size - 1) / span if span > 0 else float("inf")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attained:
+    """Factors on the shares of its peaks that a device attains, as a device with other peaks."""
+
+    mfu: float = 1.0
+    mbu: float = 1.0
+
+    def of(self, hardware: HardwareProfile) -> HardwareProfile:
+        """The device whose kernels attain so much more or less."""
+        if self.mfu == self.mbu == 1.0:
+            return hardware
+        peaks = {dtype: peak * self.mfu for dtype, peak in hardware.peak_flops_per_s.items()}
+        bandwidth = hardware.hbm_bytes_per_s * self.mbu
+        return replace(hardware, peak_flops_per_s=peaks, hbm_bytes_per_s=bandwidth)
+
+
 def screen(
-    candidate: Candidate, spec: PlanSpec, requests: Requests, estimate: Estimate = "mid"
+    candidate: Candidate,
+    spec: PlanSpec,
+    requests: Requests,
+    estimate: Estimate = "mid",
+    device: Attained | None = None,
 ) -> Screened:
     """Everything that can be said without simulating."""
     try:
         stack = parse_method(candidate.method)
         architecture = load_architecture(candidate.model)
         hardware = load_hardware(candidate.gpu, prices=spec.money.file)
+        hardware = hardware if device is None else device.of(hardware)
     except LccostError as error:
         return Screened(candidate=candidate, names={}, reason=str(error))
     names = {
@@ -138,15 +161,20 @@ def screen(
     except LccostError as error:
         return Screened(candidate=candidate, names=names, reason=str(error))
     names["engine"] = model.engine.name
-    if isinstance(parts, str):
-        return Screened(candidate=candidate, names=names, reason=parts, given_up=lost)
+    if isinstance(parts, Miss):
+        return Screened(
+            candidate=candidate, names=names, reason=parts.reason, given_up=lost, miss=parts.factor
+        )
     out = Screened(candidate=candidate, names=names, reason=None, given_up=lost, parts=parts)
     needed = out.bound_replicas or 1
     gpus = needed * candidate.gpus_per_replica
-    reason = lost.refusal or parts.alone.broken(spec.slo, mine.input_tokens, mine.output_tokens)
-    if reason is None and gpus > spec.grid.max_gpus:
+    if lost.refusal is not None:
+        return replace(out, reason=lost.refusal)
+    miss = parts.alone.broken(spec.slo, mine.input_tokens, mine.output_tokens)
+    if miss is None and gpus > spec.grid.max_gpus:
         reason = f"needs at least {gpus} GPUs, more than the {spec.grid.max_gpus} allowed"
-    return replace(out, reason=reason)
+        miss = Miss(reason=reason, factor=gpus / spec.grid.max_gpus)
+    return out if miss is None else replace(out, reason=miss.reason, miss=miss.factor)
 
 
 def _model(
@@ -180,20 +208,24 @@ def _parts(
     requests: Requests,
     grid: Grid,
     estimate: Estimate,
-) -> Parts | str:
-    """Tables, loads and bound; or the reason why it does not fit."""
+) -> Parts | Miss:
+    """Tables, loads and bound; or why it does not fit."""
     parallel = replace(candidate.parallel, network_bytes_per_s=grid.transfer_bytes_per_s)
     parallel.check(model)
     per_node = hardware.max_gpus_per_node
     if candidate.tp > per_node:
-        return f"tp = {candidate.tp} is more than the {per_node} GPUs of a node"
+        return Miss(
+            reason=f"tp = {candidate.tp} is more than the {per_node} GPUs of a node",
+            factor=candidate.tp / per_node,
+        )
     total = requests.input_tokens + requests.output_tokens
     longest = int(np.argmax(total))
     limit = architecture.max_context_tokens
     if limit is not None and total[longest] > limit:
-        return (
-            f"the longest request has {int(total[longest]):,} tokens and {architecture.name} takes "
-            f"{limit:,}"
+        return Miss(
+            reason=f"the longest request has {int(total[longest]):,} tokens and "
+            f"{architecture.name} takes {limit:,}",
+            factor=float(total[longest]) / limit,
         )
     weights = parallel.weights_bytes(model)
     pool = pool_bytes(
@@ -203,23 +235,26 @@ def _parts(
         grid.max_batch,
     )
     pool = parallel.pool_bytes(pool, model)
+    usable = hardware.memory_bytes * grid.memory_fraction
     if pool <= 0:
-        return (
-            f"no room for state: {format_bytes(weights)} of weights and "
+        return Miss(
+            reason=f"no room for state: {format_bytes(weights)} of weights and "
             f"{format_bytes(-pool)} too much in transients on {format_bytes(hardware.memory_bytes)}"
-            if weights < hardware.memory_bytes * grid.memory_fraction
+            if weights < usable
             else f"weights of {format_bytes(weights)} per GPU do not fit in "
-            f"{grid.memory_fraction:.0%} of {format_bytes(hardware.memory_bytes)}"
+            f"{grid.memory_fraction:.0%} of {format_bytes(hardware.memory_bytes)}",
+            factor=(usable - pool) / usable,
         )
     make = StepBuilder(model, parallel, estimate)
     load = load_of(model, requests, make)
     worst = int(np.argmax(load.peak_bytes))
     if load.peak_bytes[worst] > pool:
-        return (
-            f"the longest request ({int(load.input_tokens[worst]):,} + "
+        return Miss(
+            reason=f"the longest request ({int(load.input_tokens[worst]):,} + "
             f"{int(load.output_tokens[worst]):,} tokens) needs "
             f"{load.peak_bytes[worst] / GIB:.2f} GiB of state per GPU, the pool holds "
-            f"{pool / GIB:.2f} GiB"
+            f"{pool / GIB:.2f} GiB",
+            factor=float(load.peak_bytes[worst]) / pool,
         )
     chunk = model.engine.prefill_chunk_tokens or int(load.prompt_tokens.max())
     steps = build_steps(

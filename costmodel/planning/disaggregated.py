@@ -15,7 +15,7 @@ import numpy as np
 
 from costmodel.kernels.prior import COLLECTIVE_FRACTION
 from costmodel.planning.bound import Bound, bound_of
-from costmodel.planning.candidate import Candidate, Parts, Screened, screen
+from costmodel.planning.candidate import Attained, Candidate, Parts, Screened, screen
 from costmodel.planning.fleet import Outcome, simulate
 from costmodel.planning.load import Load
 from costmodel.planning.pricing import Estimate
@@ -79,13 +79,14 @@ def sent_s(finish_s: np.ndarray, replica: np.ndarray, transfer_s: np.ndarray) ->
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class ScreenedPair:
-    """Both screenings; ``reason`` says why the pair is out."""
+    """Both screenings; ``reason`` says why the pair is out, ``miss`` by how many times."""
 
     pair: Pair
     prefill: Screened
     decode: Screened
     reason: str | None
     parts: PairParts | None = None
+    miss: float | None = None
 
     def bounds(self, rate: float) -> tuple[int, int]:
         """Fewest prefill and decode replicas in closed form."""
@@ -97,11 +98,17 @@ class ScreenedPair:
 
 
 def screen_pair(
-    pair: Pair, spec: PlanSpec, requests: Requests, estimate: Estimate = "mid"
+    pair: Pair,
+    spec: PlanSpec,
+    requests: Requests,
+    estimate: Estimate = "mid",
+    device: Attained | None = None,
 ) -> ScreenedPair:
     """Everything that can be said without simulating."""
-    first = screen(pair.prefill, spec, requests, estimate)
-    second = first if pair.decode == pair.prefill else screen(pair.decode, spec, requests, estimate)
+    first = screen(pair.prefill, spec, requests, estimate, device)
+    second = first
+    if pair.decode != pair.prefill:
+        second = screen(pair.decode, spec, requests, estimate, device)
     reason = next(
         (
             f"{role} pool: {x.reason}"
@@ -118,7 +125,9 @@ def screen_pair(
     gpus = n * pair.prefill.gpus_per_replica + m * pair.decode.gpus_per_replica
     if gpus > spec.grid.max_gpus:
         return replace(
-            out, reason=f"needs at least {gpus} GPUs, more than the {spec.grid.max_gpus} allowed"
+            out,
+            reason=f"needs at least {gpus} GPUs, more than the {spec.grid.max_gpus} allowed",
+            miss=gpus / spec.grid.max_gpus,
         )
     return out
 

@@ -59,7 +59,7 @@ def _refusal(worst: GivenUp, floor: AccuracyFloor, family: str) -> str | None:
         if floor.allow_unknown:
             return None
         return (
-            f"accuracy {worst.source.removeprefix('unknown').strip(' :')}; "
+            f"accuracy unknown: {worst.source.removeprefix('unknown').strip(' :')}; "
             "allow_unknown = true ranks it anyway"
         )
     if floor.max_drop_points is None or worst.drop_points <= floor.max_drop_points:

@@ -50,7 +50,13 @@ def pair_bound_row(screened: ScreenedPair, rate: float) -> dict[str, Any]:
     row = _names(screened)
     if screened.parts is not None:
         n, m = screened.bounds(rate)
-        row |= {"bound_replicas": n + m, "bound_usd_per_hour": _rent(screened, n, m)}
+        pair = screened.pair
+        row |= {
+            "miss": screened.miss,
+            "bound_replicas": n + m,
+            "bound_gpus": n * pair.prefill.gpus_per_replica + m * pair.decode.gpus_per_replica,
+            "bound_usd_per_hour": _rent(screened, n, m),
+        }
     return filled(row)
 
 

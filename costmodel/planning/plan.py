@@ -60,9 +60,17 @@ class Plan:
 
     @property
     def nearest(self) -> Row | None:
-        """Where nothing holds: the row that misses by least."""
-        missed = [r for r in self.rows if r.get("miss") is not None]
-        return min(missed, key=lambda r: (r["miss"], r["usd_per_hour"] or inf), default=None)
+        """Where nothing holds: the row that misses by least, simulated or not; then one that is
+        out for what no number says (accuracy), the cheapest; None where none can run at all.
+        """
+
+        def order(row: Row) -> tuple[float, float, float]:
+            usd = row["usd_per_hour"] or row["bound_usd_per_hour"] or inf
+            # Equal misses: what was simulated says more.
+            return (row["miss"] or inf, float(row["answered_by"] != "simulated"), usd)
+
+        out = [r for r in self.rows if r["miss"] is not None or r["bound_replicas"] is not None]
+        return min(out, key=order, default=None)
 
 
 def make_plan(

@@ -18,8 +18,8 @@ KEYS = (
     "goodput_rps", "throughput_rps", "output_tokens_per_s", "kv_occupancy", "kv_peak",
     "largest_share", "n_preempted", "headroom", "max_rate_per_s", "breaks_first", "binds",
     "binding", "checks", "fragile", "accuracy_drop_points", "accuracy_source",
-    "accuracy_analogy", "bound_replicas", "bound_gap", "bound_usd_per_hour", "holds",
-    "answered_by", "price_date", "basis",
+    "accuracy_analogy", "bound_replicas", "bound_gpus", "bound_gap", "bound_usd_per_hour",
+    "holds", "answered_by", "miss", "price_date", "basis",
 )  # fmt: skip
 
 
@@ -72,13 +72,14 @@ def filled(row: dict[str, Any]) -> dict[str, Any]:
 def bound_row(screened: Screened, reason: str | None = None) -> dict[str, Any]:
     """A row answered without a simulation: infeasible, or beaten by its own bound."""
     row = _base(screened)
-    row["reason"] = reason or screened.reason
+    row |= {"reason": reason or screened.reason, "miss": screened.miss}
     if screened.parts is not None and screened.bound_replicas is not None:
         replicas = screened.bound_replicas
         gpus = replicas * screened.candidate.gpus_per_replica
         usd = rent_usd_per_hour(screened.parts.hardware, gpus)
         row |= {
             "bound_replicas": replicas,
+            "bound_gpus": gpus,
             "binding": binding(screened),
             "binds": binds(screened),
             "price_date": screened.parts.hardware.price_date or None,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from math import ceil, inf, isfinite
 from typing import TYPE_CHECKING, Any
 
-from costmodel.planning.candidate import Candidate, screen
+from costmodel.planning.candidate import Attained, Candidate, screen
 from costmodel.planning.disaggregated import Pair, screen_pair
 from costmodel.planning.pricing import Estimate
 from costmodel.planning.requests import Requests
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scenario:
     """One change. Factors multiply (``method_outputs``: answers of every method but the plain
-    one); ``estimate`` is the end of the kernel-time interval.
+    one; ``mfu`` and ``mbu``: the shares of peak FLOP/s and bandwidth that kernels attain);
+    ``estimate`` is the end of the kernel-time interval.
     """
 
     name: str
@@ -30,6 +31,8 @@ class Scenario:
     lengths: float = 1.0
     outputs: float = 1.0
     method_outputs: float = 1.0
+    mfu: float = 1.0
+    mbu: float = 1.0
     estimate: Estimate = "mid"
 
 
@@ -42,6 +45,10 @@ SCENARIOS = (
     Scenario(name="lengths x 2", lengths=2.0),
     Scenario(name="answers x 1.5", outputs=1.5),
     Scenario(name="answers x 1.2 with a method", method_outputs=1.2),
+    Scenario(name="MFU x 0.8", mfu=0.8),
+    Scenario(name="MFU x 1.25", mfu=1.25),
+    Scenario(name="MBU x 0.8", mbu=0.8),
+    Scenario(name="MBU x 1.25", mbu=1.25),
     Scenario(name="kernels at the fast end", estimate="low"),
     Scenario(name="kernels at the slow end", estimate="high"),
 )
@@ -58,13 +65,14 @@ def needed_replicas(
     longer = scenario.outputs * (1.0 if plain else scenario.method_outputs)
     if longer != 1.0:
         changed = changed.with_outputs(longer)
+    device = Attained(mfu=scenario.mfu, mbu=scenario.mbu)
     if isinstance(candidate, Pair):
-        both = screen_pair(candidate, spec, changed, scenario.estimate).parts
+        both = screen_pair(candidate, spec, changed, scenario.estimate, device).parts
         if both is None or not isfinite(changed.rate_per_s):
             return inf
         each = 1 / both.prompt_rate_per_s + 1 / both.answer_bound.rate_per_s
         return changed.rate_per_s * scenario.rate * each
-    screened = screen(candidate, spec, changed, scenario.estimate)
+    screened = screen(candidate, spec, changed, scenario.estimate, device)
     if screened.parts is None or not isfinite(changed.rate_per_s):
         return inf
     if screened.parts.alone.broken(spec.slo, changed.input_tokens, changed.output_tokens):

@@ -4,7 +4,6 @@ run.
 
 import shlex
 from collections.abc import Mapping, Sequence
-from math import prod
 from typing import Any
 
 from costmodel.errors import LccostError
@@ -19,6 +18,7 @@ DEFINITIONS = (
     "TTFT: arrival to first token, queue included. TPOT: (E2E - TTFT) / (n - 1) of one request. "
     "ITL: every gap between consecutive tokens. E2E: arrival to last token.",
     "goodput: requests per second that meet every limit themselves.",
+    "fragile (*): the 95 % interval of a percentile reaches beyond its limit.",
     "KV use: mean share of the state pool; headroom: load that still holds, above the planned one.",
 )
 
@@ -28,35 +28,32 @@ def verdict(plan: Plan) -> str:
     if plan.feasible:
         best = plan.feasible[0]
         usd = "" if best["usd_per_hour"] is None else f", {best['usd_per_hour']:.2f} USD/h"
-        return (
+        text = (
             f"{best['gpus']} x {best['gpu']} with {best['method_spec']} serve {best['model']}"
             f"{usd}; it holds at {best['replicas']} and at {best['replicas'] + 1} replicas."
         )
+        if best["fragile"]:
+            text += (
+                " It is fragile: the interval of a percentile reaches beyond its limit, so another "
+                "draw of the same load may break it."
+            )
+        return text
     near = plan.nearest
     if near is None:
-        text = "No plan meets the objectives: every candidate is out before it is simulated."
-        needs = [(n, i) for i, r in enumerate(plan.rows) if (n := _gpus_over(r, plan.spec))]
-        if not needs:
-            return text
-        n, i = min(needs)
-        row = plan.rows[i]
-        return (
-            f"{text} Nearest, by its closed form: {n} x {row['gpu']} with {row['method_spec']}, "
-            f"where max_gpus is {plan.spec.grid.max_gpus}."
-        )
+        return "No plan meets the objectives: every candidate is out before it is simulated."
+    gpus = near["gpus"] or near["bound_gpus"]
+    what = f"{gpus} x {near['gpu']}" if gpus else near["gpu"]
+    split = f" {split_of(near)}" if split_of(near) != "tp1" else ""
     return (
-        f"No plan meets the objectives. Nearest: {near['gpus']} x {near['gpu']} with "
-        f"{near['method_spec']}: {near['reason']}."
+        f"No plan meets the objectives. Nearest: {what}{split} with {near['method_spec']} for "
+        f"{near['model']}: {near['reason']}."
     )
 
 
-def _gpus_over(row: Row, spec: PlanSpec) -> int:
-    """GPUs of the closed form of a row that is out for needing more than allowed, else 0."""
-    splits = [row.get(k) for k in ("bound_replicas", "tp", "pp", "cp")]
-    if "more than the" not in (row["reason"] or "") or not all(isinstance(x, int) for x in splits):
-        return 0
-    n = prod(x for x in splits if isinstance(x, int))
-    return n if n > spec.grid.max_gpus else 0
+def split_of(row: Row) -> str:
+    """Degrees of parallelism: ``tp2 pp2``."""
+    degrees = [f"{k}{row.get(k)}" for k in ("pp", "ep", "cp") if (row.get(k) or 1) > 1]
+    return " ".join([f"tp{row['tp']}", *degrees])
 
 
 def binding_sentences(rows: Sequence[Row]) -> list[str]:
@@ -224,21 +221,31 @@ def deploy(row: Row, spec: PlanSpec, workload: Mapping[str, Any] | None = None) 
     stack = parse_method(str(row["method_spec"]))
     flags = [flag for m in stack.methods for flag in m.ENGINE_FLAGS.get(engine, ())]
     chunk, fraction = spec.grid.chunk_tokens or 8192, f"{spec.grid.memory_fraction:g}"
+    # A pipeline and a ring have that many micro-batches in flight.
+    sequences = str(spec.grid.max_batch * pool["pp"] * pool["cp"])
     if engine == "sglang":
+        if pool["ep"] > 1 or pool["cp"] > 1:
+            return [_load_test(model, spec, workload or {})]
         serve = [
             "python", "-m", "sglang.launch_server", "--model-path", model,
             "--tp-size", str(row["tp"]), "--chunked-prefill-size", str(chunk),
-            "--max-running-requests", str(spec.grid.max_batch), "--mem-fraction-static", fraction,
+            "--max-running-requests", sequences, "--mem-fraction-static", fraction,
             "--port", "8000",
         ]  # fmt: skip
+        if pool["pp"] > 1:
+            serve += ["--pp-size", str(pool["pp"])]
+        if spec.demand.prefix_share == 0.0:
+            serve.append("--disable-radix-cache")
     else:
         serve = [
             "vllm", "serve", model, "--tensor-parallel-size", str(row["tp"]),
-            "--max-num-batched-tokens", str(chunk), "--max-num-seqs", str(spec.grid.max_batch),
+            "--max-num-batched-tokens", str(chunk), "--max-num-seqs", sequences,
             "--gpu-memory-utilization", fraction,
         ]  # fmt: skip
         if pool["pp"] > 1:
             serve += ["--pipeline-parallel-size", str(pool["pp"])]
+        if pool["cp"] > 1:
+            serve += ["--prefill-context-parallel-size", str(pool["cp"])]
         if pool["ep"] > 1:
             serve += ["--data-parallel-size", str(pool["ep"]), "--enable-expert-parallel"]
         if spec.demand.prefix_share == 0.0:

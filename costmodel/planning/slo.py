@@ -78,12 +78,15 @@ class Slo:
     def sentences(self) -> list[str]:
         """The objectives in words."""
         out = [
-            f"{x.metric.upper()} P{x.percentile:g} <= {_seconds(x.limit_s)}" for x in self.limits
+            f"{x.metric.upper()} P{x.percentile:g}{' with queue' if x.metric == 'ttft' else ''} <= "
+            f"{_seconds(x.limit_s)}"
+            for x in self.limits
         ]
         if self.ttft_s_per_1k_tokens is not None:
             out.append(
-                f"TTFT <= {_seconds(self.ttft_base_s)} + {_seconds(self.ttft_s_per_1k_tokens)} per "
-                f"1,000 prompt tokens for {self.attainment or DEFAULT_SHARE:.2%} of requests"
+                f"TTFT with queue <= {_seconds(self.ttft_base_s)} + "
+                f"{_seconds(self.ttft_s_per_1k_tokens)} per 1,000 prompt tokens for "
+                f"{self.attainment or DEFAULT_SHARE:.2%} of requests"
             )
         if self.attainment is not None:
             out.append(f"{self.attainment:.2%} of requests meet every limit")

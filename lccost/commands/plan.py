@@ -30,6 +30,11 @@ Examples:
   lccost plan plan.toml --output plan.json && lccost plan plan.json --set candidates.max_gpus=16
 """
 
+#: ending of the output file -> function that makes it
+_PAGES = {".html": "html", ".xlsx": "xlsx"}
+#: ending of the output file -> format of the text in it
+_TEXTS = {".json": "json", ".csv": "csv", ".md": "md", ".txt": "table"}
+
 #: option -> key of the plan file
 _KEYS = {
     "trace": "workload.trace",
@@ -115,13 +120,13 @@ _KEYS = {
     "form",
     type=click.Choice(("table", "json", "csv", "md")),
     default=None,
-    help="[default: table, or the output file's ending]",
+    help="Of the text [default: table, or the output file's ending].",
 )
 @click.option(
     "--output",
     type=click.Path(path_type=Path),
     default=None,
-    help="File to write: .json .csv .md .txt .xlsx .html",
+    help="File to write: .json .csv .md .txt; .html or .xlsx beside the text.",
 )
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
 @handle_errors
@@ -149,19 +154,19 @@ def plan(file: Path | None, **options: Any) -> None:
             spec, requests, executor, report,
             prune=not options["no_prune"], details=not options["no_details"],
         )  # fmt: skip
-    if form in ("html", "xlsx"):
-        from reports.plan_page import html, xlsx
+    output = options["output"]
+    if output is not None and output.suffix.lower() in _PAGES:
+        from reports import plan_page
 
         document = plans.document(found, __version__)
-        page = html(document) if form == "html" else xlsx(document)
-        write_atomic(options["output"], page)
-        emit(plans.text(found), None)
-    elif form == "json":
-        emit(to_json(plans.document(found, __version__)), options["output"])
+        write_atomic(output, getattr(plan_page, _PAGES[output.suffix.lower()])(document))
+        output = None
+    if form == "json":
+        emit(to_json(plans.document(found, __version__)), output)
     elif form == "csv":
-        emit(to_csv(found.rows), options["output"])
+        emit(to_csv(found.rows), output)
     else:
-        emit(plans.text(found, markdown=form == "md"), options["output"])
+        emit(plans.text(found, markdown=form == "md"), output)
     if not found.feasible:
         raise CommandError(plans.nothing(found), EXIT_INFEASIBLE)
 
@@ -227,7 +232,22 @@ def _from_result(file: Path) -> tuple[dict[str, Any], Path]:
 
 
 def _form(form: str | None, output: Path | None) -> str:
+    """Of the text. A page or workbook is written beside it, so there the text goes to stdout."""
     if output is None:
         return form or "table"
-    ending = {".json": "json", ".csv": "csv", ".md": "md", ".html": "html", ".xlsx": "xlsx"}
-    return form or ending.get(output.suffix.lower(), "table")
+    ending = output.suffix.lower()
+    if ending not in (*_TEXTS, *_PAGES):
+        raise CommandError(
+            f"--output {output}: expected a file that ends in {', '.join((*_TEXTS, *_PAGES))}",
+            EXIT_USAGE,
+        )
+    if not output.absolute().parent.is_dir():
+        raise CommandError(f"--output {output}: there is no such folder", EXIT_USAGE)
+    own = _TEXTS.get(ending)
+    if form is not None and own is not None and form != own:
+        raise CommandError(
+            f"--format {form} and --output {output} do not agree: name a file that ends in "
+            f"{next(e for e, f in _TEXTS.items() if f == form)}, or leave --format out",
+            EXIT_USAGE,
+        )
+    return form or own or "table"

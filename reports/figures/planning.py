@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 Row = Mapping[str, Any]
 #: Latencies of the rate curve, with what people read.
 CURVES = {
-    "ttft_p50_s": "TTFT P50",
-    "ttft_p99_s": "TTFT P99",
+    "ttft_p50_s": "TTFT P50 (with queue)",
+    "ttft_p99_s": "TTFT P99 (with queue)",
     "tpot_p95_s": "TPOT P95",
     "itl_p95_s": "ITL P95",
     "e2e_p99_s": "E2E P99",
@@ -37,7 +37,7 @@ _MOST_BARS = 12
 
 def row_name(row: Row) -> str:
     """A plan in a few words."""
-    split = "".join(f" {k}{row.get(k)}" for k in ("tp",) if (row.get(k) or 1) > 1)
+    split = "".join(f" {k}{row[k]}" for k in ("tp", "pp", "ep", "cp") if (row.get(k) or 1) > 1)
     return safe_text(f"{row['method_spec']} on {row['gpu']}{split}", 40)
 
 
@@ -57,6 +57,18 @@ def cost_points(rows: Sequence[Row]) -> list[tuple[float, float, Row]]:
         for r in rows
         if r.get("usd_per_hour") is not None and r.get("accuracy_drop_points") is not None
     ]
+
+
+def unknown_points(rows: Sequence[Row]) -> tuple[float, list[tuple[float, float, Row]]]:
+    """(where the strip of unknown accuracy begins, what stands in it): unknown is not zero."""
+    top = max([1.0, *(drop for _, drop, _ in cost_points(rows))]) * 1.25
+    found: list[tuple[float, float, Row]] = []
+    for r in rows:
+        if r.get("usd_per_hour") is not None and r.get("accuracy_drop_points") is None:
+            # Plans that cost the same stand above each other.
+            same = sum(usd == r["usd_per_hour"] for usd, _, _ in found)
+            found.append((r["usd_per_hour"], top * (1.08 + 0.06 * same), r))
+    return top, found
 
 
 def plan_speed(rows: Sequence[Row], *, size: tuple[float, float] = WIDE) -> "Figure":
@@ -88,19 +100,20 @@ def plan_cost(rows: Sequence[Row], *, size: tuple[float, float] = WIDE) -> "Figu
             say_empty(axes, "no plan with a price holds: nothing to draw")
             return figure
         points = cost_points(priced)
-        top = max([1.0, *(d for _, d, _ in points)]) * 1.25
-        unknown = [(r["usd_per_hour"], top * 1.12, r) for r in priced]
-        unknown = [u for u in unknown if u[2].get("accuracy_drop_points") is None]
+        top, unknown = unknown_points(priced)
         _scatter(axes, [*points, *unknown])
         edge = frontier([(x, y) for x, y, _ in points])
         if edge:
             axes.step(*zip(*edge, strict=True), where="post", color=GREY, lw=1.0, gid="frontier")
         if unknown:
             axes.axhline(top, color=GREY, linewidth=0.8, linestyle=":")
-            axes.text(0.01, top * 1.18, "accuracy unknown", color=GREY, fontsize=7.5,
+            axes.text(0.01, top * 1.04, "accuracy unknown", color=GREY, fontsize=7.5,
                       transform=axes.get_yaxis_transform())  # fmt: skip
         axes.set_xlim(0.0, max(r["usd_per_hour"] for r in priced) * 1.15)
-        axes.set_ylim(min([0.0, *(d for _, d, _ in points)]) - 0.08 * top, top * 1.3)
+        axes.set_ylim(
+            min([0.0, *(d for _, d, _ in points)]) - 0.08 * top,
+            max([top * 1.1, *(y for _, y, _ in unknown)]) + 0.08 * top,
+        )
         axes.set_xlabel("US$ per hour")
         axes.set_ylabel("accuracy given up (points)")
         title_of(axes, "Cost against accuracy")

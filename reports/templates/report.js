@@ -224,7 +224,10 @@
       if (!log) {
         // Bytes are read in powers of two.
         if (!across && this.spec.y.unit === "B") step = 2 ** Math.ceil(Math.log2(step));
-        for (let v = Math.ceil(low / step) * step; v <= high + step * 1e-9; v += step) ticks.push(Number(v.toPrecision(12)));
+        for (let v = Math.ceil(low / step) * step; v <= high + step * 1e-9; v += step) {
+          // Steps add up to 1e-17 where they mean zero.
+          ticks.push(Math.abs(v) < step * 1e-6 ? 0 : Number(v.toPrecision(12)));
+        }
         return ticks;
       }
       const base = (across ? this.spec.x.log : this.spec.y.log) || 10;

@@ -139,6 +139,9 @@ def test_a_trace_and_its_statistics(tmp_path: Path) -> None:
         (["plan", "--set", "x=3"], "expected SECTION.KEY=VALUE"),
         (["plan", *SMALL, "--tp", "two"], "whole numbers"),
         (["plan", *SMALL, "--executor", "slurm"], "executor: expected local"),
+        (["plan", *SMALL, "--format", "json", "--output", "x.csv"], "do not agree"),
+        (["plan", *SMALL, "--output", "x.pdf"], "ends in .json, .csv, .md, .txt, .html, .xlsx"),
+        (["plan", *SMALL, "--output", "nowhere/x.json"], "no such folder"),
         (["trace", "stats", "none.jsonl"], "no such trace file"),
     ],
 )

@@ -16,7 +16,6 @@ from costmodel.planning.demand import Demand
 from costmodel.planning.evidence import given_up
 from costmodel.planning.load import Load
 from costmodel.planning.metrics import checks, goodput_rps, intervals, measured, percentiles
-from costmodel.planning.plan import Plan
 from costmodel.planning.rows import KEYS
 from costmodel.planning.sensitivity import sensitivities
 from costmodel.planning.sentences import binding_sentences, deploy, realised_sentence, verdict
@@ -274,11 +273,35 @@ def test_nothing_feasible_has_a_nearest_point() -> None:
     assert "with all 1 GPUs allowed: itl_p95" in near["reason"]
 
 
-def test_out_before_simulation_says_so() -> None:
-    few = {"max_gpus": 1, "gpus": ["h100-sxm"], "methods": ["full"]}
-    plan = solved(spec(candidates=few, workload={"rate_per_s": 60}))
-    assert plan.nearest is None
-    assert "needs at least" in plan.rows[0]["reason"]
+@pytest.mark.parametrize(
+    ("changes", "gpu", "miss", "reason"),
+    [
+        # 5 GPUs where 1 is allowed
+        ({"candidates": {"max_gpus": 1, "gpus": ["h100-sxm"], "methods": ["full"]},
+          "workload": {"rate_per_s": 60}}, "5 x h100-sxm", 5.0, "needs at least 5 GPUs"),
+        # The idle TTFT: of both GPUs the faster one misses by less.
+        ({"slo": {"ttft_p99_s": 0.05}}, "1 x h100-sxm", None, "on an idle replica"),
+        # 141 GB of weights in 0.9 of 84.9: both devices are out, the larger one by less.
+        ({"candidates": {"models": ["llama-3.1-70b"]}}, "h100-sxm", None, "do not fit"),
+        # Refused for its accuracy, which has no number: still the plan to look at.
+        ({"candidates": {"methods": ["kivi"]}, "accuracy": {"allow_unknown": False}},
+         "2 x l40s", None, "kivi was not measured"),
+    ],
+)  # fmt: skip
+def test_out_before_simulation_has_a_nearest_point(
+    changes: dict[str, dict[str, object]], gpu: str, miss: float | None, reason: str
+) -> None:
+    plan = solved(spec(**changes))
+    near = plan.nearest
+    assert near is not None
+    assert not plan.feasible
+    assert near["answered_by"] == "bound"
+    if miss is not None:
+        assert near["miss"] == pytest.approx(miss)
+    assert reason in near["reason"]
+    assert f"Nearest: {gpu} with {near['method_spec']} for {near['model']}:" in verdict(plan)
+    misses = [r["miss"] for r in plan.rows if r["miss"] is not None]
+    assert near["miss"] == min(misses, default=None)
 
 
 def test_the_same_seed_gives_the_same_rows() -> None:
@@ -352,17 +375,6 @@ def test_the_load_test_carries_the_lengths_and_the_rate_of_a_trace(tmp_path: Pat
     test = deploy(plan_row(), replace(spec(), demand=doubled), {**workload, "rate_per_s": 1.0})[1]
     assert "--request-rate 1 " in test
     assert "--fixed-schedule" not in test
-
-
-def test_too_few_gpus_name_the_nearest_plan() -> None:
-    out = {"feasible": False, "gpu": "h100-sxm", "tp": 2, "pp": 1, "cp": 1, "miss": None}
-    full = {**out, "method_spec": "full", "bound_replicas": 400, "reason": "more than the 2"}
-    kivi = {**out, "method_spec": "kivi", "bound_replicas": 300, "reason": "more than the 2"}
-    refused = {**out, "method_spec": "h2o", "bound_replicas": 1, "reason": "accuracy"}
-    plan = Plan(spec=spec(), workload={}, rows=[full, kivi, refused])
-    assert "Nearest, by its closed form: 600 x h100-sxm with kivi" in verdict(plan)
-    refused_only = Plan(spec=spec(), workload={}, rows=[refused])
-    assert "Nearest" not in verdict(refused_only)
 
 
 def test_a_method_the_engine_lacks_is_said() -> None:

@@ -69,8 +69,26 @@ def test_the_workbook_has_live_formulas(document: dict[str, Any]) -> None:
 
 
 def test_unknown_is_not_zero(document: dict[str, Any]) -> None:
-    table = ranked_table(document["results"][:2])
-    assert [r[-1] for r in table.texts] == ["0.0", "unknown"]
+    held = document["results"][:2]
+    table = ranked_table(held)
+    place = [c.name for c in table.columns].index("accuracy_drop_points")
+    assert [r[place] for r in table.texts] == ["0.0", "unknown"]
+    # In the picture it stands in a strip of its own, plans of one price above each other.
+    assert planning.cost_points(held) == [(4.0, 0.0, held[0])]
+    top, unknown = planning.unknown_points([*held, held[1]])
+    assert top > 0
+    assert [x for x, _, _ in unknown] == [5.0, 5.0]
+    assert top < unknown[0][1] < unknown[1][1]
+    assert "above this line: accuracy unknown" in html(document)
+
+
+def test_the_table_has_every_percentile_with_a_limit(document: dict[str, Any]) -> None:
+    limit = {"key": "ttft_p95_s", "metric": "ttft", "percentile": 95, "limit_s": 1.0}
+    table = ranked_table([{**document["results"][0], "ttft_p95_s": 0.5, "fragile": True}], [limit])
+    titles = [c.title for c in table.columns]
+    assert table.texts[0][titles.index("TTFT P95 with queue")] == "500 ms"
+    assert table.texts[0][titles.index("replicas")] == "2*"
+    assert "model" not in titles  # all plans have the same
 
 
 def test_figures_draw_what_is_there(document: dict[str, Any]) -> None:

@@ -12,7 +12,9 @@ from planning_cases import candidate, spec
 
 from costmodel.hardware import load_hardware
 from costmodel.layout import token_operations
+from costmodel.model import Model
 from costmodel.operation import Operation
+from costmodel.options import Options
 from costmodel.planning.disaggregated import Pair, PairParts, screen_pair, sent_s
 from costmodel.planning.fleet import simulate
 from costmodel.planning.load import Load
@@ -20,7 +22,6 @@ from costmodel.planning.metrics import measured
 from costmodel.planning.parallel import Parallel
 from costmodel.planning.slo import Slo
 from costmodel.planning.steps import StepTable
-from costmodel.predict import Model, Options
 from costmodel.registry import load_architecture
 
 NVLINK = 450e9 * 0.65
