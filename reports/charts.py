@@ -21,8 +21,8 @@ CURVES = (
     *("ttft_s", "tpot_s", "tokens_per_s", "energy_j_per_token"),
     *("usd_per_million_output_tokens", "max_batch"),
 )
-#: Series can be switched off here, so more of them are bearable than in a static figure.
-MOST_SERIES = 24
+#: Series can be switched on and off here, so more of them are bearable than in a static figure.
+MOST_SERIES = 48
 _PHASE_OF_METRIC = {
     "ttft_s": "prefill",
     "tpot_s": "decode",
@@ -33,10 +33,24 @@ _PHASE_OF_METRIC = {
 
 
 class Colours:
-    """One colour number for every series name, the same in all charts of a page."""
+    """One colour number for every series name, the same in all charts of a page.
+
+    The page draws those it has a colour for at first; the others are a click away.
+    """
 
     def __init__(self) -> None:
         self._numbers: dict[str, int] = {}
+
+    @classmethod
+    def by_rank(cls, ranked: Sequence[Pair]) -> "Colours":
+        """Low numbers for the full cache and the methods that rank best."""
+        colours = cls()
+        namer = Namer.fitting(ranked, MOST_SERIES)
+        for is_full in (True, False):
+            for pair in ranked:
+                if (pair.key.text("method") == "full") == is_full:
+                    colours(namer(pair))
+        return colours
 
     def __call__(self, name: str) -> int:
         """Number of a name; the page maps numbers to colours."""

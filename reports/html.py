@@ -17,7 +17,7 @@ from typing import Any
 from costmodel.errors import MissingExtraError
 from reports.figures import NARROW, WIDE
 from reports.figures.encode import small_png
-from reports.illustrations import Illustration, illustrations
+from reports.illustrations import Illustration, has_one_context, illustrations
 from reports.page_data import chart_specs
 from reports.report import Report
 from reports.tables import Table
@@ -129,7 +129,11 @@ def sections_of(
             tables=(report.errors, report.validation),
         ),
         Section(id="memory", title="Memory", figures=of("memory")),
-        Section(id="curves", title="Against context", figures=of("curves")),
+        Section(
+            id="curves",
+            title="Side by side" if has_one_context(report.pairs) else "Against context",
+            figures=of("curves"),
+        ),
         Section(id="breakdown", title="Where a step spends its time", figures=of("breakdown")),
         Section(id="break-even", title="Break-even", tables=(report.break_even,)),
         Section(id="sensitivity", title="Sensitivity", tables=(report.sensitivity,)),

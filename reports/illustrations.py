@@ -49,6 +49,11 @@ def has(pairs: Sequence[Pair], metric: str, side: str = "predicted") -> bool:
     return any((p.value(metric, side) or 0.0) > 0 for p in pairs)
 
 
+def has_one_context(pairs: Sequence[Pair]) -> bool:
+    """Whether there is no curve to draw: methods stand side by side at their one context."""
+    return len({p.key.number("context_tokens") for p in pairs}) == 1
+
+
 def of_device(pairs: Sequence[Pair], hardware: HardwareProfile, only: bool) -> tuple[Pair, ...]:
     """Pairs on one device; all of them where the report knows no other device."""
     name = hardware.name.lower()
@@ -118,7 +123,8 @@ def _memory(report: Report) -> list[Illustration]:
                 make=partial(figures.memory, pairs, hardware),
             )
         )
-    if has(pairs, "peak_bytes") or has(pairs, "peak_bytes", "observed"):
+    known = has(pairs, "peak_bytes") or has(pairs, "peak_bytes", "observed")
+    if known and not has_one_context(pairs):
         made.append(
             Illustration(
                 section="memory",
@@ -131,12 +137,13 @@ def _memory(report: Report) -> list[Illustration]:
 
 
 def _curves(pairs: Sequence[Pair]) -> list[Illustration]:
+    flat = has_one_context(pairs)
     made = [
         Illustration(
             section="curves",
-            chart=f"curve-{metric}",
-            title=f"{AXES[metric].title} against context",
-            make=partial(figures.curve, pairs, metric),
+            chart="" if flat else f"curve-{metric}",
+            title=AXES[metric].title if flat else f"{AXES[metric].title} against context",
+            make=partial(figures.side_by_side if flat else figures.curve, pairs, metric),
         )
         for metric in CURVES
         if has(pairs, metric) or has(pairs, metric, "observed")

@@ -124,7 +124,7 @@ class Namer:
         pairs = list(pairs)
         self.is_coarse = is_coarse
         if is_coarse:
-            self._fields, self._bases = [], False
+            self._fields, self._bases, self._models_only = [], False, False
             return
         keys = [p.key for p in pairs]
         varying = set(varying_fields(keys))
@@ -134,6 +134,8 @@ class Namer:
         if len(engines) > len({level for level, _ in engines}):
             self._fields.append("engine")
         self._bases = len({p.basis for p in pairs if p.basis}) > 1
+        # Models of one method are known by the model alone.
+        self._models_only = "model" in varying and len({k.method_spec for k in keys}) == 1
 
     @classmethod
     def fitting(cls, pairs: Iterable[Pair], most: int = MOST_SERIES) -> "Namer":
@@ -148,7 +150,8 @@ class Namer:
         """Name of the series that a pair belongs to."""
         name = safe_text(pair.key.method_spec, 40)
         rest = point(pair.key, self._fields, 28)
-        name = f"{name}, {rest}" if rest else name
+        if rest:
+            name = rest if self._models_only else f"{name}, {rest}"
         return f"{name} [{pair.basis}]" if self._bases and pair.basis else name
 
 

@@ -17,6 +17,7 @@ from reports.figures.errors import error_scatter as error_scatter
 from reports.figures.memory import memory as memory
 from reports.figures.pareto import pareto as pareto
 from reports.figures.roofline import roofline as roofline
+from reports.figures.side_by_side import side_by_side as side_by_side
 from reports.figures.style import NARROW as NARROW
 from reports.figures.style import WIDE as WIDE
 from reports.figures.style import save_figure as save_figure

@@ -1,7 +1,7 @@
 """Where the memory goes: stacked bars a method, predicted and observed, against the capacity."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -69,10 +69,14 @@ def memory_bars(pairs: Sequence[Pair]) -> tuple[MemoryBar, ...]:
 
 
 def shared_point(pairs: Sequence[Pair]) -> tuple[float | None, float | None, str]:
-    """(context, batch, model) at which most methods can be set side by side; the largest wins."""
-    methods: dict[tuple[float | None, float | None, str], set[tuple[str, str]]] = defaultdict(set)
+    """(context, batch, model) at which most methods can be set side by side; the largest wins.
+
+    Where all pairs are of one method its models are set side by side, and the place names none.
+    """
+    methods: dict[tuple[float | None, float | None, str], set[tuple[str, ...]]] = defaultdict(set)
+    at = _place_of(pairs)
     for p in pairs:
-        methods[_at(p)].add((p.key.method_spec, p.key.text("level")))
+        methods[at(p)].add((p.key.method_spec, p.key.text("level"), p.key.text("model")))
     counts = {place: len(found) for place, found in methods.items()}
     return max(counts, key=lambda place: (counts[place], place[0] or 0, place[1] or 0, place[2]))
 
@@ -94,7 +98,8 @@ def memory(
     with house_style():
         figure, axes = new_figure(size)
         place = shared_point(pairs) if pairs else (None, None, "")
-        here = [p for p in pairs if _at(p) == place]
+        at = _place_of(pairs)
+        here = [p for p in pairs if at(p) == place]
         every = memory_bars(here)
         bars, n_left = every[:_MOST_BARS], len(every[_MOST_BARS:])
         if not bars:
@@ -104,7 +109,8 @@ def memory(
         _draw_bars(axes, bars, usable)
         if hardware is not None:
             _draw_capacity(axes, hardware, memory_fraction)
-        fields = ("context_tokens", "batch", "model")
+        one_model = len({p.key.text("model") for p in here}) == 1
+        fields = ("context_tokens", "batch", *(("model",) if one_model else ()))
         title_of(axes, f"Memory per device: {point(here[0].key, fields)}")
         on_host = " (left of zero: host)" if any(b.host_bytes for b in bars) else ""
         rest = f"; {n_left} more bars are not drawn" if n_left else ""
@@ -118,8 +124,16 @@ def memory(
         return figure
 
 
-def _at(pair: Pair) -> tuple[float | None, float | None, str]:
-    return pair.key.number("context_tokens"), pair.key.number("batch"), pair.key.text("model")
+def _place_of(
+    pairs: Sequence[Pair],
+) -> Callable[[Pair], tuple[float | None, float | None, str]]:
+    one_method = len({p.key.method_spec for p in pairs}) == 1
+
+    def at(pair: Pair) -> tuple[float | None, float | None, str]:
+        model = "" if one_method else pair.key.text("model")
+        return pair.key.number("context_tokens"), pair.key.number("batch"), model
+
+    return at
 
 
 def _bar(pair: Pair, name: str, side: str) -> MemoryBar | None:

@@ -71,7 +71,7 @@
       this.spec = spec;
       this.logX = Boolean(spec.x.log);
       this.logY = Boolean(spec.y.log);
-      this.hidden = new Set();
+      this.hidden = this.crowd();
       this.at = null;
       this.tip = element("div", { class: "tip", hidden: "" });
       this.live = element("p", { class: "visually-hidden", "aria-live": "polite" });
@@ -83,6 +83,12 @@
       });
       place.append(this.tools(), this.canvas, this.legend(), this.live);
       this.draw();
+    }
+
+    // More series than colours are a tangle: those without one of their own wait for a click.
+    crowd() {
+      const late = this.spec.series.filter((s) => s.colour >= PALETTE);
+      return new Set(late.length < this.spec.series.length ? late.map((s) => s.label) : []);
     }
 
     tools() {
@@ -119,7 +125,7 @@
         const swatch = element("span", { class: `swatch ${members[0].role}${members[0].dash ? " dash" : ""}` });
         swatch.style.setProperty("--c", members[0].colour < 0
           ? "var(--muted)" : `var(--series-${members[0].colour % PALETTE})`);
-        const made = element("button", { type: "button", "aria-pressed": "true" }, swatch, label);
+        const made = element("button", { type: "button", "aria-pressed": String(!this.hidden.has(label)) }, swatch, label);
         made.addEventListener("click", () => {
           const hide = !this.hidden.has(label);
           if (hide) this.hidden.add(label); else this.hidden.delete(label);
@@ -128,6 +134,7 @@
         });
         list.append(made);
       }
+      if (this.hidden.size) list.prepend(element("span", { class: "hint" }, "click a name to draw or hide it"));
       if (this.spec.omitted) list.append(element("span", {}, `${this.spec.omitted} more series not drawn`));
       return list;
     }
@@ -199,7 +206,7 @@
         series: options,
         bands,
         hooks: {
-          draw: [(u) => this.drawJoins(u)],
+          draw: [(u) => { this.drawJoins(u); this.drawRoofNames(u); }],
           setCursor: [(u) => this.onCursor(u)],
         },
       }, uPlot.join(tables), this.canvas);
@@ -244,6 +251,31 @@
         }
       }
       return ticks;
+    }
+
+    // Roofs and limits say what they are at their right end.
+    drawRoofNames(u) {
+      const context = u.ctx, ratio = uPlot.pxRatio, taken = [];
+      context.save();
+      context.font = `${11 * ratio}px system-ui, sans-serif`;
+      context.fillStyle = style("--muted");
+      context.textAlign = "right";
+      for (const s of this.spec.series) {
+        const last = s.y.length - 1;
+        const isFlat = ["roof", "faint", "guide"].includes(s.role) && last > 0 && s.y[last] === s.y[last - 1];
+        if (!isFlat || this.hidden.has(s.label)) continue;
+        const right = Math.min(u.bbox.left + u.bbox.width - 4 * ratio, u.valToPos(s.x[last], "x", true));
+        const y = u.valToPos(s.y[last], "y", true) - 4 * ratio;
+        if (y < u.bbox.top || y > u.bbox.top + u.bbox.height) continue;
+        const text = s.label.replace(/^roof: /, "");
+        const width = context.measureText(text).width;
+        let x = right;
+        for (const t of taken) if (Math.abs(t.y - y) < 12 * ratio) x = Math.min(x, t.x - t.width - 14 * ratio);
+        if (x - width < u.bbox.left) continue;
+        taken.push({ x, y, width });
+        context.fillText(text, x, y);
+      }
+      context.restore();
     }
 
     // A line from every ring to its dot.

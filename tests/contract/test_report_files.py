@@ -153,7 +153,7 @@ def test_models_of_one_method_compete():
     rows = [{**row, "model": m, "tpot_s": t} for m, t in (("slow", 0.02), ("fast", 0.01))]
     lone = build_report(parse_records("\n".join(map(json.dumps, rows))))
     assert "fast" in lone.verdict.partition("decodes fastest")[0]
-    assert lone.verdict.endswith("the next, full, slow (ideal), takes 2x as much.")
+    assert lone.verdict.endswith("the next, slow (ideal), takes 2x as much.")
     assert [(r["model"], r["rank"]) for r in lone.ranking.dicts()] == [("fast", 1), ("slow", 2)]
     # with a second method, methods compete on each model
     other = {**rows[0], "method": "kivi", "method_spec": "kivi", "tpot_s": 0.005}
@@ -526,9 +526,9 @@ def test_print_shows_the_static_figures(opened):
 def test_hostile_page_does_nothing(browser, tmp_path):
     row = json.loads((DATA / "records_synthetic_gpu.jsonl").read_text().splitlines()[0])
     row |= {"model": HOSTILE, "method_spec": HOSTILE}
-    path = write_report(
-        report_of(parse_records(json.dumps(row)), title=HOSTILE), tmp_path / "h.html"
-    )
+    rows = [row, {**row, "context_tokens": 2 * row["context_tokens"]}]
+    records = parse_records("\n".join(map(json.dumps, rows)))
+    path = write_report(report_of(records, title=HOSTILE), tmp_path / "h.html")
     browser.open(path)
     assert browser.run("return document.querySelectorAll('body script').length") == 3
     assert "<script>alert(1)</script>" in browser.run(
@@ -537,6 +537,35 @@ def test_hostile_page_does_nothing(browser, tmp_path):
     assert "<script>al" in press(browser, "curve-tpot_s", "ArrowRight")
     assert browser.log("browser") == []
     assert browser.requests() == []
+
+
+@pytest.mark.browser
+def test_a_crowd_of_methods_starts_with_those_that_have_a_colour_of_their_own(browser, tmp_path):
+    def row(n, context):
+        spec = "full" if n == 11 else f"snapkv:keep_tokens={1000 + n}"
+        return {"gpu": "g", "model": "m", "method": spec.partition(":")[0], "method_spec": spec,
+                "level": "ideal", "batch": 1, "context_tokens": context, "fits": True,
+                "tpot_s": (1 + n) * context * 1e-6}  # fmt: skip
+
+    rows = [row(n, context) for n in range(12) for context in (4096, 8192)]
+    text = "\n".join(map(json.dumps, rows))
+    browser.open(write_report(report_of(parse_records(text)), tmp_path / "crowd.html"))
+
+    def pressed():
+        return browser.run(
+            "const legend = document.querySelector('[data-chart=\"curve-tpot_s\"] .legend');"
+            "return [...legend.querySelectorAll('button[aria-pressed=true]')].map(b => b.innerText)"
+        )
+
+    assert len(pressed()) == 7
+    assert "full (ideal)" in pressed()
+    assert "snapkv:keep_tokens=1000 (ideal)" in pressed()
+    browser.run(
+        'document.querySelector(\'[data-chart="curve-tpot_s"] .legend'
+        " button[aria-pressed=false]').click()"
+    )
+    assert len(pressed()) == 8
+    assert browser.log("browser") == []
 
 
 @pytest.mark.browser

@@ -48,6 +48,48 @@ def pairs():
     return compare(read_records([DATA / "records_synthetic_gpu.jsonl"])).pairs
 
 
+# Side by side --------------------------------------------------------------------------------
+
+
+def test_side_by_side_sorts_by_the_better_level_and_marks_the_full_cache():
+    rows = [
+        row("full", 4096, tpot_s=0.020, tpot_low_s=0.018, tpot_high_s=0.026),
+        row("kivi", 4096, tpot_s=0.012, tpot_low_s=0.010, tpot_high_s=0.015),
+        {**row("kivi", 4096, tpot_s=0.040), "level": "reference"},
+        {
+            **row("h2o", 4096, tpot_s=0.015, status="ok"),
+            "predicted": row("h2o", 4096, tpot_s=0.014),
+        },
+    ]
+    figure = figures.side_by_side(rows, "tpot_s")
+    axes = figure.axes[0]
+    assert [t.get_text() for t in axes.get_yticklabels()] == ["kivi", "h2o", "full"]
+    rings = {tuple(map(float, p)) for line in drawn(figure, "predicted") for p in line.get_xydata()}
+    assert rings == {(0.012, 0), (0.040, 0), (0.014, 1), (0.020, 2)}
+    (seen,) = drawn(figure, "observed")
+    assert seen.get_xydata().tolist() == [[0.015, 1]]
+    spans = {tuple(map(float, line.get_xdata())) for line in drawn(figure, "interval")}
+    assert spans == {(0.018, 0.026), (0.010, 0.015)}
+    (mark,) = drawn(figure, "full")
+    assert mark.get_xdata()[0] == 0.020
+    assert axes.get_xlabel() == "TPOT (s per token)"
+    assert axes.get_title(loc="left") == "TPOT at 4k tokens of context"
+
+
+def test_side_by_side_puts_more_on_top_where_more_is_better():
+    rows = [row("full", 4096, tokens_per_s=50.0), row("kivi", 4096, tokens_per_s=80.0)]
+    axes = figures.side_by_side(rows, "tokens_per_s").axes[0]
+    assert [t.get_text() for t in axes.get_yticklabels()] == ["kivi", "full"]
+
+
+def test_models_of_one_method_stand_in_one_memory_figure():
+    rows = [{**memory_row("full"), "model": name} for name in ("hybrid", "transformer")]
+    axes = figures.memory(rows, H100).axes[0]
+    names = [t.get_text() for t in axes.get_yticklabels()]
+    assert names == ["hybrid (ideal)", "transformer (ideal)"]
+    assert axes.get_title(loc="left") == "Memory per device: context 4k, batch 1"
+
+
 # Curves --------------------------------------------------------------------------------------
 
 
@@ -304,7 +346,15 @@ def test_hostile_explanations_draw_nothing():
 
 # All -----------------------------------------------------------------------------------------
 
+
+def at_one_context(points):
+    found = as_pairs(points)
+    first = found[0].key.number("context_tokens") if found else None
+    return [p for p in found if p.key.number("context_tokens") == first]
+
+
 ALL = {
+    "side_by_side": lambda p, **k: figures.side_by_side(at_one_context(p), "tpot_s", **k),
     "ttft": figures.ttft,
     "tpot": figures.tpot,
     "throughput": figures.throughput,
