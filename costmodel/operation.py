@@ -111,6 +111,27 @@ def causal_pairs(n_queries: Array, window_tokens: Array | None = None) -> Array:
     return pairs
 
 
+def blocked_pairs(n_queries: Array, keys: Array, block: float) -> Array:
+    """Pairs computed for causal attention of at most ``keys`` keys a query, masked ones too.
+
+    Blocks of b queries ending at e compute b min(e, keys + b - 1) pairs on an engine that has no
+    kernel for it; with ``block`` 0 only the pairs that exist are computed.
+    """
+    if not block:
+        return causal_pairs(n_queries, keys)
+    s, b = np.asarray(n_queries, dtype=np.float64), block
+    widest = np.minimum(keys, s) + b - 1
+    whole = np.floor(s / b)
+    growing = np.minimum(np.floor(widest / b), whole)
+    rest = s - whole * b
+    pairs: Array = (
+        b * b * growing * (growing + 1) / 2
+        + (whole - growing) * b * widest
+        + rest * np.minimum(s, np.minimum(keys, s) + rest - 1)
+    )
+    return pairs
+
+
 def chunked_pairs(n_queries: Array, chunk_tokens: float) -> Array:
     """Pairs of chunked causal attention: every chunk of c tokens sees only itself."""
     s = np.asarray(n_queries, dtype=np.float64)

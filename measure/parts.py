@@ -1,5 +1,6 @@
 """What runs between the matmuls: rotary embedding, norms, activations, masked attention."""
 
+import functools
 from collections.abc import Callable, Mapping
 
 import torch
@@ -12,8 +13,9 @@ from measure.numerics import Rope
 Tensors = Mapping[str, Tensor]
 #: Cosines and signed sines [positions, rotary elements].
 Rotary = tuple[Tensor, Tensor]
-#: Queries that are masked together: bounds the mask and the scores.
-QUERY_BLOCK = 512
+#: Queries whose scores are alive at once where no fused kernel knows their mask. The cost model
+#: counts the same blocks (``score_block_tokens`` of the engine).
+QUERY_BLOCK = 256
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
@@ -49,6 +51,21 @@ def rope_table(
     else:
         pair = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
     return pair[0].to(dtype), pair[1].to(dtype)
+
+
+def shared_rope_table(
+    n_positions: int, size: int, rope: Rope, dtype: torch.dtype, device: torch.device
+) -> Rotary:
+    """``rope_table`` of at least ``n_positions``, made once for all layers that ask for it."""
+    room = 1 << max(10, (n_positions - 1).bit_length())
+    return _rope_table_of(room, size, rope, dtype, device)
+
+
+@functools.lru_cache(maxsize=8)
+def _rope_table_of(
+    n_positions: int, size: int, rope: Rope, dtype: torch.dtype, device: torch.device
+) -> Rotary:
+    return rope_table(n_positions, size, rope, dtype, device)
 
 
 def rotate(x: Tensor, table: Rotary, *, interleaved: bool = False) -> Tensor:

@@ -10,7 +10,7 @@ import numpy as np
 
 from costmodel.methods.base import layer_bytes
 from costmodel.mixers import Attention
-from costmodel.operation import Array, Operation, Operations, causal_pairs
+from costmodel.operation import Array, Operation, Operations, blocked_pairs
 from costmodel.workload import Point
 
 
@@ -145,24 +145,8 @@ def gather_tokens(
 
 
 def computed_pairs(point: Point, keys: Array = np.inf) -> Array:
-    """Pairs computed for a causal prompt whose queries see at most ``keys`` keys, per head.
-
-    Blocks of b queries ending at e compute b min(e, keys + b - 1) pairs on an engine that has no
-    kernel for it; others only the pairs that exist.
-    """
-    s, b = point.prompt_tokens, float(point.engine.score_block_tokens)
-    if not b:
-        return causal_pairs(s, keys)
-    widest = np.minimum(keys, s) + b - 1
-    whole = np.floor(s / b)
-    growing = np.minimum(np.floor(widest / b), whole)
-    rest = s - whole * b
-    pairs: Array = (
-        b * b * growing * (growing + 1) / 2
-        + (whole - growing) * b * widest
-        + rest * np.minimum(s, np.minimum(keys, s) + rest - 1)
-    )
-    return pairs
+    """Pairs computed for a causal prompt whose queries see at most ``keys`` keys, per head."""
+    return blocked_pairs(point.prompt_tokens, keys, float(point.engine.score_block_tokens))
 
 
 def score_pass(

@@ -72,15 +72,16 @@ class KvQuant(AbstractMethod):
             raise ConfigError(f"kvquant: expected bits of 2, 3 or 4, got {self.bits}")
         check_fraction("kvquant", outlier_fraction=self.outlier_fraction)
 
-    def outliers(self, mixer: Attention) -> int:
-        """Elements of one token stored exactly, K and V together."""
+    def outliers_of(self, elements: int) -> int:
+        """Of ``elements`` of one token's keys or values, those stored exactly."""
         if self.outlier_fraction == 0:
             return 0
-        heads = mixer.n_kv_heads
-        return sum(
-            min(2 * (int(self.outlier_fraction / 2 * heads * h) + 1), heads * h)
-            for h in (mixer.head_dim, mixer.v_head_dim)
-        )
+        return min(2 * (int(self.outlier_fraction / 2 * elements) + 1), elements)
+
+    def outliers(self, mixer: Attention) -> int:
+        """Elements of one token stored exactly, K and V together."""
+        sizes = (mixer.head_dim, mixer.v_head_dim)
+        return sum(self.outliers_of(mixer.n_kv_heads * size) for size in sizes)
 
     def token_bytes(self, mixer: Attention, point: Point) -> float:
         """Bytes of one token in one layer."""

@@ -18,7 +18,14 @@ import numpy as np
 
 from costmodel.errors import NotApplicableError
 from costmodel.mixers.base import AbstractMixer, Linear
-from costmodel.operation import Array, Operation, Operations, causal_pairs, chunked_pairs
+from costmodel.operation import (
+    Array,
+    Operation,
+    Operations,
+    blocked_pairs,
+    causal_pairs,
+    chunked_pairs,
+)
 from costmodel.workload import Point
 
 
@@ -136,9 +143,21 @@ class Attention(AbstractMixer):
         )
         return (
             prefill_attention(
-                self, point, pairs=self.prompt_pairs(point.prompt_tokens), state_bytes=written
+                self,
+                point,
+                pairs=self.prompt_pairs(point.prompt_tokens),
+                executed_pairs=self._blocked_pairs(point),
+                state_bytes=written,
             ),
         )
+
+    def _blocked_pairs(self, point: Point) -> Array | None:
+        """Pairs that an engine without a kernel for windows computes; None: the kernel's."""
+        block = float(point.engine.score_block_tokens)
+        if not block or self.window_tokens is None or point.level == "reference":
+            return None
+        s, w = point.prompt_tokens, float(self.window_tokens)
+        return np.where(s <= w, causal_pairs(s), blocked_pairs(s, w, block))
 
     def decode(self, point: Point) -> Operations:
         """Read the cache once, write one token."""

@@ -12,13 +12,13 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 from costmodel.errors import NotApplicableError
 from costmodel.methods.base import AbstractMethod
 from costmodel.mixers import Attention
 from measure.methods.buffers import GrowingBuffer
 from measure.numerics import Rope
+from measure.parts import attend_prompt, rotate, shared_rope_table
 
 #: ``best``: the fastest correct form here; ``reference``: the operations of the published code.
 Realisation = Literal["reference", "best"]
@@ -42,6 +42,8 @@ class AbstractLayerCache(ABC):
     NAME: ClassVar[str]
     #: forms that this twin has
     REALISATIONS: ClassVar[frozenset[Realisation]] = frozenset({"best"})
+    #: whether it takes queries and keys as projected and turns them itself (``turned``)
+    ROTATES: ClassVar[bool] = False
     #: place among the model's caches, and how many it has
     layer = 0
     n_kv_layers = 1
@@ -113,9 +115,27 @@ class AbstractLayerCache(ABC):
 
     def prefill(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend the prompt exactly and store it; [B, N, S, H] and [B, K, S, H] -> [B, N, S, H]."""
-        out = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        out = self.attend_prompt(q, k, v)
         self.store(k, v)
         return out
+
+    def attend_prompt(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attend the prompt exactly, through the layer's window where it has one."""
+        if self.ROTATES:
+            positions = torch.arange(q.shape[2], device=q.device)
+            q, k = self.turned(q, positions), self.turned(k, positions)
+        mixer = self.mixer
+        return attend_prompt(q, k, v, window=mixer.window_tokens, chunk=mixer.chunk_tokens)
+
+    def turned(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Turn ``x`` [B, heads, n, H] as the model's rotary embedding does at ``positions`` [n]."""
+        if self.rope is None:
+            return x
+        longest = int(positions.max()) + 1
+        table = shared_rope_table(longest, x.shape[-1], self.rope, x.dtype, x.device)
+        return rotate(
+            x, tuple(part[positions] for part in table), interleaved=self.rope.interleaved
+        )
 
     def clear(self) -> None:
         """Empty the cache; the room stays."""

@@ -66,6 +66,16 @@ class GrowingBuffer:
         """Overwrite one entry [B, K, 1, ...]."""
         self._data.narrow(_AXIS, index, 1).copy_(entry)
 
+    def drop_oldest(self, n: int, *, release: bool = False) -> None:
+        """Forget the first ``n`` entries, the others move up; ``release`` gives their room back."""
+        if n <= 0:
+            return
+        rest = self.entries(n).clone()
+        self.length = 0
+        if release:
+            self.reserve(rest.shape[_AXIS])
+        self.append(rest)
+
     def clear(self, *, release: bool = False) -> None:
         """Forget all entries; ``release`` gives the storage back too."""
         self.length = 0

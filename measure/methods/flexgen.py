@@ -28,7 +28,7 @@ class FlexGenCache(TokenPackedCache):
         assert isinstance(method, FlexGen)
         self.bits, self.group = method.bits, method.group
 
-    def _parts(self, size: int) -> tuple[GrowingBuffer, ...]:
+    def _parts(self, size: int, *, is_values: bool) -> tuple[GrowingBuffer, ...]:
         n_groups = -(-size // self.group)
         return (
             self._buffer((n_groups * self.group * self.bits // 8,), torch.uint8),

@@ -27,7 +27,7 @@ class Fp8KvCache(TokenPackedCache):
     def _configure(self, method: AbstractMethod) -> None:
         self.scales = GrowingBuffer(1, 1, (), torch.float32, self.device)
 
-    def _parts(self, size: int) -> tuple[GrowingBuffer, ...]:
+    def _parts(self, size: int, *, is_values: bool) -> tuple[GrowingBuffer, ...]:
         return (self._buffer((size,), torch.float8_e4m3fn),)
 
     def _buffers(self) -> Iterator[GrowingBuffer]:

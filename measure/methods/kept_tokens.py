@@ -12,10 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from measure.methods.base import AbstractLayerCache
 from measure.methods.buffers import GrowingBuffer
-
-#: Queries whose scores are alive at once where no fused kernel sums them. The cost model counts
-#: the same blocks (``score_block_tokens`` of the engine).
-QUERY_BLOCK = 256
+from measure.parts import QUERY_BLOCK
 
 
 class _Snapshot(NamedTuple):

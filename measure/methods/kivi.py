@@ -6,6 +6,9 @@ the last min(T, R) values in the compute type. A step attends everything in the 
 pieces are unpacked into a small copy that stays in cache, then multiplied. Only after it was used
 is a full block of keys, or the oldest value, quantised, as in jy-yuan/KIVI
 ``models/llama_kivi.py``.
+
+With a window of W tokens the values are a ring of W, and of the keys the oldest block leaves as
+soon as the others cover the window; what is older than the window is masked.
 """
 
 from collections.abc import Iterator
@@ -41,6 +44,14 @@ class _Packed(NamedTuple):
         for buffer in self:
             buffer.reserve(capacity)
 
+    def write(self, index: int, parts: tuple[Tensor, Tensor, Tensor]) -> None:
+        for buffer, part in zip(self, parts, strict=True):
+            buffer.write(index, part)
+
+    def drop_oldest(self, n: int, *, release: bool) -> None:
+        for buffer in self:
+            buffer.drop_oldest(n, release=release)
+
     def truncate(self, length: int) -> None:
         for buffer in self:
             buffer.length = length
@@ -57,13 +68,16 @@ class _Snapshot(NamedTuple):
     recent_keys: Tensor
     recent_values: Tensor
     oldest: int
+    oldest_packed: int
+    packed: list[Tensor] | None
 
 
 @final
 class KiviCache(AbstractLayerCache):
     """Packed state and residuals of one layer.
 
-    The value residual is a ring: ``_oldest`` is the entry that leaves next once it holds R values.
+    The value residual is a ring: ``_oldest`` is the entry that leaves next once it is full. With a
+    window the packed values are one too, and ``_oldest_packed`` the entry that leaves next.
     """
 
     NAME: ClassVar[str] = "kivi"
@@ -71,7 +85,10 @@ class KiviCache(AbstractLayerCache):
     def _build(self, method: AbstractMethod) -> None:
         assert isinstance(method, Kivi)
         self.bits, self.group, self.residual = method.bits, method.group, method.residual_tokens
-        size = self.mixer.head_dim
+        if self.mixer.chunk_tokens:
+            raise NotApplicableError("kivi: chunked attention is run with full only")
+        size, self.limit = self.mixer.head_dim, self.mixer.max_kv_tokens()
+        self.ring = self.residual if self.limit is None else min(self.residual, self.limit)
         per_word = 32 // self.bits
         for name, length in (("head_dim", size), ("residual_tokens", self.residual)):
             if length % self.group or length % per_word:
@@ -83,7 +100,7 @@ class KiviCache(AbstractLayerCache):
         self.values = self._packed(size, ())
         self.recent_keys = self._buffer((size,), self.dtype)
         self.recent_values = self._buffer((size,), self.dtype)
-        self._oldest = 0
+        self._oldest = self._oldest_packed = 0
         self._exact = True
 
     def _packed(self, length: int, rows: tuple[int, ...]) -> _Packed:
@@ -103,22 +120,35 @@ class KiviCache(AbstractLayerCache):
     def reserve(self, n_tokens: int) -> None:
         """Room for the packed blocks and tokens, and for both residuals at their fullest."""
         self._exact = False
-        self.keys.reserve(n_tokens // self.residual)
-        self.values.reserve(max(0, n_tokens - self.residual))
+        blocks = n_tokens // self.residual
+        if self.limit is not None:
+            blocks = min(blocks, -(-self.limit // self.residual) + 1)
+        self.keys.reserve(blocks)
+        self.values.reserve(max(0, self._held(n_tokens) - self.ring))
         self.recent_keys.reserve(min(n_tokens, self.residual))
-        self.recent_values.reserve(min(n_tokens, self.residual))
+        self.recent_values.reserve(min(n_tokens, self.ring))
 
     def clear(self) -> None:
-        """Empty; the ring starts over."""
+        """Empty; the rings start over."""
         for buffer in self._buffers():
             buffer.clear(release=self._exact)
-        self.n_tokens = self._oldest = 0
+        self.n_tokens = self._oldest = self._oldest_packed = 0
+
+    def _held(self, n_tokens: int) -> int:
+        return n_tokens if self.limit is None else min(n_tokens, self.limit)
+
+    def _blocks(self, n_tokens: int) -> int:
+        """Packed blocks of keys held with ``n_tokens`` seen."""
+        not_recent = self._held(n_tokens) - n_tokens % self.residual
+        return max(0, -(-not_recent // self.residual))
 
     def store(self, k: Tensor, v: Tensor) -> None:
-        """Quantise whole blocks of keys and all but the last R values, a piece at a time."""
+        """Quantise whole blocks of keys and all but the last values, a piece at a time."""
         n_tokens, r = k.shape[2], self.residual
-        n_blocks, n_values = n_tokens // r, max(0, n_tokens - r)
-        blocks = k[:, :, : n_blocks * r].unflatten(2, (n_blocks, r)).transpose(-1, -2)
+        held, n_blocks, last = self._held(n_tokens), self._blocks(n_tokens), n_tokens // r * r
+        n_values = held - min(held, r)
+        blocks = k[:, :, last - n_blocks * r : last].unflatten(2, (n_blocks, r)).transpose(-1, -2)
+        v = v[:, :, n_tokens - held :]
         if self._exact:  # else every piece would reallocate all before it
             self.keys.reserve(n_blocks)
             self.values.reserve(n_values)
@@ -126,7 +156,7 @@ class KiviCache(AbstractLayerCache):
             self.keys.append(quantise(blocks[:, :, start:stop], self.bits, self.group))
         for start, stop in self._pieces(n_values, 1):
             self.values.append(quantise(v[:, :, start:stop], self.bits, self.group))
-        self.recent_keys.append(k[:, :, n_blocks * r :])
+        self.recent_keys.append(k[:, :, last:])
         self.recent_values.append(v[:, :, n_values:])
         self.n_tokens = n_tokens
 
@@ -134,7 +164,7 @@ class KiviCache(AbstractLayerCache):
         """Attend packed and recent tokens and the new one, then quantise what is due."""
         queries = self.fold(q)
         self.recent_keys.append(k)
-        if self.n_tokens < self.residual:  # nothing is packed and the ring still has room
+        if self.n_tokens < self.ring:  # nothing is packed and the ring still has room
             self.recent_values.append(v)
             recent = self.recent_keys.entries(), self.recent_values.entries()
             out = scaled_dot_product_attention(queries, *recent)
@@ -144,17 +174,24 @@ class KiviCache(AbstractLayerCache):
         if self.recent_keys.length == self.residual:
             self.pack_full_block()
         self.n_tokens += 1
+        if self.limit is not None:
+            left = self.keys.length - self._blocks(self.n_tokens)
+            self.keys.drop_oldest(left, release=self._exact)
         return self.unfold(out)
 
     def attend_packed(self, queries: Tensor, v: Tensor) -> Tensor:
         """Attend everything, the new key (among the recent ones) and value included."""
-        return self._weighted_sum(self._scores(queries).softmax(dim=-1), v)
+        scores = self._scores(queries)
+        older = scores.shape[-1] - 1 - self._held(self.n_tokens)  # keys whose values are gone
+        if self.limit is not None:
+            scores[..., : older + (self.n_tokens >= self.limit)] = -torch.inf
+        return self._weighted_sum(scores.softmax(dim=-1)[..., older:], v)
 
     def _scores(self, queries: Tensor) -> Tensor:
-        """Scaled scores [B, K, G, T + 1] of packed and recent keys, the new one included."""
+        """Scaled scores [B, K, G, keys] of packed and recent keys, the new one included."""
         r, n_packed = self.residual, self.keys.length * self.residual
         queries = queries * self.mixer.head_dim**-0.5
-        scores = queries.new_empty(*queries.shape[:3], self.n_tokens + 1)
+        scores = queries.new_empty(*queries.shape[:3], n_packed + self.recent_keys.length)
         for start, stop in self.key_pieces():
             piece = torch.matmul(queries.unsqueeze(2), self.dequantised_keys(start, stop))
             part = scores[..., start * r : stop * r].unflatten(-1, (stop - start, r))
@@ -164,12 +201,14 @@ class KiviCache(AbstractLayerCache):
         return scores
 
     def _weighted_sum(self, weights: Tensor, v: Tensor) -> Tensor:
-        """Sum [B, K, G, H] of packed values, the ring from its oldest entry on, and the new one."""
-        n_packed, oldest = self.values.length, self._oldest
+        """Sum [B, K, G, H] of packed values, the ring and the new one, each from its oldest on."""
+        n_packed, first, oldest = self.values.length, self._oldest_packed, self._oldest
         out = torch.matmul(weights[..., -1:], v)
         for start, stop in self.value_pieces():
-            out += torch.matmul(weights[..., start:stop], self.dequantised_values(start, stop))
-        turn = n_packed + self.residual - oldest
+            at = start - first if start >= first else n_packed - first + start
+            part = weights[..., at : at + stop - start]
+            out += torch.matmul(part, self.dequantised_values(start, stop))
+        turn = n_packed + self.ring - oldest
         out += torch.matmul(weights[..., n_packed:turn], self.recent_values.entries(oldest))
         if oldest:
             out += torch.matmul(weights[..., turn:-1], self.recent_values.entries(0, oldest))
@@ -180,8 +219,11 @@ class KiviCache(AbstractLayerCache):
         return self._pieces(self.keys.length, self.residual)
 
     def value_pieces(self) -> Iterator[tuple[int, int]]:
-        """Ranges of value tokens that are unpacked together."""
-        return self._pieces(self.values.length, 1)
+        """Ranges of value tokens that are unpacked together; none spans a ring's seam."""
+        yield from self._pieces(self._oldest_packed, 1)
+        rest = self.values.length - self._oldest_packed
+        for start, stop in self._pieces(rest, 1):
+            yield start + self._oldest_packed, stop + self._oldest_packed
 
     def dequantised_keys(self, start: int, stop: int) -> Tensor:
         """Blocks of keys as [B, K, blocks, H, R]."""
@@ -197,10 +239,17 @@ class KiviCache(AbstractLayerCache):
 
     def replace_oldest_value(self, v: Tensor) -> None:
         """Quantise the value that leaves the ring and put the new one in its place."""
-        leaving = self.recent_values.entries(self._oldest, self._oldest + 1)
-        self.values.append(quantise(leaving, self.bits, self.group))
+        if self.limit is None or self.n_tokens < self.limit:
+            self.values.append(self._leaving_value())
+        elif self.values.length:  # a window longer than the residual: the ring of packed values
+            self.values.write(self._oldest_packed, self._leaving_value())
+            self._oldest_packed = (self._oldest_packed + 1) % self.values.length
         self.recent_values.write(self._oldest, v)
-        self._oldest = (self._oldest + 1) % self.residual
+        self._oldest = (self._oldest + 1) % self.ring
+
+    def _leaving_value(self) -> tuple[Tensor, Tensor, Tensor]:
+        leaving = self.recent_values.entries(self._oldest, self._oldest + 1)
+        return quantise(leaving, self.bits, self.group)
 
     def pack_full_block(self) -> None:
         """Quantise the R recent keys as one block."""
@@ -224,11 +273,21 @@ class KiviCache(AbstractLayerCache):
             self.recent_keys.entries().clone(),
             self.recent_values.entries().clone(),
             self._oldest,
+            self._oldest_packed,
+            # in a window a step drops or overwrites what was packed
+            None
+            if self.limit is None
+            else [b.entries().clone() for b in (*self.keys, *self.values)],
         )
 
     def restore(self, snapshot: _Snapshot) -> None:
         """Drop what the step packed and put the residuals back."""
         self.n_tokens, self._oldest = snapshot.n_tokens, snapshot.oldest
+        self._oldest_packed = snapshot.oldest_packed
+        if snapshot.packed is not None:
+            for buffer, entries in zip((*self.keys, *self.values), snapshot.packed, strict=True):
+                buffer.clear()
+                buffer.append(entries)
         self.keys.truncate(snapshot.key_blocks)
         self.values.truncate(snapshot.values)
         for buffer, entries in (

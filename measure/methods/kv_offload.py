@@ -2,15 +2,17 @@
 
 The first ``resident_layers`` caches own the slots in which a layer's cache stays between steps; the
 others pass through a buffer that lives for one step. Only the new token goes back. On a CPU device
-both sides are the same memory, and the copies are real.
+both sides are the same memory, and the copies are real. With a window of W tokens every buffer is a
+ring: token t lies in entry t mod W.
 """
 
 from collections.abc import Iterator
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor
 
+from costmodel.errors import NotApplicableError
 from costmodel.methods.base import AbstractMethod
 from costmodel.methods.kv_offload import KvOffload
 from measure.methods.buffers import GrowingBuffer
@@ -25,7 +27,10 @@ class KvOffloadCache(KeptTokensCache):
 
     def _build(self, method: AbstractMethod) -> None:
         assert isinstance(method, KvOffload)
+        if self.mixer.chunk_tokens:
+            raise NotApplicableError("kv_offload: chunked attention is run with full only")
         self.resident_layers = method.resident_layers
+        self.limit = self.mixer.max_kv_tokens()
         self.pinned = method.pinned
         self.slots = self._kv_buffers()
         self.host = tuple(
@@ -57,10 +62,23 @@ class KvOffloadCache(KeptTokensCache):
 
     def reserve(self, n_tokens: int) -> None:
         """Room on the host, and on the device where there is a slot."""
-        for buffer in () if self._is_plain else self.host:
-            buffer.reserve(n_tokens)
-        for buffer in self.slots if self._is_resident else ():
-            buffer.reserve(n_tokens)
+        room = n_tokens if self.limit is None else min(n_tokens, self.limit)
+        for buffer in self._held_by():
+            buffer.reserve(room)
+
+    def _held_by(self) -> tuple[GrowingBuffer, ...]:
+        """Buffers that keep the cache between steps."""
+        return (
+            *(() if self._is_plain else self.host),
+            *(self.slots if self._is_resident else ()),
+        )
+
+    @property
+    def _overwritten(self) -> int | None:
+        """Entry that the next token takes, None where it is added."""
+        if self.limit is None or self.n_tokens < self.limit:
+            return None
+        return self.n_tokens % self.limit
 
     @property
     def host_bytes(self) -> int:
@@ -75,7 +93,9 @@ class KvOffloadCache(KeptTokensCache):
 
     def store(self, k: Tensor, v: Tensor) -> None:
         """To the host, and into the slot."""
-        self.n_tokens += k.shape[2]
+        self.n_tokens = n = k.shape[2]
+        if self.limit is not None and n > self.limit:
+            k, v = (x[:, :, -self.limit :].roll(n % self.limit, dims=2) for x in (k, v))
         for slot, host, x in zip(self.slots, self.host, (k, v), strict=True):
             if not self._is_plain:
                 host.append(x)
@@ -92,30 +112,45 @@ class KvOffloadCache(KeptTokensCache):
         return attend_all(self, q, *held)
 
     def _fetched(self, slot: GrowingBuffer, host: GrowingBuffer, x: Tensor) -> Tensor:
+        """K or V of the layer on the device, the new token ``x`` in its place."""
+        entry = self._overwritten
         if self._is_plain:
-            slot.append(x)
+            _put(slot, entry, x)
             return slot.entries()
-        t = host.length
+        n = host.length
         if self._is_resident:
-            slot.append(x)
+            _put(slot, entry, x)
             device = slot.entries()
         else:
-            device = torch.empty(
-                *x.shape[:2], t + 1, x.shape[-1], dtype=x.dtype, device=self.device
-            )
-            device[:, :, t:] = x
-        device[:, :, :t].copy_(host.entries())
-        host.append(x)
+            room = n if entry is not None else n + 1
+            device = torch.empty(*x.shape[:2], room, x.shape[-1], dtype=x.dtype, device=self.device)
+        device[:, :, :n].copy_(host.entries())
+        device[:, :, n if entry is None else entry].copy_(x[:, :, 0])
+        _put(host, entry, x)
         return device
 
-    def snapshot(self) -> int:
-        """Remember the number of tokens."""
-        return self.n_tokens
+    def snapshot(self) -> Any:
+        """Remember the number of tokens, and what the next one overwrites in a full ring."""
+        entry = self._overwritten
+        if entry is None:
+            return self.n_tokens, None
+        return self.n_tokens, [b.entries(entry, entry + 1).clone() for b in self._held_by()]
 
-    def restore(self, snapshot: int) -> None:
-        """Forget the tokens after it."""
-        self.n_tokens = snapshot
-        for buffer in self.slots if self._is_resident else ():
-            buffer.length = snapshot
-        for buffer in () if self._is_plain else self.host:
-            buffer.length = snapshot
+    def restore(self, snapshot: Any) -> None:
+        """Forget the tokens after it, and put back what they overwrote."""
+        self.n_tokens, overwritten = snapshot
+        if overwritten is None:
+            for buffer in self._held_by():
+                buffer.length = self.n_tokens
+            return
+        entry = self._overwritten
+        assert entry is not None
+        for buffer, kept in zip(self._held_by(), overwritten, strict=True):
+            buffer.write(entry, kept)
+
+
+def _put(buffer: GrowingBuffer, entry: int | None, x: Tensor) -> None:
+    if entry is None:
+        buffer.append(x)
+    else:
+        buffer.write(entry, x)

@@ -12,9 +12,10 @@ import functools
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 #: A table row viewed as one element, by its size in bytes, so that one gather moves a whole row.
-_WIDE = {2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
+_WIDE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 
 
 def quantise(x: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -47,6 +48,40 @@ def dequantise(words: Tensor, scale: Tensor, zero: Tensor, bits: int, group: int
     return codes.mul_(scale.unsqueeze(-1)).add_(zero.unsqueeze(-1)).flatten(-2)
 
 
+def pack_words(codes: Tensor, bits: int) -> Tensor:
+    """Codes [..., n], a byte each, as int32 words [..., ceil(n bits / 32)].
+
+    Eight codes of 3 bits fill three bytes.
+    """
+    n = codes.shape[-1]
+    n_words = -(-n * bits // 32)
+    per_unit = 8 if bits == 3 else 8 // bits
+    codes = pad(codes, (0, -n % per_unit))
+    if bits == 3:
+        eight = codes.unflatten(-1, (-1, 8)).int()
+        word = sum(eight[..., j] << (3 * j) for j in range(8))
+        packed = torch.stack([(word >> shift) & 255 for shift in (0, 8, 16)], dim=-1)
+        packed = packed.to(torch.uint8).flatten(-2)
+    else:
+        packed = _pack(codes, bits)
+    packed = pad(packed, (0, max(0, 4 * n_words - packed.shape[-1])))[..., : 4 * n_words]
+    return packed.contiguous().view(torch.int32)
+
+
+def unpack_words(words: Tensor, bits: int, n: int) -> Tensor:
+    """Invert ``pack_words``: ``n`` codes, a byte each."""
+    data = words.view(torch.uint8)
+    if bits != 3:
+        return _unpack_bytes(data, bits, torch.uint8)[..., :n]
+    triples = pad(data, (0, -data.shape[-1] % 3)).unflatten(-1, (-1, 3)).int()
+    low = triples[..., 0] | (triples[..., 1] & 15) << 8
+    high = triples[..., 1] >> 4 | triples[..., 2] << 4
+    table = _table_of_twelve(words.device)
+    indices = torch.stack((low, high), dim=-1)
+    rows = torch.index_select(table, 0, indices.flatten()).view(torch.uint8)
+    return rows.view(*words.shape[:-1], -1)[..., :n]
+
+
 def _pack(codes: Tensor, bits: int) -> Tensor:
     per_byte = 8 // bits
     parts = codes.unflatten(-1, (-1, per_byte)).unbind(-1)
@@ -57,10 +92,14 @@ def _pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def _unpack(words: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
-    table = _table(bits, dtype, words.device)
-    indices = words.view(torch.uint8).to(torch.int32)
+    return _unpack_bytes(words.view(torch.uint8), bits, dtype)
+
+
+def _unpack_bytes(data: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+    table = _table(bits, dtype, data.device)
+    indices = data.to(torch.int32)
     values = torch.index_select(table, 0, indices.flatten()).view(dtype)
-    return values.view(*words.shape[:-1], indices.shape[-1] * (8 // bits))
+    return values.view(*data.shape[:-1], indices.shape[-1] * (8 // bits))
 
 
 @functools.cache
@@ -70,3 +109,11 @@ def _table(bits: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     columns = [(byte >> shift) & (2**bits - 1) for shift in range(0, 8, bits)]
     rows = torch.stack(columns, dim=-1).to(dtype)
     return rows.view(_WIDE[rows.shape[-1] * rows.element_size()]).flatten()
+
+
+@functools.cache
+def _table_of_twelve(device: torch.device) -> Tensor:
+    """Tabulate the four 3-bit codes of every 12 bits, one int32 a row."""
+    value = torch.arange(4096, device=device)
+    columns = [(value >> shift) & 7 for shift in (0, 3, 6, 9)]
+    return torch.stack(columns, dim=-1).to(torch.uint8).view(torch.int32).flatten()

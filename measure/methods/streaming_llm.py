@@ -17,9 +17,9 @@ from costmodel.errors import NotApplicableError
 from costmodel.methods.base import AbstractMethod
 from costmodel.methods.streaming_llm import StreamingLLM
 from measure.methods.buffers import GrowingBuffer
-from measure.methods.kept_tokens import QUERY_BLOCK, KeptTokensCache, attend_all
+from measure.methods.kept_tokens import KeptTokensCache, attend_all
 from measure.numerics import Rope
-from measure.parts import rotate
+from measure.parts import QUERY_BLOCK, rotate
 
 
 @final

@@ -1,16 +1,19 @@
 """What methods share that pack every token of K and V as it is cached.
 
 A prompt is attended exactly and packed a piece at a time. A step unpacks piece after piece into a
-small copy that stays in cache, multiplies it, attends the new token unpacked, and packs it.
+small copy that stays in cache, multiplies it, attends the new token unpacked, and packs it. With a
+window of W tokens the buffers are rings: token t lies in entry t mod W, and a step leaves out the
+entry that its own token overwrites.
 """
 
 from abc import abstractmethod
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from costmodel.errors import NotApplicableError
 from costmodel.methods.base import AbstractMethod
 from measure.methods.base import AbstractLayerCache
 from measure.methods.buffers import GrowingBuffer
@@ -33,16 +36,20 @@ class TokenPackedCache(AbstractLayerCache):
     values: Side
 
     def _build(self, method: AbstractMethod) -> None:
+        if self.mixer.chunk_tokens:
+            raise NotApplicableError(f"{self.NAME}: chunked attention is run with full only")
+        self.limit = self.mixer.max_kv_tokens()
         self._configure(method)
-        self.keys = Side(self.mixer.head_dim, self._parts(self.mixer.head_dim))
-        self.values = Side(self.mixer.v_head_dim, self._parts(self.mixer.v_head_dim))
+        m = self.mixer
+        self.keys = Side(m.head_dim, self._parts(m.head_dim, is_values=False))
+        self.values = Side(m.v_head_dim, self._parts(m.v_head_dim, is_values=True))
 
     @abstractmethod
     def _configure(self, method: AbstractMethod) -> None:
         """Read the method's parameters."""
 
     @abstractmethod
-    def _parts(self, size: int) -> tuple[GrowingBuffer, ...]:
+    def _parts(self, size: int, *, is_values: bool) -> tuple[GrowingBuffer, ...]:
         """Empty buffers for entries of heads of ``size``."""
 
     @abstractmethod
@@ -56,50 +63,92 @@ class TokenPackedCache(AbstractLayerCache):
     def _prepare(self, k: Tensor, v: Tensor) -> None:
         """Look at a whole prompt before it is packed."""
 
-    def _buffer(self, entry: tuple[int, ...], dtype: torch.dtype) -> GrowingBuffer:
-        return GrowingBuffer(self.batch, self.mixer.n_kv_heads, entry, dtype, self.device)
+    def _buffer(self, entry: tuple[int, ...], dtype: torch.dtype, heads: int = 0) -> GrowingBuffer:
+        return GrowingBuffer(self.batch, heads or self.mixer.n_kv_heads, entry, dtype, self.device)
 
     def _buffers(self) -> Iterator[GrowingBuffer]:
-        yield from (*self.keys.parts, *self.values.parts)
+        yield from self._token_buffers()
 
     def _token_buffers(self) -> tuple[GrowingBuffer, ...]:
         return (*self.keys.parts, *self.values.parts)
 
+    def _held(self, n_tokens: int) -> int:
+        return n_tokens if self.limit is None else min(n_tokens, self.limit)
+
     def reserve(self, n_tokens: int) -> None:
-        """Room for ``n_tokens`` packed tokens."""
+        """Room for ``n_tokens`` packed tokens, or for the window."""
         for buffer in self._token_buffers():
-            buffer.reserve(n_tokens)
+            buffer.reserve(self._held(n_tokens))
 
     def store(self, k: Tensor, v: Tensor) -> None:
-        """Pack the prompt, a piece at a time."""
+        """Pack the prompt, a piece at a time; of a window the last W tokens in their entries."""
         self._prepare(k, v)
         n_tokens = k.shape[2]
+        held = self._held(n_tokens)
         for buffer in self._token_buffers():  # else every piece would reallocate all before it
-            if buffer.capacity < n_tokens:
-                buffer.reserve(n_tokens)
-        for start, stop in self._pieces(n_tokens):
+            if buffer.capacity < held:
+                buffer.reserve(held)
+        if held < n_tokens:
+            k, v = (x[:, :, -held:].roll(n_tokens % held, dims=2) for x in (k, v))
+        for start, stop in self._pieces(0, held):
             self._append(k[:, :, start:stop], v[:, :, start:stop])
         self.n_tokens = n_tokens
 
     def decode(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend the packed tokens and the new one, then pack it."""
-        t = self.n_tokens
-        queries = self.fold(q) * q.shape[-1] ** -0.5
-        scores = queries.new_empty(*queries.shape[:-1], t + 1)
-        for start, stop in self._pieces(t):
-            keys = self.unpacked(self.keys, start, stop).transpose(-1, -2)
-            scores[..., start:stop] = torch.matmul(queries, keys)
-        scores[..., t:] = torch.matmul(queries, k.transpose(-1, -2))
-        weights = scores.softmax(dim=-1)
-        out = torch.matmul(weights[..., t:], v)
-        for start, stop in self._pieces(t):
-            out += torch.matmul(weights[..., start:stop], self.unpacked(self.values, start, stop))
-        self._append(k, v)
+        position = torch.tensor([self.n_tokens], device=q.device)
+        new_key = self.turned(k, position) if self.ROTATES else k
+        queries = self.fold(self.turned(q, position) if self.ROTATES else q) * q.shape[-1] ** -0.5
+        scores = [
+            torch.matmul(queries, self._positioned_keys(start, stop).transpose(-1, -2))
+            for start, stop in self._attended()
+        ]
+        scores.append(torch.matmul(queries, new_key.transpose(-1, -2)))
+        weights = torch.cat(scores, dim=-1).softmax(dim=-1)
+        out = torch.matmul(weights[..., -1:], v)
+        first = 0
+        for start, stop in self._attended():
+            part = weights[..., first : first + stop - start]
+            out += torch.matmul(part, self.unpacked(self.values, start, stop))
+            first += stop - start
+        if self._is_full_ring:
+            self._overwrite(self.n_tokens % self._ring, k, v)
+        else:
+            self._append(k, v)
         self.n_tokens += 1
         return self.unfold(out)
 
+    @property
+    def _ring(self) -> int:
+        return self.limit or 0
+
+    @property
+    def _is_full_ring(self) -> bool:
+        return self.limit is not None and self.n_tokens >= self.limit
+
+    def _attended(self) -> Iterator[tuple[int, int]]:
+        """Ranges of entries that the next token attends, a piece each."""
+        if not self._is_full_ring:
+            yield from self._pieces(0, self.n_tokens)
+            return
+        leaving = self.n_tokens % self._ring
+        yield from self._pieces(0, leaving)
+        yield from self._pieces(leaving + 1, self._ring)
+
+    def _positioned_keys(self, start: int, stop: int) -> Tensor:
+        keys = self.unpacked(self.keys, start, stop)
+        return self.turned(keys, self._positions(start, stop)) if self.ROTATES else keys
+
+    def _positions(self, start: int, stop: int) -> Tensor:
+        """Positions [n] of the tokens in a range of entries."""
+        entries = torch.arange(start, stop, device=self.device)
+        if not self._is_full_ring:
+            return entries
+        last = self.n_tokens - 1
+        return last - (last - entries) % self._ring
+
     def unpacked(self, side: Side, start: int, stop: int) -> Tensor:
-        """Tokens ``start`` to ``stop`` as [B, K, n, H] in the compute type."""
+        """Entries ``start`` to ``stop`` as [B, K, n, H] in the compute type."""
         return self._unpack(tuple(x.entries(start, stop) for x in side.parts), side)
 
     def _append(self, k: Tensor, v: Tensor) -> None:
@@ -107,18 +156,30 @@ class TokenPackedCache(AbstractLayerCache):
             for buffer, part in zip(side.parts, self._pack(x, side), strict=True):
                 buffer.append(part)
 
-    def _pieces(self, n_tokens: int) -> Iterator[tuple[int, int]]:
+    def _overwrite(self, entry: int, k: Tensor, v: Tensor) -> None:
+        for x, side in ((k, self.keys), (v, self.values)):
+            for buffer, part in zip(side.parts, self._pack(x, side), strict=True):
+                buffer.write(entry, part)
+
+    def _pieces(self, first: int, last: int) -> Iterator[tuple[int, int]]:
         per_token = self.batch * self.mixer.n_kv_heads * self.mixer.head_dim
         step = max(1, PIECE_ELEMENTS // per_token)
-        for start in range(0, n_tokens, step):
-            yield start, min(start + step, n_tokens)
+        for start in range(first, last, step):
+            yield start, min(start + step, last)
 
-    def snapshot(self) -> int:
-        """Remember the number of tokens."""
-        return self.n_tokens
+    def snapshot(self) -> Any:
+        """Remember the number of tokens, and what the next one overwrites in a full ring."""
+        if not self._is_full_ring:
+            return self.n_tokens, None
+        entry = self.n_tokens % self._ring
+        return self.n_tokens, [b.entries(entry, entry + 1).clone() for b in self._token_buffers()]
 
-    def restore(self, snapshot: int) -> None:
-        """Forget the tokens after it."""
-        self.n_tokens = snapshot
-        for buffer in self._token_buffers():
-            buffer.length = snapshot
+    def restore(self, snapshot: Any) -> None:
+        """Forget the tokens after it, and put back what they overwrote."""
+        self.n_tokens, overwritten = snapshot
+        if overwritten is None:
+            for buffer in self._token_buffers():
+                buffer.length = self.n_tokens
+            return
+        for buffer, entry in zip(self._token_buffers(), overwritten, strict=True):
+            buffer.write(self.n_tokens % self._ring, entry)

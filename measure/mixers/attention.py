@@ -68,7 +68,9 @@ class AttentionRunner(AbstractRunner):
         if numerics.qk_norm:
             q = rms(q, w["q_norm"], numerics.norm_eps)
             k = rms(k, w["k_norm"], numerics.norm_eps)
-        if table is not None:
+        if cache.ROTATES:
+            cache.rope = None if self.rope is None else self.rope[0]
+        elif table is not None:
             q, k = rotate(q, table), rotate(k, table)
         if self._query_factor is not None:
             q = q * self._query_factor

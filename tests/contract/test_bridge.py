@@ -12,18 +12,40 @@ import torch
 from costmodel.architecture import Architecture, Layer
 from costmodel.engines import load_engine
 from costmodel.methods.parse import parse_method
-from costmodel.mixers import Attention
+from costmodel.methods.stack import MethodStack
+from costmodel.mixers import AbstractMixer, Attention
+from costmodel.mixers.mamba2 import Mamba2
+from costmodel.mixers.rglru import RGLRU
 from costmodel.mlps import DenseMLP
-from costmodel.operation import Operations
 from costmodel.workload import Point
 from measure.engine import TORCH_DTYPES, Decoder, random_weights
 from measure.flops import count_flops
-from measure.methods import build_layer_cache, runnable_names
+from measure.methods import runnable_names
+from measure.methods.base import AbstractLayerCache
+from measure.mixers import build_cache
 
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits
 
-SIZE, D, F, V, N_LAYERS = 32, 64, 96, 50, 4
-HEADS = {"mha": (4, 4), "gqa": (4, 2), "mqa": (4, 1)}
+SIZE, D, F, V = 32, 64, 96, 50
+WINDOW = 40
+
+
+def attention(n_heads: int, n_kv_heads: int, **rest: int) -> Attention:
+    return Attention(n_heads=n_heads, n_kv_heads=n_kv_heads, head_dim=SIZE, v_head_dim=SIZE, **rest)
+
+
+GQA = attention(4, 2)
+WINDOWED = attention(4, 2, window_tokens=WINDOW)
+SSD = Mamba2(n_heads=4, head_dim=16, d_state=16, n_groups=2, conv_kernel=4, chunk_tokens=8)
+LRU = RGLRU(width=D, n_blocks=4, conv_kernel=4)
+#: Mixers of a decoder's layers.
+KINDS: dict[str, tuple[AbstractMixer, ...]] = {
+    "mha": (attention(4, 4),) * 4,
+    "gqa": (GQA,) * 4,
+    "mqa": (attention(4, 1),) * 4,
+    "window": (WINDOWED, GQA, WINDOWED, GQA),
+    "hybrid": (SSD, GQA, LRU, GQA),
+}
 #: Every runnable method, with the parameters that change what it holds.
 METHODS = {
     "full": ["full"],
@@ -40,6 +62,11 @@ METHODS = {
         "kivi:bits=2,group=8,residual_tokens=16",
         "kivi:bits=4,group=16,residual_tokens=32",
     ],
+    "kvquant": [
+        "kvquant",
+        "kvquant:bits=2,outlier_fraction=0.1",
+        "kvquant:bits=4,outlier_fraction=0",
+    ],
     "h2o": [
         "h2o:heavy_fraction=0.3,recent_fraction=0.2",
         "h2o:variant=real_drop,heavy_fraction=0.4",
@@ -53,22 +80,27 @@ METHODS = {
     "tova": ["tova:keep_tokens=32"],
 }
 SPECS = [(name, spec) for name, specs in METHODS.items() for spec in specs]
-#: Around groups (8, 16, 32) and residuals (16, 32, 64), once and twice.
-CONTEXTS = (1, 7, 8, 15, 16, 17, 31, 32, 33, 62, 64, 65, 95, 127, 129)
-STEPS = 4
+#: Around groups (8, 16, 32), residuals (16, 32, 64) and the window (40), once and twice.
+CONTEXTS = (1, 7, 15, 17, 31, 33, 39, 62, 65, 81, 127)
+STEPS = 3
+
+
+def contexts_of(kind: str) -> tuple[int, ...]:
+    """All of them for two kinds; for the others those of the most boundaries."""
+    return CONTEXTS if kind in ("gqa", "window") else (17, 39, 65)
 
 
 def decoder_architecture(kind: str) -> Architecture:
-    n_heads, n_kv_heads = HEADS[kind]
-    mixer = Attention(n_heads=n_heads, n_kv_heads=n_kv_heads, head_dim=SIZE, v_head_dim=SIZE)
-    layer = Layer(mixers=(mixer,), mlps=(DenseMLP(d_ff=F),), other_parameters=2 * D)
     return Architecture(
         name=kind,
         hub_id=kind,
         family="llama",
         d_model=D,
         vocab_size=V,
-        layers=(layer,) * N_LAYERS,
+        layers=tuple(
+            Layer(mixers=(mixer,), mlps=(DenseMLP(d_ff=F),), other_parameters=2 * D)
+            for mixer in KINDS[kind]
+        ),
         other_parameters=D,
         tied_embeddings=True,
     )
@@ -94,7 +126,7 @@ def predicted_bytes(model: Architecture, spec: str, at: Point, *, host: bool = F
 
 def build_caches(model: Architecture, spec: str, batch: int, dtype: str, reserve_tokens: int = 0):
     caches = [
-        build_layer_cache(
+        build_cache(
             parse_method(spec),
             layer.mixers[0],
             batch=batch,
@@ -104,9 +136,14 @@ def build_caches(model: Architecture, spec: str, batch: int, dtype: str, reserve
         )
         for layer in model.layers
     ]
-    for index, cache in enumerate(caches):
-        cache.place(index, len(caches))
+    held = [x for x in caches if isinstance(x, AbstractLayerCache)]
+    for index, cache in enumerate(held):
+        cache.place(index, len(held))
     return caches
+
+
+def host_bytes(caches) -> int:
+    return sum(x.host_bytes for x in caches if isinstance(x, AbstractLayerCache))
 
 
 def test_every_twin_is_covered():
@@ -114,19 +151,18 @@ def test_every_twin_is_covered():
 
 
 @pytest.mark.parametrize(("name", "spec"), SPECS, ids=[s for _, s in SPECS])
-@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("batch", "dtype"), [(1, "bf16"), (3, "fp32")])
 def test_storages_equal_the_predicted_state(name, spec, kind, batch, dtype):
     model = decoder_architecture(kind)
     weights = random_weights(model, TORCH_DTYPES[dtype], torch.device("cpu"))
     decoder = Decoder(model, weights, n_positions=max(CONTEXTS) + STEPS + 1)
-    for context in CONTEXTS:
+    for context in contexts_of(kind):
         caches = build_caches(model, spec, batch, dtype)
         decoder.prefill(torch.zeros(batch, context, dtype=torch.long), caches)
         for cached in range(context, context + STEPS + 1):
             held = sum(c.storage_bytes for c in caches)
-            on_host = sum(c.host_bytes for c in caches)
-            assert on_host == predicted_bytes(
+            assert host_bytes(caches) == predicted_bytes(
                 model, spec, point(batch, context, cached, dtype), host=True
             )
             assert held == predicted_bytes(model, spec, point(batch, context, cached, dtype))
@@ -154,28 +190,32 @@ def test_reserved_storages_stay_and_hold_the_predicted_state(name, spec):
     assert sum(c.storage_bytes for c in caches) == storage
 
 
-def executed_flops(model: Architecture, mixing: Operations, tokens: float, batch: int) -> float:
-    """Mixing of all layers, all matrices on ``tokens`` rows, and the head on the last of each."""
+def executed_flops(model: Architecture, stack: MethodStack, at: Point, *, decode: bool) -> float:
+    """Mixing of all layers, all matrices on every token, and the head on the last of each."""
+    hook = stack.decode if decode else stack.prefill
+    mixed = sum(
+        group.n_layers * float(np.asarray(op.count * op.counted_flops))
+        for group in model.mixer_groups
+        for op in hook(group, at)
+    )
+    tokens = float(at.batch) * (1.0 if decode else float(at.prompt_tokens))
     matrices = sum(2.0 * x.n_in * x.n_out * count for x, count in model.linear_groups)
-    mixed = sum(float(np.asarray(op.count * op.counted_flops)) for op in mixing)
-    return model.n_layers * mixed + tokens * matrices + batch * 2.0 * D * V
+    return mixed + tokens * matrices + float(at.batch) * 2.0 * D * V
 
 
 @pytest.mark.parametrize(("name", "spec"), SPECS, ids=[s for _, s in SPECS])
-@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_counted_flops_equal_the_prediction(name, spec, kind):
     model = decoder_architecture(kind)
-    (group,) = model.mixer_groups
     batch, stack = 2, parse_method(spec)
     decoder = Decoder(
         model, random_weights(model, torch.float32, torch.device("cpu")), n_positions=602
     )
-    for context in (5, 40, 600):
+    for context in (5, 40, 41, 600):
         caches = build_caches(model, spec, batch, "fp32")
         prompt = torch.zeros(batch, context, dtype=torch.long)
         at = point(batch, context, context, "fp32")
         counted = count_flops(lambda p=prompt, c=caches: decoder.prefill(p, c))
-        tokens = float(batch * context)
-        assert counted == executed_flops(model, stack.prefill(group, at), tokens, batch)
+        assert counted == executed_flops(model, stack, at, decode=False)
         counted = count_flops(lambda p=prompt, c=caches: decoder.decode(p[:, :1], c))
-        assert counted == executed_flops(model, stack.decode(group, at), float(batch), batch)
+        assert counted == executed_flops(model, stack, at, decode=True)

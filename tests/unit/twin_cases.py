@@ -12,9 +12,10 @@ torch.set_num_threads(1)  # tiny tensors: a second thread only waits
 BATCH, HEADS, KV_HEADS, SIZE = 2, 4, 2, 16
 
 
-def cache(spec: str, *, dtype=torch.float32, reserve: int = 0, **rest: int):
-    """An empty cache of four heads over two KV heads."""
-    mixer = Attention(n_heads=HEADS, n_kv_heads=KV_HEADS, head_dim=SIZE, v_head_dim=SIZE)
+def cache(spec: str, *, dtype=torch.float32, reserve: int = 0, mixer: Attention | None = None):
+    """An empty cache of four heads over two KV heads, unless told otherwise."""
+    if mixer is None:
+        mixer = Attention(n_heads=HEADS, n_kv_heads=KV_HEADS, head_dim=SIZE, v_head_dim=SIZE)
     return build_layer_cache(
         parse_method(spec),
         mixer,
@@ -22,7 +23,6 @@ def cache(spec: str, *, dtype=torch.float32, reserve: int = 0, **rest: int):
         dtype=dtype,
         device=torch.device("cpu"),
         reserve_tokens=reserve,
-        **rest,
     )
 
 
