@@ -5,6 +5,9 @@ sums what every key received (O(S) memory). A step adds its probabilities to the
 the lightest token that is not recent: ``slot`` overwrites it, ``real_drop`` gathers the others and
 appends. Scores of a KV head are sums over its query heads. Where the budget holds the whole prompt
 no scores are kept: they start with the step in which it overflows.
+
+``mask`` keeps all K and V and hides what was dropped. Its prompt is attended plainly and its scores
+start with the first step, which still sees everything; what is hidden never returns.
 """
 
 from collections.abc import Iterator
@@ -14,7 +17,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from costmodel.errors import NotApplicableError
 from costmodel.methods.base import AbstractMethod
 from costmodel.methods.h2o import H2O
 from measure.methods.buffers import GrowingBuffer
@@ -35,10 +37,6 @@ class H2OCache(KeptTokensCache):
 
     def _build(self, method: AbstractMethod) -> None:
         assert isinstance(method, H2O)
-        if method.variant == "mask":
-            raise NotApplicableError(
-                "h2o:variant=mask keeps everything and hides it; it is priced but not run here"
-            )
         self.method = method
         self.keys, self.values = self._kv_buffers()
         self.scores = self._buffer((), torch.float32)
@@ -54,15 +52,22 @@ class H2OCache(KeptTokensCache):
     def reserve(self, n_tokens: int) -> None:
         """Room for the budget of a prompt of ``n_tokens``, the largest it can become."""
         self._set_budget(n_tokens)
-        for buffer in self._buffers():
-            buffer.reserve(min(self.heavy + self.recent, n_tokens))
+        kept = min(self.heavy + self.recent, n_tokens)
+        for buffer in (self.keys, self.values):
+            buffer.reserve(n_tokens if self._masks else kept)
+        for buffer in (self.scores, self.positions):
+            buffer.reserve(kept)
+
+    @property
+    def _masks(self) -> bool:
+        return self.method.variant == "mask"
 
     def prefill(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend exactly; sum the scores where tokens will be dropped."""
         out = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         self._set_budget(k.shape[2])
         received = None
-        if self.heavy + self.recent < k.shape[2]:
+        if self.heavy + self.recent < k.shape[2] and not self._masks:
             received = torch.zeros(k.shape[:3], dtype=torch.float32, device=k.device)
             for _, stop, weights in query_blocks(q, k):
                 received[..., :stop] += weights.sum(dim=(2, 3))
@@ -76,13 +81,11 @@ class H2OCache(KeptTokensCache):
 
     def _keep(self, k: Tensor, v: Tensor, received: Tensor | None) -> None:
         self.n_tokens = n = k.shape[2]
-        if received is None or self.heavy + self.recent >= n:
+        if received is None or self.heavy + self.recent >= n or self._masks:
             self.keys.append(k)
             self.values.append(v)
             return
-        heavy = received[..., : n - self.recent].topk(self.heavy, dim=-1).indices
-        recent = torch.arange(n - self.recent, n, device=k.device).expand(*k.shape[:2], -1)
-        chosen = torch.cat((heavy.sort(dim=-1).values, recent), dim=-1)
+        chosen = self._chosen(received)
         self.keys.append(gather_tokens(k, chosen))
         self.values.append(gather_tokens(v, chosen))
         self.scores.append(received.gather(2, chosen))
@@ -95,14 +98,14 @@ class H2OCache(KeptTokensCache):
             self.values.append(v)
             self.n_tokens += 1
             return attend_all(self, q, self.keys.entries(), self.values.entries())
+        if self._masks:
+            return self._masked_step(q, k, v)
         if self.positions.length == 0:
             self._start_scores()
         out, weights = self.attend_with_new(q, self.keys.entries(), self.values.entries(), k, v)
         received = weights.sum(dim=2)
         self.scores.entries().add_(received[..., :-1])
-        # the new token is recent itself
-        old = self.positions.entries() <= self.n_tokens - self.recent
-        lightest = self.scores.entries().masked_fill(~old, torch.inf).argmin(dim=-1)
+        lightest = self._lightest()
         position = torch.full_like(self.positions.entries(0, 1), self.n_tokens)
         new = (k, v, received[..., -1:], position)
         for buffer, entry in zip(self._buffers(), new, strict=True):
@@ -112,6 +115,49 @@ class H2OCache(KeptTokensCache):
                 _drop_and_append(buffer, lightest, entry)
         self.n_tokens += 1
         return out
+
+    def _lightest(self) -> Tensor:
+        """Slots [B, K] of the lightest tokens that are not recent; the new one is recent itself."""
+        old = self.positions.entries() <= self.n_tokens - self.recent
+        return self.scores.entries().masked_fill(~old, torch.inf).argmin(dim=-1)
+
+    def _masked_step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attend everything with what was dropped hidden, update the scores, drop one."""
+        self.keys.append(k)
+        self.values.append(v)
+        queries = self.fold(q) * q.shape[-1] ** -0.5
+        scores = torch.matmul(queries, self.keys.entries().transpose(-1, -2))
+        kept = self.positions.entries().long()
+        if self.positions.length:
+            hidden = torch.ones(
+                *kept.shape[:2], self.n_tokens + 1, dtype=torch.bool, device=k.device
+            )
+            hidden.scatter_(-1, kept, False)
+            hidden[..., -1] = False
+            scores.masked_fill_(hidden.unsqueeze(2), -torch.inf)
+        weights = scores.softmax(dim=-1, dtype=torch.float32)
+        out = torch.matmul(weights.to(v.dtype), self.values.entries())
+        received = weights.sum(dim=2)
+        if self.positions.length:
+            self.scores.entries().add_(received.gather(-1, kept))
+            lightest = self._lightest()
+            overwrite(self.scores, lightest, received[..., -1:])
+            position = torch.full_like(self.positions.entries(0, 1), self.n_tokens)
+            overwrite(self.positions, lightest, position)
+        else:
+            chosen = self._chosen(received)
+            self.scores.append(received.gather(2, chosen))
+            self.positions.append(chosen.int())
+        self.n_tokens += 1
+        return self.unfold(out)
+
+    def _chosen(self, received: Tensor) -> Tensor:
+        """Positions [B, K, C] of the heavy hitters and the recent tokens, ascending."""
+        n = received.shape[-1]
+        heavy = received[..., : n - self.recent].topk(self.heavy, dim=-1).indices
+        recent = torch.arange(n - self.recent, n, device=received.device)
+        recent = recent.expand(*received.shape[:2], -1)
+        return torch.cat((heavy.sort(dim=-1).values, recent), dim=-1)
 
     def _start_scores(self) -> None:
         zeros = torch.zeros(self.batch, self.mixer.n_kv_heads, self.n_tokens, device=self.device)

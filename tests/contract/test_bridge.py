@@ -70,6 +70,7 @@ METHODS = {
     "h2o": [
         "h2o:heavy_fraction=0.3,recent_fraction=0.2",
         "h2o:variant=real_drop,heavy_fraction=0.4",
+        "h2o:variant=mask,heavy_fraction=0.2,recent_fraction=0.2",
         "h2o:heavy_fraction=0.5,recent_fraction=0.5",
     ],
     "kv_offload": ["kv_offload:resident_layers=1", "kv_offload:resident_layers=2"],

@@ -67,6 +67,32 @@ def test_h2o_keeps_the_heavy_and_the_recent(variant, n, shares):
         same_output(twin.decode(*part(qkv, t, t + 1)), expected)
 
 
+@pytest.mark.parametrize(("n", "shares"), [(20, (0.3, 0.2)), (21, (0.0, 0.3)), (12, (0.6, 0.4))])
+def test_h2o_mask_hides_for_good_and_holds_everything(n, shares):
+    qkv = tokens(n + 12)
+    spec = f"h2o:variant=mask,heavy_fraction={shares[0]},recent_fraction={shares[1]}"
+    twin, slow = cache(spec), heads(qkv)
+    twin.prefill(*part(qkv, 0, n))
+    heavy, recent = int(shares[0] * n), int(shares[1] * n)
+    score = {key: {} for key in slow}
+    for head in slow.values():
+        head.kept = list(range(n))  # the first step sees everything
+    for t in range(n, n + 12):
+        expected = {}
+        for key, head in slow.items():
+            seen = [*head.kept, t]
+            weights = head.weights(t, seen)
+            expected[key] = weights @ head.v[seen]
+            for i, w in zip(seen, weights.sum(0).tolist(), strict=True):
+                score[key][i] = score[key].get(i, 0.0) + w
+            old = sorted((i for i in seen if i <= t - recent), key=lambda i, s=score[key]: -s[i])
+            head.kept = sorted(old[:heavy]) + [i for i in seen if i > t - recent]
+        same_output(twin.decode(*part(qkv, t, t + 1)), expected)
+        assert twin.keys.length == twin.values.length == t + 1
+        for (b, h), head in slow.items():
+            assert sorted(twin.positions.entries()[b, h].tolist()) == sorted(head.kept)
+
+
 @pytest.mark.parametrize("n", [5, 15, 16, 17, 40])
 def test_tova_drops_the_least_attended(n):
     qkv, keep = tokens(n + 20), 16
@@ -112,6 +138,7 @@ def test_a_budget_that_holds_everything_is_full_attention_exactly(spec):
 SMALL = [
     "h2o:heavy_fraction=0.3,recent_fraction=0.2",
     "h2o:variant=real_drop",
+    "h2o:variant=mask",
     "tova:keep_tokens=8",
     "snapkv:keep_tokens=12,window_tokens=4",
     "pyramidkv:keep_tokens=12,window_tokens=4",
