@@ -33,7 +33,10 @@ class Budget:
 def lookup(
     mixer: Attention, point: Point, budget: Budget, n_blocks: Array, *, count: Array
 ) -> Operation:
-    """Mean query of all heads against every representative, top-k; one choice for all heads."""
+    """Mean query of all heads against every representative, top-k; one choice for all heads.
+
+    ``n_blocks``: those of a lookup, on average; none where all of them are wanted anyway.
+    """
     size = point.batch * n_blocks * (mixer.n_heads * mixer.head_dim)
     reference = point.level == "reference"
     return select(
@@ -80,6 +83,39 @@ def links(
         formula="8 bytes per index; the host waits for them",
     )
     return wait, fetch
+
+
+def looked_up(budget: Budget, n_blocks: Array) -> Array:
+    """Representatives a lookup scores: none as long as all blocks are wanted."""
+    return np.where(n_blocks > budget.topk, n_blocks, 0.0)
+
+
+def chunk_counts(prompt_tokens: Array, budget: Budget, block: float) -> tuple[Array, Array]:
+    """(pairs per head, representatives scored) of a prompt on an engine without a fused kernel.
+
+    Queries of a chunk are scored in blocks of ``block``; one ending at e computes its window of
+    min(e, W + block - 1) keys, masked ones too, and from afar the first tokens, the blocks looked
+    up, and the rest of what lies more than W behind e. Every distinct prompt is counted once.
+    """
+    s = np.asarray(prompt_tokens, dtype=np.float64)
+    arrays = np.broadcast_arrays(s, budget.init, budget.local, budget.topk)
+    distinct, where = np.unique(np.stack([x.ravel() for x in arrays]), axis=1, return_inverse=True)
+    n, init, local, topk = (x[:, None] for x in distinct)
+    p, chunk = budget.block_tokens, budget.chunk_tokens
+    start = chunk * np.arange(np.ceil(n.max() / chunk))[None, :]
+    n_blocks = np.maximum(np.floor((start - init - local) / p), 0.0)
+    pairs = np.zeros(np.broadcast_shapes(n.shape, start.shape))
+    for offset in np.arange(0.0, chunk, block):
+        low = np.minimum(start + offset, n)
+        high = np.minimum(np.minimum(low + block, start + chunk), n)
+        queries = np.maximum(high - low, 0.0)
+        outside = np.maximum(high - local, 0.0)
+        far = np.minimum(init, outside) + np.minimum(topk, n_blocks) * p
+        far = far + np.maximum(outside - init - n_blocks * p, 0.0)
+        pairs += queries * (np.minimum(high, local + queries - 1) + far)
+    scored = np.where((start < n) & (n_blocks > topk), n_blocks, 0.0)
+    shape = np.shape(arrays[0])
+    return tuple(x.sum(axis=1)[where.ravel()].reshape(shape) for x in (pairs, scored))  # type: ignore[return-value]
 
 
 def _wanted(budget: Budget, n_blocks: Array) -> tuple[Array, Array]:

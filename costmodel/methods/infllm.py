@@ -42,9 +42,11 @@ from costmodel.methods.block_retrieval import (
     MANAGER,
     MODEL_CHUNK,
     Budget,
+    chunk_counts,
     copies,
     in_chunks,
     links,
+    looked_up,
     lookup,
     prompt_copies,
 )
@@ -217,18 +219,24 @@ class InfLLM(AbstractMethod):
         seen = budget.local + budget.init + budget.topk * p + (p + self.chunk_tokens) / 2
         pairs = causal_pairs(s, seen)
         reference = point.level == "reference"
+        chunks = np.ceil(s / self.chunk_tokens)
+        # over the prompt there are n / 2 blocks on average
+        executed, scored = pairs, n / 2
+        unfused = bool(point.engine.score_block_tokens) and not reference
+        if unfused:  # the window's probabilities are at hand: no second pass for local scores
+            executed, scored = chunk_counts(s, budget, float(point.engine.score_block_tokens))
+            scored = scored / chunks
         main = prefill_attention(
             mixer,
             point,
             pairs=pairs,
-            executed_pairs=pairs,
+            executed_pairs=executed,
             state_bytes=0.0,
             source=_KERNEL if reference else "",
             formula="window + first + topk p + (p + chunk) / 2 keys per query",
             shape={"window_tokens": seen},
         )
         size = layer_bytes(mixer, point, s)
-        chunks = np.ceil(s / self.chunk_tokens)
         init, _, _ = self.counts(point.at(s))
         window = np.minimum(s, budget.local)
         main = replace(
@@ -254,9 +262,8 @@ class InfLLM(AbstractMethod):
             local = in_chunks(local, chunks, queries, budget.local, launches=1.0)
         operations = (
             main,
-            local,
-            # over the prompt there are n / 2 blocks on average
-            lookup(mixer, point, budget, n / 2, count=chunks),
+            *(() if unfused else (local,)),
+            lookup(mixer, point, budget, scored, count=chunks),
             *links(mixer, point, budget, n / 2, count=chunks),
             host_link(
                 "offload_blocks",
@@ -281,11 +288,13 @@ class InfLLM(AbstractMethod):
         window = np.minimum(point.cached_tokens, budget.local)
         heads = point.batch * mixer.n_heads
         reference = point.level == "reference"
+        unfused = bool(point.engine.score_block_tokens) and not reference
         attention = decode_attention(
             mixer,
             point,
             read_tokens=tokens,
-            executed_tokens=tokens + 1 + window / 2,
+            # a fused kernel's probabilities are gone: scores of the window again
+            executed_tokens=tokens + 1 + (0.0 if unfused else window / 2),
             read_bytes=layer_bytes(mixer, point, tokens),
             # the new token goes into the window and into the remainder
             written_bytes=layer_bytes(mixer, point, 2.0),
@@ -295,7 +304,7 @@ class InfLLM(AbstractMethod):
             formula="first + remainder + topk p tokens read once; scores of the window again",
         )
         operations = (
-            lookup(mixer, point, budget, n, count=1.0),
+            lookup(mixer, point, budget, looked_up(budget, n), count=1.0),
             *links(mixer, point, budget, n, count=1.0),
             attention,
         )

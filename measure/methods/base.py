@@ -132,10 +132,19 @@ class AbstractLayerCache(ABC):
         if self.rope is None:
             return x
         longest = int(positions.max()) + 1
-        table = shared_rope_table(longest, x.shape[-1], self.rope, x.dtype, x.device)
-        return rotate(
-            x, tuple(part[positions] for part in table), interleaved=self.rope.interleaved
-        )
+        cos, sin = shared_rope_table(longest, x.shape[-1], self.rope, x.dtype, x.device)
+        table = cos[positions], sin[positions]
+        return rotate(x, table, interleaved=self.rope.interleaved)
+
+    def turned_back(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Undo ``turned``."""
+        if self.rope is None:
+            return x
+        longest = int(positions.max()) + 1
+        cos, sin = shared_rope_table(longest, x.shape[-1], self.rope, x.dtype, x.device)
+        table = cos[positions], -sin[positions]
+        # an amplitude multiplies both ways
+        return rotate(x, table, interleaved=self.rope.interleaved) / self.rope.amplitude**2
 
     def clear(self) -> None:
         """Empty the cache; the room stays."""

@@ -54,6 +54,12 @@ class GrowingBuffer:
         data.narrow(_AXIS, 0, self.length).copy_(self.entries())
         self._data = data
 
+    def extend_to(self, length: int) -> None:
+        """Have ``length`` entries in use; those added hold nothing yet."""
+        if length > self.capacity:
+            self.reserve(length)
+        self.length = max(self.length, length)
+
     def append(self, entries: Tensor) -> None:
         """Copy ``entries`` [B, K, n, ...] behind those in use."""
         length = self.length + entries.shape[_AXIS]

@@ -73,6 +73,12 @@ METHODS = {
         "h2o:variant=mask,heavy_fraction=0.2,recent_fraction=0.2",
         "h2o:heavy_fraction=0.5,recent_fraction=0.5",
     ],
+    "infllm": [
+        "infllm:block_tokens=4,init_tokens=3,local_tokens=12,topk=2,cached_blocks=3,"
+        "chunk_tokens=8,repr_topk=2",
+        "infllm:block_tokens=6,init_tokens=0,local_tokens=16,topk=3,cached_blocks=3,"
+        "chunk_tokens=300",
+    ],
     "kv_offload": ["kv_offload:resident_layers=1", "kv_offload:resident_layers=2"],
     "quest": ["quest:page_tokens=8,keep_tokens=24", "quest:page_tokens=4,keep_tokens=4"],
     "snapkv": ["snapkv:keep_tokens=32,window_tokens=8"],
@@ -82,8 +88,15 @@ METHODS = {
 }
 SPECS = [(name, spec) for name, specs in METHODS.items() for spec in specs]
 #: Around groups (8, 16, 32), residuals (16, 32, 64) and the window (40), once and twice.
-CONTEXTS = (1, 7, 15, 17, 31, 33, 39, 62, 65, 81, 127)
+CONTEXTS = (1, 15, 22, 31, 39, 62, 81, 127)
 STEPS = 3
+BATCH_AND_DTYPE = {
+    "mha": (1, "bf16"),
+    "gqa": (3, "fp32"),
+    "mqa": (2, "bf16"),
+    "window": (2, "bf16"),
+    "hybrid": (3, "fp32"),
+}
 
 
 def contexts_of(kind: str) -> tuple[int, ...]:
@@ -153,8 +166,8 @@ def test_every_twin_is_covered():
 
 @pytest.mark.parametrize(("name", "spec"), SPECS, ids=[s for _, s in SPECS])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("batch", "dtype"), [(1, "bf16"), (3, "fp32")])
-def test_storages_equal_the_predicted_state(name, spec, kind, batch, dtype):
+def test_storages_equal_the_predicted_state(name, spec, kind):
+    batch, dtype = BATCH_AND_DTYPE[kind]
     model = decoder_architecture(kind)
     weights = random_weights(model, TORCH_DTYPES[dtype], torch.device("cpu"))
     decoder = Decoder(model, weights, n_positions=max(CONTEXTS) + STEPS + 1)
@@ -212,7 +225,7 @@ def test_counted_flops_equal_the_prediction(name, spec, kind):
     decoder = Decoder(
         model, random_weights(model, torch.float32, torch.device("cpu")), n_positions=602
     )
-    for context in (5, 40, 41, 600):
+    for context in (41, 600):
         caches = build_caches(model, spec, batch, "fp32")
         prompt = torch.zeros(batch, context, dtype=torch.long)
         at = point(batch, context, context, "fp32")

@@ -1,0 +1,136 @@
+"""InfLLM against a slow form that walks query by query; its block cache and host blocks."""
+
+import pytest
+import torch
+from twin_cases import BATCH, HEADS, KV_HEADS, SIZE, cache, part, tokens
+
+from measure.numerics import Rope
+from measure.parts import rope_table, rotate
+
+GROUP = HEADS // KV_HEADS
+BLOCK, INIT, LOCAL, TOPK, BEST = 4, 3, 10, 2, 2
+SPEC = (
+    f"infllm:block_tokens={BLOCK},init_tokens={INIT},local_tokens={LOCAL},topk={TOPK},"
+    f"cached_blocks=3,repr_topk={BEST},chunk_tokens="
+)
+PLAIN = INIT + LOCAL + TOPK * BLOCK
+
+
+class SlowSequence:
+    """One sequence: everything is kept; what a query sees is a list of positions."""
+
+    def __init__(self, b, qkv, rope, total):
+        q, k, v = (x[b] for x in qkv)
+        table = rope_table(total, SIZE, rope, torch.float32, torch.device("cpu"))
+        fixed = tuple(x[LOCAL : LOCAL + 1] for x in table)
+        self.near, self.turned = rotate(q[None], table)[0], rotate(k[None], table)[0]
+        self.far, self.k, self.v = rotate(q[None], fixed)[0], k, v
+        self.blocks: list[int] = []  # first positions
+        self.represented: list[torch.Tensor] = []
+        self.received = torch.zeros(HEADS, total)
+
+    def lookup(self, first, last):
+        """Blocks for queries ``first`` to ``last``."""
+        if len(self.blocks) <= TOPK:
+            return self.blocks
+        mean = self.far[:, first:last].mean(1).flatten()
+        scores = torch.stack([mean @ r.flatten() for r in self.represented])
+        return [self.blocks[i] for i in scores.topk(TOPK).indices.tolist()]
+
+    def attend(self, i, blocks):
+        window = list(range(max(0, i - LOCAL + 1), i + 1))
+        away = list(range(min(INIT, max(0, i - LOCAL + 1))))
+        away += [j for start in blocks for j in range(start, start + BLOCK)]
+        away += range(INIT + len(self.blocks) * BLOCK, i - LOCAL + 1)
+        out = []
+        for h in range(HEADS):
+            one = h // GROUP
+            scores = torch.cat(
+                (self.turned[one, window] @ self.near[h, i], self.k[one, away] @ self.far[h, i])
+            )
+            weights = (scores / SIZE**0.5).softmax(0)
+            self.received[h, window] += weights[: len(window)]
+            out.append(weights @ self.v[one, window + away])
+        return torch.stack(out)
+
+    def cut(self, seen):
+        """Form the blocks that are due with ``seen`` tokens."""
+        while INIT + LOCAL + (len(self.blocks) + 1) * BLOCK <= seen:
+            start = INIT + len(self.blocks) * BLOCK
+            best = self.received[:, start : start + BLOCK].topk(BEST, dim=1).indices + start
+            self.blocks.append(start)
+            self.represented.append(
+                torch.stack([self.k[h // GROUP, best[h]].mean(0) for h in range(HEADS)])
+            )
+
+
+@pytest.mark.parametrize("reserve", [0, 100])
+@pytest.mark.parametrize(("n", "chunk"), [(22, 8), (33, 8), (64, 16), (40, 7), (64, 300)])
+def test_prompt_and_steps_equal_the_slow_form(n, chunk, reserve):
+    rope, total = Rope(), n + 20
+    qkv = tokens(total)
+    twin = cache(SPEC + str(chunk), reserve=reserve)
+    twin.place(0, 1, rope)
+    slow = [SlowSequence(b, qkv, rope, total) for b in range(BATCH)]
+    found = twin.prefill(*part(qkv, 0, n))
+    for b, sequence in enumerate(slow):
+        for start in range(0, n, chunk):
+            stop = min(n, start + chunk)
+            blocks = sequence.lookup(start, stop)
+            for i in range(start, stop):
+                expected = sequence.attend(i, blocks)
+                torch.testing.assert_close(found[b, :, i], expected, atol=1e-5, rtol=1e-4)
+            sequence.cut(stop)
+    for t in range(n, total):
+        mark = twin.snapshot()
+        twin.decode(*part(qkv, t - 1, t))  # a wrong token, undone
+        twin.restore(mark)
+        found = twin.decode(*part(qkv, t, t + 1))
+        for b, sequence in enumerate(slow):
+            expected = sequence.attend(t, sequence.lookup(t, t + 1))
+            torch.testing.assert_close(found[b, :, 0], expected, atol=1e-5, rtol=1e-4)
+            sequence.cut(t + 1)
+    n_blocks = (total - INIT - LOCAL) // BLOCK
+    assert twin.n_blocks == n_blocks
+    whole = slice(INIT, INIT + n_blocks * BLOCK)
+    for host, x in zip(twin.host, qkv[1:], strict=True):
+        assert torch.equal(host.entries(), x[:, :, whole])
+
+
+@pytest.mark.parametrize("n", [PLAIN - 8, PLAIN])
+def test_as_long_as_the_budget_holds_everything_it_is_full_attention(n):
+    twin, full, qkv = cache(SPEC + "8"), cache("full"), tokens(PLAIN + 1)
+    assert torch.equal(twin.prefill(*part(qkv, 0, n)), full.prefill(*part(qkv, 0, n)))
+    for t in range(n, PLAIN + 1):
+        assert twin.host_bytes == 0
+        step = part(qkv, t, t + 1)
+        assert torch.equal(twin.decode(*step), full.decode(*step))
+    assert twin.host_bytes > 0  # one token too many: the oldest blocks are on the host
+
+
+def test_leaving_plain_attention_keeps_every_token_where_it_belongs():
+    rope, qkv = Rope(), tokens(PLAIN + 1)
+    twin = cache(SPEC + "8")
+    twin.place(0, 1, rope)
+    twin.prefill(*part(qkv, 0, PLAIN))
+    twin.decode(*part(qkv, PLAIN, PLAIN + 1))
+    for i, x in enumerate(qkv[1:]):
+        held = torch.cat(
+            (twin.first[i].entries(), twin.host[i].entries(), twin.rest[i].entries()), dim=2
+        )
+        torch.testing.assert_close(held, x, atol=1e-5, rtol=1e-4)
+
+
+def test_the_least_recently_used_block_leaves_the_device():
+    twin, qkv = cache(SPEC + "8"), tokens(60)
+    twin.prefill(*part(qkv, 0, 60))
+    for wanted in ([0, 1], [1, 2], [3, 4], [0, 4]):
+        twin._load([wanted] * BATCH)
+        for b in range(BATCH):
+            assert sorted(list(twin._places[b])[-2:]) == wanted
+            assert len(twin._places[b]) <= 3
+        for buffer, x in zip(twin.buffer, qkv[1:], strict=True):
+            expected = [x[:, :, INIT + w * BLOCK : INIT + (w + 1) * BLOCK] for w in wanted]
+            assert torch.equal(
+                buffer.entries(INIT, INIT + TOPK * BLOCK), torch.cat(expected, dim=2)
+            )
