@@ -115,7 +115,8 @@ def chunk_counts(prompt_tokens: Array, budget: Budget, block: float) -> tuple[Ar
         pairs += queries * (np.minimum(high, local + queries - 1) + far)
     scored = np.where((start < n) & (n_blocks > topk), n_blocks, 0.0)
     shape = np.shape(arrays[0])
-    return tuple(x.sum(axis=1)[where.ravel()].reshape(shape) for x in (pairs, scored))  # type: ignore[return-value]
+    totals = [x.sum(axis=1)[where.ravel()].reshape(shape) for x in (pairs, scored)]
+    return totals[0], totals[1]
 
 
 def _wanted(budget: Budget, n_blocks: Array) -> tuple[Array, Array]:

@@ -100,7 +100,8 @@ class InfLLMCache(AbstractLayerCache):
         plain = n_tokens <= self._plain_tokens
         n_blocks = 0 if plain else self._blocks_of(n_tokens)
         rooms = {
-            self.window: n_tokens if plain else self._plain_tokens,
+            # the token too many is added before the rest are dealt out
+            self.window: n_tokens if plain else self._plain_tokens + 1,
             self.first: 0 if plain else self.init,
             self.rest: 0 if plain else self.local + self.block,
             self.buffer: 0 if plain else self._buffer_tokens,
