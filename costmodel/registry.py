@@ -72,6 +72,22 @@ def architecture_from_config(
     return _build(dict(config), where=name, name=name, hub_id=name, assume=assume)
 
 
+def load_config(name: str | os.PathLike[str]) -> dict[str, Any]:
+    """The ``config.json`` behind a bundled name, a file or a folder, as plain values; of a
+    multimodal model the whole file. Bundled ones lack this package's own notes.
+    """
+    text = os.fspath(name)
+    stem = _index()["names"].get(text.strip().lower())
+    if stem is not None:
+        file = _FOLDER / f"{stem}.json"
+        config = parse_config(file.read_text("utf-8"), file.name)
+        return {k: v for k, v in config.items() if k != "_lccost"}
+    path = _as_path(text)
+    if path is None:
+        raise UnknownNameError("model", text[:200], _index()["names"], "lccost models list")
+    return dict(read_config(path))
+
+
 @functools.lru_cache(maxsize=256)
 def _bundled(stem: str, assume: str | None) -> Architecture:
     file = _FOLDER / f"{stem}.json"

@@ -1,6 +1,7 @@
 """From the options of ``lccost measure`` to points, and each point's own prediction."""
 
 import importlib.util
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +13,13 @@ from costmodel.architecture import Architecture
 from costmodel.errors import ConfigError, MissingExtraError, NotApplicableError
 from costmodel.hardware import HardwareProfile, load_hardware
 from costmodel.methods.parse import parse_methods
+from costmodel.methods.stack import MethodStack
 from costmodel.options import default_dtype
 from costmodel.registry import load_architecture
+from costmodel.results import key_fields
 from lccost.joins import predict_record
-from measure.points import MeasurePoint
-from measure.runner import run_sweep
+from measure.points import LEVEL_OF_REALISATION, MeasurePoint
+from measure.runner import Predict, Refusal, Rules, run_sweep
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,11 +34,18 @@ class Request:
     output_tokens: int
     device: str
     engine: str
-    realisation: str
+    realisation: str | None
     dtype: str | None
     threads: int
     gpu: str | None
     seed: int
+    tp: int = 1
+    weights: str | None = None
+
+    @property
+    def form(self) -> str:
+        """The realisation asked for; by default what the engine's users run."""
+        return self.realisation or ("reference" if self.engine == "transformers" else "best")
 
 
 def require_torch() -> None:
@@ -44,57 +54,109 @@ def require_torch() -> None:
         raise MissingExtraError("measuring needs PyTorch: pip install 'lccost[measure]'")
 
 
-def points(request: Request, gpu: str) -> list[MeasurePoint]:
-    """The product in option order, for the profile named ``gpu``; combinations that
-    cannot run are said on stderr and left out, unless none can.
+def require_engine(request: Request) -> None:
+    """Raise ``MissingExtraError`` where the engine's packages are not installed."""
+    if request.engine == "transformers" and importlib.util.find_spec("transformers") is None:
+        raise MissingExtraError(
+            "--engine transformers needs transformers: pip install 'lccost[transformers]'"
+        )
+
+
+def points(request: Request, gpu: str) -> tuple[list[MeasurePoint], list[Refusal]]:
+    """The product in option order, for the profile named ``gpu``, and the combinations in it that
+    do not exist. Raises ``NotApplicableError`` where none does.
     """
-    architectures = [load_architecture(m) for m in request.models]
-    stacks = parse_methods(request.methods)
     found: list[MeasurePoint] = []
-    refused: list[str] = []
-    for architecture in architectures:
-        for stack in stacks:
-            try:
-                refusal = stack.refusal(architecture)
-                if refusal:
-                    raise NotApplicableError(refusal)
-                found += [
-                    MeasurePoint(
-                        architecture=architecture,
-                        stack=stack,
-                        context_tokens=context,
-                        batch=batch,
-                        output_tokens=request.output_tokens,
-                        dtype=request.dtype or default_dtype(architecture),
-                        layers=request.layers,
-                        device=request.device,
-                        engine=request.engine,
-                        realisation=request.realisation,  # type: ignore[arg-type]
-                        threads=request.threads,
-                        seed=request.seed,
-                        gpu=gpu,
-                    )
-                    for context in request.contexts
-                    for batch in request.batches
-                ]
-            except NotApplicableError as error:
-                refused.append(str(error))
+    refused: list[Refusal] = []
+    stacks = parse_methods(request.methods)
+    loaded = [(name, load_architecture(name)) for name in request.models]
+    for (source, architecture), stack, context, batch in itertools.product(
+        loaded, stacks, request.contexts, request.batches
+    ):
+        try:
+            found.append(_point(request, gpu, source, architecture, stack, context, batch))
+        except NotApplicableError as error:
+            fields = _fields(request, gpu, architecture, stack, context, batch)
+            refused.append(Refusal(fields=fields, reason=str(error)))
     if not found:
-        raise NotApplicableError(refused[0])
-    for reason in refused:
-        click.echo(f"left out: {reason}", err=True)
-    return found
+        raise NotApplicableError(refused[0].reason)
+    return found, refused
 
 
-def run(
-    request: Request, *, output: Path, resume: bool, timeout_s: float, force: bool
-) -> list[dict[str, Any]]:
+def _point(
+    request: Request,
+    gpu: str,
+    source: str,
+    architecture: Architecture,
+    stack: MethodStack,
+    context: int,
+    batch: int,
+) -> MeasurePoint:
+    refusal = stack.refusal(architecture)
+    if refusal:
+        raise NotApplicableError(refusal)
+    return MeasurePoint(
+        architecture=architecture,
+        stack=stack,
+        context_tokens=context,
+        batch=batch,
+        output_tokens=request.output_tokens,
+        dtype=request.dtype or default_dtype(architecture),
+        layers=request.layers,
+        device=request.device,
+        engine=request.engine,
+        realisation=request.form,  # type: ignore[arg-type]
+        threads=request.threads,
+        tp=request.tp,
+        seed=request.seed,
+        gpu=gpu,
+        model_source=source,
+        weights=request.weights,
+    )
+
+
+def _fields(
+    request: Request,
+    gpu: str,
+    architecture: Architecture,
+    stack: MethodStack,
+    context: int,
+    batch: int,
+) -> dict[str, Any]:
+    """Key fields of a combination that cannot be a point."""
+    return {
+        **key_fields(
+            architecture=architecture,
+            method=stack,
+            gpu=gpu,
+            level=LEVEL_OF_REALISATION[request.form],
+            engine=request.engine,
+            tp=request.tp,
+            dtype=request.dtype or default_dtype(architecture),
+            weight_dtype="checkpoint",
+            batch=batch,
+            context_tokens=context,
+            output_tokens=request.output_tokens,
+        ),
+        "layers": request.layers or architecture.n_layers,
+        "device": request.device,
+        "realisation": request.form,
+        "threads": request.threads,
+        "seed": request.seed,
+        "weights": "random" if request.weights is None else "checkpoint",
+    }
+
+
+def run(request: Request, *, output: Path, resume: bool, rules: Rules) -> list[dict[str, Any]]:
     """Measure everything; each record carries the prediction of its own point."""
     require_torch()
+    require_engine(request)
     if not output.parent.is_dir():
         raise ConfigError(f"the folder {output.parent} does not exist")
     hardware = load_hardware(request.gpu) if request.gpu else None
-    todo = points(request, hardware.name if hardware else request.device)
+    todo, refused = points(request, hardware.name if hardware else request.device)
+    for refusal in dict.fromkeys(r.reason for r in refused):
+        click.echo(f"not applicable: {refusal}", err=True)
     by_name = {p.architecture.name: p.architecture for p in todo}
     if hardware is None:
         click.echo(
@@ -105,15 +167,31 @@ def run(
     return run_sweep(
         todo,
         output=output,
-        predict_point=None if hardware is None else _predictor(hardware, by_name),
+        predict_point=None if hardware is None else predictor(hardware, by_name),
         resume=resume,
-        timeout_s=timeout_s,
-        force=force,
+        rules=rules,
+        refused=refused,
     )
 
 
-def _predictor(hardware: HardwareProfile, architectures: Mapping[str, Architecture]) -> Any:
+def predictor(hardware: HardwareProfile, architectures: Mapping[str, Architecture]) -> Predict:
+    """What predicts the points of a sweep: the row of ``predict``, the peaks it was made with, and
+    of a cut model the whole one's figures.
+    """
+
     def predicted(fields: Mapping[str, Any]) -> Mapping[str, Any]:
-        return predict_record(fields, hardware, architectures.get(str(fields["model"])))
+        architecture = architectures.get(str(fields["model"]))
+        row = predict_record(fields, hardware, architecture)
+        tp = int(fields.get("tp") or 1)
+        row["peak_flops_per_s"] = hardware.peak(str(fields["dtype"])) * tp
+        row["hbm_bytes_per_s"] = hardware.hbm_bytes_per_s
+        if architecture is not None and fields.get("layers") != architecture.n_layers:
+            whole = predict_record({**fields, "layers": None}, hardware, architecture)
+            row["whole_model"] = {name: whole[name] for name in _WHOLE}
+        return row
 
     return predicted
+
+
+#: Figures that a run of some layers is extrapolated to.
+_WHOLE = ("weights_bytes", "state_bytes", "ttft_s", "tpot_s")

@@ -16,13 +16,20 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-_PACKAGES = ("lccost", "torch", "numpy", "transformers", "triton")
+from measure.devices.names import cuda_index, visible_gpu
+from measure.devices.nvml import FIXED, Nvml, open_nvml
+
+_PACKAGES = (
+    *("lccost", "torch", "numpy", "transformers", "triton", "nvidia-ml-py"),
+    *("optimum-quanto", "hqq"),
+)
 #: Variables that change how fast things run; recorded when set.
 _VARIABLES = (
     *("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "OMP_PROC_BIND", "MKL_NUM_THREADS", "KMP_BLOCKTIME"),
     *("MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "LD_PRELOAD"),
     *(
         "PYTORCH_ALLOC_CONF",
+        "PYTORCH_CUDA_ALLOC_CONF",
         "CUDA_VISIBLE_DEVICES",
         "ONEDNN_MAX_CPU_ISA",
         "MKL_ENABLE_INSTRUCTIONS",
@@ -47,14 +54,15 @@ def worker_variables(threads: int) -> dict[str, str]:
     }
 
 
-def fingerprint(variables: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """Describe machine, software and ``variables``; ``id`` changes when any of it does.
+def fingerprint(variables: Mapping[str, str] | None = None, device: str = "cpu") -> dict[str, Any]:
+    """Describe machine, ``device``, software and ``variables``; ``id`` changes when any of it does.
 
     Unknown facts are None. Hosts and users are not named.
     """
     environment = {**os.environ, **(variables or {})}
     facts: dict[str, Any] = {
         **_machine(),
+        "gpu": _gpu(device),
         "versions": dict(_versions()),
         "variables": {k: environment[k] for k in _VARIABLES if k in environment},
         "git": _git_revision(),
@@ -62,6 +70,25 @@ def fingerprint(variables: Mapping[str, str] | None = None) -> dict[str, Any]:
     stable = {k: v for k, v in facts.items() if k != "git"}
     text = json.dumps(stable, sort_keys=True)
     return {"id": hashlib.sha256(text.encode()).hexdigest()[:16], **facts}
+
+
+@functools.cache
+def _gpu(device: str) -> dict[str, Any] | None:
+    """What the driver says about the GPU and how it is set, without touching CUDA; a GPU it says
+    nothing about has a ``reason``.
+    """
+    index = cuda_index(device)
+    if index is None:
+        return None
+    gpu = open_nvml(visible_gpu(index, os.environ))
+    if not isinstance(gpu, Nvml):
+        return {"reason": gpu.reason}
+    facts = gpu.facts(FIXED)
+    memory = gpu.read("memory") or {}
+    uuid = facts.pop("uuid")
+    # which of several GPUs it was, without naming it
+    facts["uuid_hash"] = hashlib.sha256(uuid.encode()).hexdigest()[:12] if uuid else None
+    return {**facts, "memory_bytes": memory.get("total"), "missing": dict(gpu.reasons)}
 
 
 def available_memory_bytes() -> int | None:

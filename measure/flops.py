@@ -1,7 +1,8 @@
 """What a pass really multiplies, counted by torch's flop counter while it runs.
 
-The counter knows matmuls; it counts PyTorch's CPU flash-attention call as nothing, so that call is
-mapped here: 2 (Hk + Hv) per query, key and head, of a causal call only the pairs that exist.
+The counter knows matmuls; it counts PyTorch's CPU flash-attention call as nothing, and all pairs of
+causal CUDA calls, so those calls are mapped here: 2 (Hk + Hv) per query, key and head, of a causal
+call only the pairs that exist.
 """
 
 from collections.abc import Callable
@@ -13,7 +14,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 def count_flops(call: Callable[[], object]) -> int:
     """Run ``call`` once and return the FLOPs of its matmuls and attention calls."""
-    mapping = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _flash_flops}
+    aten = torch.ops.aten
+    mapping = {
+        aten._scaled_dot_product_flash_attention_for_cpu: _flash_flops,
+        aten._scaled_dot_product_flash_attention: _flash_flops,
+        aten._scaled_dot_product_efficient_attention: _biased_flops,
+        aten._scaled_dot_product_cudnn_attention: _biased_flops,
+    }
     with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
         call()
     return int(counter.get_total_flops())
@@ -32,3 +39,18 @@ def _flash_flops(
     b, n, s, hk = q
     pairs = s * (s + 1) // 2 if is_causal else s * k[2]
     return 2 * b * n * pairs * (hk + v[3])
+
+
+def _biased_flops(
+    q: tuple[int, ...],
+    k: tuple[int, ...],
+    v: tuple[int, ...],
+    bias: Any = None,
+    compute_log_sumexp: bool = False,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *_: Any,
+    **__: Any,
+) -> int:
+    """The same, with the bias and the flag that these kernels take before the dropout."""
+    return _flash_flops(q, k, v, dropout_p, is_causal)

@@ -62,3 +62,13 @@ def _busy_seconds() -> float:
         return 0.0
     ticks = [int(x) for x in first[1:]]
     return sum(ticks[i] for i in _BUSY if i < len(ticks)) / os.sysconf("SC_CLK_TCK")
+
+
+def idle_ticks() -> dict[int, int]:
+    """Idle ticks of every processor since the machine started; nothing where it does not say."""
+    try:
+        lines = _STAT.read_text("ascii").splitlines()
+    except OSError:
+        return {}
+    fields = (line.split() for line in lines if line.startswith("cpu") and line[3:4].isdigit())
+    return {int(f[0][3:]): int(f[4]) for f in fields}

@@ -1,206 +1,217 @@
 """Runs one point in this process and returns what was observed. Called in a worker.
 
     build weights -> state: fill exact caches layer by layer, read their storages
-    -> prefill: empty caches, run the prompt, repeat        (TTFT; the first run counts FLOPs)
-    -> decode: put the caches back to T tokens, one step, repeat                         (TPOT)
+    -> prefill: empty caches, run the prompt, repeat   (TTFT; the first run counts FLOPs and memory)
+    -> decode: put the caches back to T tokens, one step, repeat      (TPOT; on a GPU also captured)
+    -> energy: steps over a window, where there is a counter
 
-A canary before and after, and the CPU use of others in between, say whether to believe it.
+A canary before and after, and what others did to the device in between, say whether to believe it.
 """
 
-import dataclasses
-from pathlib import Path
+import gc
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from costmodel.errors import MeasurementError
-from measure.canary import canary_s
-from measure.engine import TORCH_DTYPES, Decoder, random_weights
+from measure.devices.base import AbstractDevice, Call
+from measure.devices.energy import EnergyReading, Unavailable, measure_energy
+from measure.devices.open import open_device
 from measure.flops import count_flops
-from measure.load import ForeignLoad
-from measure.methods.base import AbstractLayerCache
-from measure.mixers import build_cache
-from measure.mixers.base import LayerState
-from measure.numerics import numerics_of
+from measure.live_memory import LiveBytes
+from measure.observation_options import MEMORY_FRACTION, How
 from measure.points import MeasurePoint
-from measure.statistics import INVALID_FRACTION, NOISY_FRACTION, warnings_of
-from measure.timing import Budget, Sampler, Timing
-
-#: Canary after over canary before: beyond this the machine changed speed during the point.
-CANARY_FRACTION = 0.10
-#: Other work on the machine, in cores, above which a record warns.
-FOREIGN_CORES = 0.10
+from measure.reliability import judged
+from measure.sessions import Session, open_session
+from measure.timing import Budget, Timing
 
 
-def observe(point: MeasurePoint, budget: Budget | None = None) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Phase:
+    """One phase: FLOPs and peak of the first run, then times."""
+
+    flops: int | None = None
+    peak_bytes: int | None = None
+    memory: dict[str, int | None] | None = None
+    timing: Timing | None = None
+
+
+def observe(point: MeasurePoint, how: How | None = None) -> dict[str, Any]:
     """Measure ``point``; keys as the metrics of a record, with samples, statistics and quality."""
-    torch.set_num_threads(point.threads)
-    device, dtype = torch.device(point.device), TORCH_DTYPES[point.dtype]
-    load = ForeignLoad()
-    canary_before = canary_s()
-    model = point.executed
-    weights = random_weights(model, dtype, device, point.seed)
-    room = point.context_tokens + point.output_tokens
-    decoder = Decoder(model, weights, n_positions=room)
-    state_bytes, state_host_bytes = _exact_state_bytes(point, dtype, device)
-    caches = _caches(point, dtype, device, reserve_tokens=room)
-    generator = torch.Generator(device=device).manual_seed(point.seed)
-    shape = (point.batch, point.context_tokens)
-    prompt = torch.randint(model.vocab_size, shape, generator=generator, device=device)
-    sampler = Sampler.for_cpu(point.threads)
+    how = how or How()
+    release()
+    device = open_device(point.device, point.threads, pinned=point.tp == 1)
+    source = device.energy_source()
+    idle_w = None if isinstance(source, Unavailable) else source.watts()
+    device.start_watching()
+    canary_before = device.canary_s()
+    session = open_session(point, device.device)
+    short = _lacks_memory(session, device, how)
+    if short:
+        return {"status": "skipped_oom_predicted", "message": short}
+    state_bytes, state_host_bytes = session.state_bytes()
+    session.prepare()
 
-    run = _Run(decoder, caches, prompt)
-    prefill_flops = count_flops(run.prefill)
-    prefill = sampler.time(run.prefill, before=run.clear, budget=budget)
-    run.mark()
-    decode_flops = count_flops(run.decode)
-    decode = sampler.time(run.decode, before=run.reset, budget=budget)
-    run.reset()
+    if how.skips_prefill:
+        prefill = _Phase()
+        session.fill()
+    else:
+        prefill = _phase(session, device, session.prefill, session.clear, how.budget)
+    session.mark()
+    decode = _phase(session, device, session.decode, session.reset, how.budget)
+    assert decode.timing is not None
+    session.reset()
+    captured, graph, reason = _captured(session, device, point, how.budget)
+    best = captured or decode.timing
+    energy = _energy(session, device, source, graph, best, how.energy_s, idle_w)
+    timings = {} if prefill.timing is None else {"ttft_s": prefill.timing}
+    timings["tpot_s"] = best
+    if captured is not None:
+        timings["tpot_eager_s"] = decode.timing
+    watched, warnings = device.watched()
+    joules = energy.joules_per_step()
     return {
-        "weights_bytes": weights.nbytes,
+        "weights_bytes": session.weights_bytes,
         "state_bytes": state_bytes,
         "state_host_bytes": state_host_bytes,
-        "state_allocated_bytes": sum(c.storage_bytes for c in caches),
-        # Allocator peaks of a CPU process cannot be told from what libraries reserve.
-        "peak_prefill_bytes": None,
-        "peak_decode_bytes": None,
-        "executed_prefill_flops": prefill_flops,
-        "executed_decode_flops": decode_flops,
-        "ttft_s": prefill.statistics.median_s,
-        "tpot_s": decode.statistics.median_s,
-        "energy_j_per_token": None,
-        **_reliability(
-            {"ttft_s": prefill, "tpot_s": decode}, run.logits, load, canary_before, canary_s()
+        "state_allocated_bytes": session.allocated_bytes,
+        "peak_prefill_bytes": prefill.peak_bytes,
+        "peak_decode_bytes": decode.peak_bytes,
+        "executed_prefill_flops": prefill.flops,
+        "executed_decode_flops": decode.flops,
+        "ttft_s": None if prefill.timing is None else prefill.timing.statistics.median_s,
+        "tpot_s": best.statistics.median_s,
+        "tokens_per_s": point.batch / best.statistics.median_s,
+        "energy_j_per_token": None if joules is None else joules / point.batch,
+        "energy": energy.as_record(),
+        "memory": {"prefill": prefill.memory, "decode": decode.memory},
+        "graph_captured": captured is not None,
+        "graph_reason": reason,
+        "message": _message(how),
+        **session.details(),
+        **judged(
+            timings,
+            session.logits,
+            canary=(canary_before, device.canary_s()),
+            watched=watched,
+            warnings=warnings,
         ),
     }
 
 
-class _Run:
-    """The decoder with its caches and inputs; ``logits`` of the last call."""
-
-    def __init__(self, decoder: Decoder, caches: list[LayerState], prompt: Tensor) -> None:
-        self.decoder, self.caches, self.prompt = decoder, caches, prompt
-        self.token = prompt[:, -1:]
-        self.snapshots: list[Any] = []
-        self.logits = torch.empty(0)
-
-    def clear(self) -> None:
-        for cache in self.caches:
-            cache.clear()
-
-    def prefill(self) -> None:
-        self.logits = self.decoder.prefill(self.prompt, self.caches)
-
-    def mark(self) -> None:
-        self.snapshots = [cache.snapshot() for cache in self.caches]
-
-    def decode(self) -> None:
-        self.logits = self.decoder.decode(self.token, self.caches)
-
-    def reset(self) -> None:
-        for cache, snapshot in zip(self.caches, self.snapshots, strict=True):
-            cache.restore(snapshot)
+def _lacks_memory(session: Session, device: AbstractDevice, how: How) -> str:
+    """Say what is missing on a device whose free memory only this process can see."""
+    available = device.available_bytes() if device.name != "cpu" else None
+    if how.needed_bytes is None or available is None:
+        return ""
+    needed = how.needed_bytes - session.weights_bytes
+    if needed <= MEMORY_FRACTION * available:
+        return ""
+    return (
+        f"needs {needed:.3g} bytes besides its weights, {available:.3g} are free; "
+        "force runs it anyway"
+    )
 
 
-def _caches(
-    point: MeasurePoint, dtype: torch.dtype, device: torch.device, reserve_tokens: int
-) -> list[LayerState]:
-    mixers = [mixer for layer in point.executed.layers for mixer in layer.mixers]
-    numerics = numerics_of(point.executed.family, d_model=point.executed.d_model)
-    n_kv_layers, caches = sum(m.HAS_KV for m in mixers), []
-    for index, mixer in enumerate(mixers):
-        cache = build_cache(
-            point.stack,
-            mixer,
-            batch=point.batch,
-            dtype=dtype,
-            device=device,
-            reserve_tokens=reserve_tokens,
-            fused=point.engine == "lccost",
-        )
-        if isinstance(cache, AbstractLayerCache):
-            ordinal = sum(m.HAS_KV for m in mixers[:index])
-            cache.place(ordinal, n_kv_layers, numerics.rope)
-        caches.append(cache)
-    return caches
+def _phase(
+    session: Session, device: AbstractDevice, call: Call, before: Call, budget: Budget | None
+) -> _Phase:
+    """Run ``call`` once, counting FLOPs and memory, then time it."""
+    before()
+    resident = session.weights_bytes + session.allocated_bytes
+    device.start_peaks()
+    with LiveBytes() as live:
+        flops = count_flops(call)
+    peaks = device.peaks()
+    flush = device.flush(resident)
+
+    def put_back() -> None:
+        before()
+        if flush is not None:
+            flush()
+
+    timing = device.sampler().time(call, before=put_back, budget=budget)
+    counted = resident + live.peak
+    return _Phase(
+        flops=flops,
+        peak_bytes=(counted if peaks.allocated is None else peaks.allocated)
+        + (peaks.overhead or 0),
+        memory={
+            "overhead_bytes": peaks.overhead,
+            "counted_bytes": counted,
+            "allocated_bytes": peaks.allocated,
+            "reserved_bytes": peaks.reserved,
+            "in_use_bytes": peaks.in_use,
+        },
+        timing=timing,
+    )
 
 
-def _exact_state_bytes(
-    point: MeasurePoint, dtype: torch.dtype, device: torch.device
-) -> tuple[int, int]:
-    """Bytes of the storages that hold T tokens and no spare room, on the device and on the host;
-    one layer is alive at a time.
+def _captured(
+    session: Session, device: AbstractDevice, point: MeasurePoint, budget: Budget | None
+) -> tuple[Timing | None, Call | None, str]:
+    """Time a decode step as a replayed graph, where the best form is asked for and can be captured.
+
+    Nothing of the point comes after it but the energy: a failed capture can disturb nothing else.
     """
-    total = on_host = 0
-    for cache in _caches(point, dtype, device, reserve_tokens=0):
-        cache.fill(point.context_tokens, point.seed)
-        if cache.storage_bytes != cache.held_bytes:
-            raise MeasurementError(
-                f"{point.stack.spec}: expected no spare room in an exact cache, got "
-                f"{cache.storage_bytes} bytes for {cache.held_bytes}"
-            )
-        total += cache.storage_bytes
-        on_host += cache.host_bytes if isinstance(cache, AbstractLayerCache) else 0
-        cache.clear()
-    return total, on_host
+    if point.realisation != "best":
+        return None, None, "the reference form runs eagerly"
+    captured = device.capture(session.decode, session.reset)
+    session.reset()
+    if captured.replay is None:
+        return None, None, captured.reason
+    flush = device.flush(session.weights_bytes + session.allocated_bytes)
+
+    def put_back() -> None:
+        session.reset()
+        if flush is not None:
+            flush()
+
+    timing = device.sampler().time(captured.replay, before=put_back, budget=budget)
+    return timing, captured.replay, ""
 
 
-def _reliability(
-    timings: dict[str, Timing],
-    logits: Tensor,
-    load: ForeignLoad,
-    canary_before: float,
-    canary_after: float,
-) -> dict[str, Any]:
-    """Status, validity with its reasons, samples and statistics."""
-    foreign = load.foreign_cores()
-    change = canary_after / canary_before - 1.0
-    warnings = [
-        f"{name}: {text}"
-        for name, timing in timings.items()
-        for text in warnings_of(timing.statistics, timing.samples)
-    ]
-    if foreign > FOREIGN_CORES:
-        warnings.append(f"other work used {foreign:.2f} cores meanwhile")
-    if abs(change) > CANARY_FRACTION:
-        warnings.append(f"the machine changed speed: canary {change:+.0%} from before to after")
-    spread = max(t.statistics.iqr_fraction for t in timings.values())
-    finite = bool(torch.isfinite(logits).all())
-    if not finite:
-        warnings.append("logits are not finite")
-    return {
-        "status": "noisy" if spread > NOISY_FRACTION else "ok",
-        "is_valid": finite and spread <= INVALID_FRACTION,
-        "samples": {name: list(t.samples) for name, t in timings.items()},
-        "statistics": {
-            name: {
-                **dataclasses.asdict(t.statistics),
-                "timer": t.timer,
-                "first_call_s": t.first_call_s,
-                "warmups": t.warmups,
-                "gated_blocks": t.gated,
-                "forced_blocks": t.forced,
-            }
-            for name, t in timings.items()
-        },
-        "quality": {
-            "warnings": warnings,
-            "foreign_cores": foreign,
-            "involuntary_switches": load.involuntary_switches(),
-            "canary_before_s": canary_before,
-            "canary_after_s": canary_after,
-            "rss_peak_bytes": _rss_peak_bytes(),
-        },
-    }
+def _energy(
+    session: Session,
+    device: AbstractDevice,
+    source: Any,
+    graph: Call | None,
+    timing: Timing,
+    window_s: float,
+    idle_w: float | None,
+) -> EnergyReading:
+    """Joules of decode steps. A replayed graph repeats one step exactly; an eager step is put back
+    after each, which is part of what the counter sees.
+    """
+    if window_s <= 0:
+        return EnergyReading(status="unavailable", reason="not asked for")
+
+    def eager() -> None:
+        session.decode()
+        session.reset()
+
+    session.reset()
+    return measure_energy(
+        graph or eager,
+        source,
+        synchronize=device.synchronize,
+        step_s=timing.statistics.median_s,
+        idle_w=idle_w,
+        window_s=window_s,
+    )
 
 
-def _rss_peak_bytes() -> int | None:
-    """Most memory this process ever had resident, libraries included."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return None
-    for line in status.read_text("ascii", errors="replace").splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    return None
+def _message(how: How) -> str:
+    if not how.skips_prefill:
+        return ""
+    return (
+        f"the prompt was not run (predicted {how.predicted_ttft_s:.3g} s, at most "
+        f"{how.max_prefill_s:g} s asked for): caches hold random tokens"
+    )
+
+
+def release() -> None:
+    """Give memory of the last point back, for the next one in this process."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -10,7 +10,9 @@ from costmodel.architecture import Architecture
 from costmodel.errors import ConfigError, NotApplicableError
 from costmodel.methods.stack import MethodStack
 from costmodel.results import key_fields
+from measure.devices.names import cuda_index, is_device_name
 
+ENGINES = ("torch", "lccost", "transformers")
 Realisation = Literal["reference", "best"]
 #: The level a realisation is compared with.
 LEVEL_OF_REALISATION: Mapping[str, str] = {"reference": "reference", "best": "ideal"}
@@ -19,7 +21,7 @@ LEVEL_OF_REALISATION: Mapping[str, str] = {"reference": "reference", "best": "id
 _IDENTITY = (
     *("model", "method_spec", "method_parameters", "level", "engine", "tp", "dtype"),
     *("weight_dtype", "kv_dtype", "batch", "context_tokens", "output_tokens", "layers"),
-    *("device", "realisation", "threads", "seed", "n_parameters"),
+    *("device", "realisation", "threads", "seed", "n_parameters", "weights"),
 )
 
 
@@ -30,7 +32,11 @@ class MeasurePoint:
     context_tokens   S = T: the prefilled prompt, and the cached tokens that the timed step reads
     output_tokens    room made for generated tokens; at least one step is run in it
     layers           run only the first so many; None: all
+    device           cpu or cuda:N; with tp > 1 rank r runs on cuda:r
+    tp               processes that share the model; each is one GPU of the prediction
     gpu              name or path of the hardware profile that predicts this point
+    model_source     what ``costmodel.registry.load_config`` finds the config under
+    weights          folder of a local checkpoint (safetensors); None: random weights
     """
 
     architecture: Architecture
@@ -43,16 +49,17 @@ class MeasurePoint:
     device: str = "cpu"
     engine: str = "torch"
     realisation: Realisation = "best"
+    tp: int = 1
     threads: int = 1
     seed: int = 0
     gpu: str = "cpu"
+    model_source: str = ""
+    weights: str | None = None
 
     def __post_init__(self) -> None:
-        if min(self.context_tokens, self.batch, self.output_tokens, self.threads) < 1:
-            raise ConfigError(
-                "context, batch, output tokens and threads: expected at least 1, got "
-                f"{self.context_tokens}, {self.batch}, {self.output_tokens}, {self.threads}"
-            )
+        for name in ("context_tokens", "batch", "output_tokens", "threads", "tp"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if self.dtype not in ("fp32", "bf16", "fp16"):
             raise ConfigError(f"dtype: expected fp32, bf16 or fp16, got {self.dtype!r}")
         total = self.architecture.n_layers
@@ -60,18 +67,23 @@ class MeasurePoint:
             raise ConfigError(
                 f"layers: expected 1 to {total} for {self.architecture.name}, got {self.layers}"
             )
-        if self.device != "cpu":
-            raise NotApplicableError(f"device: points run on cpu, got {self.device!r}")
-        if self.engine != "torch":
-            raise NotApplicableError(f"engine: points run on torch, got {self.engine!r}")
-        if self.realisation != "best":
+        if not is_device_name(self.device):
+            raise ConfigError(f"device: expected cpu or cuda:N, got {self.device!r}")
+        if self.engine not in ENGINES:
             raise NotApplicableError(
-                f"realisation: the torch engine runs each method's best form, got "
-                f"{self.realisation!r}"
+                f"engine: points run on {', '.join(ENGINES)}, got {self.engine!r}"
             )
+        if self.tp > 1 and self.engine == "transformers":
+            raise NotApplicableError("tensor parallel points run on --engine torch or lccost")
+        if self.tp > 1 and self.device != "cpu" and cuda_index(self.device) != 0:
+            raise ConfigError(
+                f"device: with tp {self.tp} ranks take cuda:0 to cuda:{self.tp - 1}, "
+                f"got {self.device!r}"
+            )
+        self.architecture.sharded(self.tp)
         if self.architecture.quantization is not None:
             raise NotApplicableError(
-                f"{self.architecture.name} has a quantised checkpoint; the torch engine holds "
+                f"{self.architecture.name} has a quantised checkpoint; measured points hold "
                 f"weights in {self.dtype}"
             )
 
@@ -92,7 +104,7 @@ class MeasurePoint:
                 gpu=self.gpu,
                 level=LEVEL_OF_REALISATION[self.realisation],
                 engine=self.engine,
-                tp=1,
+                tp=self.tp,
                 dtype=self.dtype,
                 weight_dtype="checkpoint",
                 batch=self.batch,
@@ -100,10 +112,12 @@ class MeasurePoint:
                 output_tokens=self.output_tokens,
             ),
             "layers": self.executed.n_layers,
+            "n_layers_model": self.architecture.n_layers,
             "device": self.device,
             "realisation": self.realisation,
             "threads": self.threads,
             "seed": self.seed,
+            "weights": "random" if self.weights is None else "checkpoint",
         }
 
     @property

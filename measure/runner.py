@@ -3,39 +3,84 @@
     for every point not finished yet:
         predict it (a function given by the caller) -> too large for this machine: a row says so
         run it in a fresh process                   -> ok, noisy, oom, crashed, timeout, error
+        noisy: run it again, keep the steadier one
         append the record and sync
 
-The parent never touches torch and only waits, so it does not disturb what it measures.
+The parent never touches torch and only waits, so it does not disturb what it measures. Where
+starting up costs more than a point (weights of many gigabytes), points of one model may share a
+process: the first that fails ends it, and the next point gets a new one.
 """
 
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from os import PathLike
-from typing import Any
+from types import TracebackType
+from typing import Any, Literal, Self
 
 from costmodel.errors import LccostError
 from costmodel.units import format_seconds
 from measure.environment import available_memory_bytes, fingerprint, worker_variables
-from measure.isolation import Outcome, run_isolated
-from measure.points import MeasurePoint
+from measure.isolation import Outcome, Worker
+from measure.observation_options import MEMORY_FRACTION, How
+from measure.points import MeasurePoint, record_key
 from measure.progress import progress
 from measure.store import RecordStore
-from measure.timing import Budget
 
 SCHEMA_VERSION = "1"
-#: A point predicted to need more than this share of the free memory is not started.
-MEMORY_FRACTION = 0.9
 #: Metrics that every record has, null where unknown.
 _METRICS = (
     *("weights_bytes", "state_bytes", "state_host_bytes", "state_allocated_bytes"),
     *("peak_prefill_bytes", "peak_decode_bytes"),
-    *("executed_prefill_flops", "executed_decode_flops", "ttft_s", "tpot_s"),
+    *("executed_prefill_flops", "executed_decode_flops", "ttft_s", "tpot_s", "tokens_per_s"),
     *("energy_j_per_token", "is_valid", "samples", "statistics", "quality"),
 )
 
 #: Key fields of a record -> the prediction of the same point (keys of ``predict``).
 Predict = Callable[[Mapping[str, Any]], Mapping[str, Any]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rules:
+    """How a sweep goes about its points.
+
+    timeout_s   seconds a point may take
+    force       also start points that are predicted not to fit
+    retries     how often a noisy point is run again; the steadier run stands
+    isolation   "point": every point in a process of its own; "model": points of one model share
+                one until a point fails
+    how         budgets and limits of the observation itself
+    """
+
+    timeout_s: float = 600.0
+    force: bool = False
+    retries: int = 0
+    isolation: Literal["point", "model"] = "point"
+    how: How = field(default_factory=How)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refusal:
+    """A combination that does not exist: its key fields, and why."""
+
+    fields: Mapping[str, Any]
+    reason: str
+
+    def record(self) -> dict[str, Any]:
+        """A row of nulls that says so; the same on every machine."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "record_key": record_key(self.fields),
+            **self.fields,
+            **dict.fromkeys(_METRICS),
+            "status": "not_applicable",
+            "applicable": False,
+            "reason": self.reason,
+            "message": self.reason,
+            "environment": None,
+            "predicted": None,
+        }
 
 
 def run_sweep(
@@ -44,9 +89,8 @@ def run_sweep(
     output: str | PathLike[str],
     predict_point: Predict | None = None,
     resume: bool = False,
-    timeout_s: float = 600.0,
-    budget: Budget | None = None,
-    force: bool = False,
+    rules: Rules | None = None,
+    refused: Iterable[Refusal] = (),
 ) -> list[dict[str, Any]]:
     """Measure all points into ``output``.
 
@@ -56,61 +100,117 @@ def run_sweep(
         Gives each record its ``predicted``; an ``LccostError`` from it becomes a note.
     resume
         Keep the file and run only what is not finished in this environment; otherwise start over.
-    force
-        Also start points that are predicted not to fit.
+    refused
+        Combinations that do not exist; each becomes a row that says why.
 
     Returns
     -------
     list
-        The records of all points, in order: those written now and those found finished.
+        The records of all points, in order: those written now and those found finished; then the
+        rows of what was refused.
     """
-    points = list(points)
+    points, rules = list(points), rules or Rules()
     store = RecordStore(output, fresh=not resume)
-    environments = {p.threads: fingerprint(worker_variables(p.threads)) for p in points}
-    with progress("measure", len(points)) as report:
+    environments = {place(p): fingerprint(worker_variables(p.threads), p.device) for p in points}
+    with progress("measure", len(points)) as report, Workers(rules) as workers:
         for point in points:
-            key, environment = point.record_key, environments[point.threads]
+            key, environment = point.record_key, environments[place(point)]
             if key in store.finished_keys(environment["id"]):
                 report(f"{describe(point)}: measured before")
                 continue
             record = measure(
                 point,
                 predict_point=predict_point,
-                timeout_s=timeout_s,
-                budget=budget,
-                force=force,
+                rules=rules,
                 environment=environment,
+                workers=workers,
             )
-            store.append(record)
+            store.append(record, unless_finished=True)
             report(f"{describe(point)}: {_result_line(record)}")
+    rows = [refusal.record() for refusal in refused]
+    for row in rows:
+        store.append(row, unless_finished=True)
     # The latest attempt of a point stands.
     records = {r["record_key"]: r for r in store.records() if "record_key" in r}
-    return [records[p.record_key] for p in points]
+    return [records[p.record_key] for p in points] + rows
+
+
+def place(point: MeasurePoint) -> tuple[str, int]:
+    """What of a point its environment depends on."""
+    return point.device, point.threads
+
+
+class Workers:
+    """Gives points their processes, by the rules."""
+
+    def __init__(self, rules: Rules) -> None:
+        self.rules = rules
+        self._worker: Worker | None = None
+        self._owner: tuple[object, ...] = ()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        self._end()
+
+    def observe(self, point: MeasurePoint, how: How) -> Outcome:
+        """Run the point in a process; the one of the last point where the rules allow it."""
+        owner = (
+            *(point.executed, point.dtype, point.device, point.engine, point.threads, point.tp),
+            *(point.seed, point.weights),
+        )
+        worker = self._worker
+        if worker is None or owner != self._owner or not worker.alive:
+            self._end()
+            self._owner = owner
+            self._worker = worker = Worker(
+                variables=worker_variables(point.threads),
+                # a CUDA context reserves far more addresses than there is memory
+                limit_memory=point.device == "cpu",
+            )
+        function = "measure.observation:observe" if point.tp == 1 else "measure.ranks:observe"
+        outcome = worker.call(function, (point, how), timeout_s=self.rules.timeout_s)
+        if self.rules.isolation == "point" or outcome.status != "ok":
+            self._end()
+        return outcome
+
+    def _end(self) -> None:
+        if self._worker is not None:
+            self._worker.close()
+        self._worker = None
 
 
 def measure(
     point: MeasurePoint,
     *,
     predict_point: Predict | None = None,
-    timeout_s: float = 600.0,
-    budget: Budget | None = None,
-    force: bool = False,
+    rules: Rules | None = None,
     environment: Mapping[str, Any] | None = None,
+    workers: Workers | None = None,
 ) -> dict[str, Any]:
     """Measure one point in a fresh process; the record says how it went and never raises for it."""
+    rules = rules or Rules()
+    if workers is None:
+        with Workers(rules) as own:
+            return measure(
+                point,
+                predict_point=predict_point,
+                rules=rules,
+                environment=environment,
+                workers=own,
+            )
     started = datetime.now(UTC)
     clock = time.monotonic()
     predicted, note = _predicted(point, predict_point)
-    observed = None if force else _does_not_fit(predicted)
+    observed = None
+    if not rules.force and point.device == "cpu":
+        observed = _does_not_fit(predicted, ranks=point.tp)
+    attempts = 0
     if observed is None:
-        observed = _as_row(
-            run_isolated(
-                "measure.observation:observe",
-                (point, budget),
-                timeout_s=timeout_s,
-                variables=worker_variables(point.threads),
-            )
-        )
+        observed, attempts = _steadiest(point, workers, _how(rules, predicted))
     if note and not observed.get("message"):
         observed = {**observed, "message": note}
     return {
@@ -120,11 +220,82 @@ def measure(
         **dict.fromkeys(_METRICS),
         "message": "",
         **observed,
-        "environment": dict(environment or fingerprint(worker_variables(point.threads))),
+        **_shares_of_peak(observed, predicted),
+        **_whole_model(point, observed, predicted),
+        "attempts": attempts,
+        "isolation": rules.isolation,
+        "environment": dict(
+            environment or fingerprint(worker_variables(point.threads), point.device)
+        ),
         "started": started.isoformat(timespec="seconds"),
         "elapsed_s": round(time.monotonic() - clock, 3),
         "predicted": predicted,
     }
+
+
+def _how(rules: Rules, predicted: Mapping[str, Any] | None) -> How:
+    """The rules' limits with what is predicted of this point."""
+    if predicted is None:
+        return rules.how
+    return replace(
+        rules.how,
+        needed_bytes=None if rules.force else _needed_bytes(predicted),
+        predicted_ttft_s=predicted.get("ttft_s"),
+    )
+
+
+def _steadiest(point: MeasurePoint, workers: Workers, how: How) -> tuple[dict[str, Any], int]:
+    """Run the point, again while it is noisy; (the steadiest result, runs)."""
+    best: dict[str, Any] = {}
+    for attempt in range(1, workers.rules.retries + 2):
+        observed = _as_row(workers.observe(point, how))
+        if not best or _spread(observed) < _spread(best):
+            best = observed
+        if observed["status"] != "noisy":
+            return (observed if observed["status"] == "ok" else best), attempt
+    return best, workers.rules.retries + 1
+
+
+def _spread(observed: Mapping[str, Any]) -> float:
+    """Widest relative spread of a result's times; infinite without any."""
+    found = [s["iqr_fraction"] for s in (observed.get("statistics") or {}).values()]
+    return max(found, default=float("inf"))
+
+
+def _shares_of_peak(
+    observed: Mapping[str, Any], predicted: Mapping[str, Any] | None
+) -> dict[str, float | None]:
+    """MFU of prefill and MBU of decode: useful work over what the profile's peaks would do in the
+    time measured. Null without a profile.
+    """
+    p, ttft, tpot = predicted or {}, observed.get("ttft_s"), observed.get("tpot_s")
+
+    def share(amount: str, rate: str, seconds: float | None) -> float | None:
+        if not (seconds and p.get(amount) and p.get(rate)):
+            return None
+        return float(p[amount]) / (float(p[rate]) * seconds)
+
+    return {
+        "mfu": share("prefill_flops", "peak_flops_per_s", ttft),
+        "mbu": share("decode_hbm_bytes", "hbm_bytes_per_s", tpot),
+    }
+
+
+def _whole_model(
+    point: MeasurePoint, observed: Mapping[str, Any], predicted: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """What the whole model would show where only some layers ran: what was measured, times the
+    prediction of the whole over that of the part. Always extrapolated, and says so.
+    """
+    if point.executed.n_layers == point.architecture.n_layers:
+        return {"extrapolated": False, "whole_model": None}
+    whole = (predicted or {}).get("whole_model") or {}
+    found = {
+        name: observed[name] * value / predicted[name]
+        for name, value in whole.items()
+        if predicted and predicted.get(name) and observed.get(name) and value is not None
+    }
+    return {"extrapolated": True, "whole_model": {**found, "extrapolated": True} if found else None}
 
 
 def describe(point: MeasurePoint) -> str:
@@ -146,12 +317,16 @@ def _predicted(
         return None, f"no prediction: {error}"
 
 
-def _does_not_fit(predicted: Mapping[str, Any] | None) -> dict[str, Any] | None:
+def _needed_bytes(predicted: Mapping[str, Any]) -> float:
+    return max(predicted.get("peak_prefill_bytes") or 0, predicted.get("peak_decode_bytes") or 0)
+
+
+def _does_not_fit(predicted: Mapping[str, Any] | None, ranks: int) -> dict[str, Any] | None:
     """Make a row for a point that needs more memory than there is, or None."""
     available = available_memory_bytes()
     if predicted is None or available is None:
         return None
-    needed = max(predicted.get("peak_prefill_bytes") or 0, predicted.get("peak_decode_bytes") or 0)
+    needed = ranks * _needed_bytes(predicted)
     if needed <= MEMORY_FRACTION * available:
         return None
     return {
@@ -167,8 +342,10 @@ def _as_row(outcome: Outcome) -> dict[str, Any]:
 
 
 def _result_line(record: Mapping[str, Any]) -> str:
-    if record["ttft_s"] is None:
+    if record["tpot_s"] is None:
         return f"{record['status']}: {record['message']}"
-    line = f"TTFT {format_seconds(record['ttft_s'])}, TPOT {format_seconds(record['tpot_s'])}"
+    ttft = record["ttft_s"]
+    line = f"TTFT {'not run' if ttft is None else format_seconds(ttft)}, "
+    line += f"TPOT {format_seconds(record['tpot_s'])}"
     warnings = (record.get("quality") or {}).get("warnings")
     return f"{line} ({'; '.join(warnings)})" if warnings else line

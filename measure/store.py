@@ -16,7 +16,7 @@ from typing import Any
 from costmodel.errors import ConfigError
 
 #: Statuses that a resumed sweep does not repeat: they are results.
-FINISHED = frozenset({"ok", "noisy", "oom", "skipped_oom_predicted"})
+FINISHED = frozenset({"ok", "noisy", "oom", "skipped_oom_predicted", "not_applicable"})
 
 
 class RecordStore:
@@ -29,16 +29,25 @@ class RecordStore:
             with self._locked() as fd:
                 os.ftruncate(fd, 0)
 
-    def append(self, record: Mapping[str, Any]) -> None:
-        """Add one record and wait until it is on disk. NaN and Infinity are refused."""
+    def append(self, record: Mapping[str, Any], *, unless_finished: bool = False) -> bool:
+        """Add one record and wait until it is on disk. NaN and Infinity are refused.
+
+        With ``unless_finished`` nothing is written where another writer has finished the same
+        point in the same environment meanwhile; returns whether the record was written.
+        """
         line = json.dumps(record, allow_nan=False, separators=(",", ":")).encode() + b"\n"
         with self._locked() as fd:
             _cut_torn_line(fd)
+            if unless_finished:
+                environment = (record.get("environment") or {}).get("id")
+                if record.get("record_key") in self.finished_keys(environment):
+                    return False
             if os.write(fd, line) != len(line):
                 raise ConfigError(
                     f"{self.path}: the record was not written whole: is the disk full?"
                 )
             os.fsync(fd)
+        return True
 
     def records(self) -> list[dict[str, Any]]:
         """Return all whole records, in order; raises ``ConfigError`` for a broken line."""

@@ -6,7 +6,8 @@
 Between samples the caller may put things back (``before``); that is not timed. On a CPU with one
 thread the clock is the thread's own CPU time, which a busy neighbour hardly moves (median over runs
 2.8 % against 5.6 % for the wall clock, measured under more than one core of foreign load); with
-several threads it is the wall clock, and blocks in which others used the machine are repeated.
+several threads it is the wall clock, and blocks in which others used the machine are repeated. A
+GPU's calls are timed by its own events (a :class:`Stopwatch`), and until the host was free again.
 """
 
 import time
@@ -23,6 +24,13 @@ class Clock(Protocol):
 
     def __call__(self) -> float:
         """Seconds since some fixed moment."""
+
+
+class Stopwatch(Protocol):
+    """Times one call another way than by reading a clock before and after."""
+
+    def __call__(self, call: Callable[[], object]) -> tuple[float, float]:
+        """Seconds the call took on the device, and until it returned to the host."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +59,7 @@ class Timing:
     first_call_s   the very first call: allocation, caches and tables being built
     gated          blocks repeated because others used the machine
     forced         blocks kept although they did
+    host_samples   with a stopwatch: seconds until each call returned to the host
     """
 
     samples: tuple[float, ...]
@@ -60,17 +69,19 @@ class Timing:
     warmups: int
     gated: int = 0
     forced: int = 0
+    host_samples: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampler:
     """Times calls with a clock; ``load`` is given where the clock is the wall's.
 
-    ``wall`` paces the budget, ``clock`` takes the samples.
+    ``wall`` paces the budget; ``clock`` takes the samples, or ``stopwatch`` where there is one.
     """
 
     name: str
     clock: Clock
+    stopwatch: Stopwatch | None = None
     wall: Clock = time.perf_counter
     load: ForeignLoad | None = None
     #: foreign use of the machine, in cores, that a block of samples may see, and its length: the
@@ -99,10 +110,11 @@ class Sampler:
         budget = budget or Budget()
         warm = self._warm_up(call, before, budget)
         samples: list[float] = []
+        host: list[float] = []
         gated = forced = 0
         start = self.wall()
         while not _enough(samples, self.wall() - start, budget):
-            block, retries, kept_anyway = self._block(call, before)
+            block, retries, kept_anyway = self._block(call, before, host)
             samples += block
             gated += retries
             forced += kept_anyway
@@ -114,6 +126,7 @@ class Sampler:
             warmups=len(warm),
             gated=gated,
             forced=forced,
+            host_samples=tuple(host),
         )
 
     def _warm_up(
@@ -132,11 +145,14 @@ class Sampler:
         return warm
 
     def _block(
-        self, call: Callable[[], object], before: Callable[[], object] | None
+        self,
+        call: Callable[[], object],
+        before: Callable[[], object] | None,
+        host: list[float],
     ) -> tuple[list[float], int, bool]:
         """Take (samples, times repeated, kept although disturbed): the least disturbed try."""
         if self.load is None:
-            return [self._sample(call, before)], 0, False
+            return [self._sample(call, before, host)], 0, False
         tries: list[tuple[float, list[float]]] = []
         for _ in range(self.max_retries + 1):
             if tries:
@@ -151,9 +167,19 @@ class Sampler:
                 return samples, len(tries) - 1, False
         return min(tries)[1], len(tries) - 1, True
 
-    def _sample(self, call: Callable[[], object], before: Callable[[], object] | None) -> float:
+    def _sample(
+        self,
+        call: Callable[[], object],
+        before: Callable[[], object] | None,
+        host: list[float] | None = None,
+    ) -> float:
         if before is not None:
             before()
+        if self.stopwatch is not None:
+            seconds, host_s = self.stopwatch(call)
+            if host is not None:
+                host.append(host_s)
+            return seconds
         start = self.clock()
         call()
         return self.clock() - start

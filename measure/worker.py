@@ -1,16 +1,18 @@
-"""The child of ``isolation``: reads one call from stdin, makes it, writes how it ended to a file.
+"""The child of ``isolation``: takes calls from a socket, makes them, says how each ended.
 
 Started as ``python -m measure.worker FD PARENT``; of no use on its own.
 """
 
+import contextlib
 import ctypes
 import importlib
 import os
-import pickle
 import resource
 import signal
 import sys
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 from costmodel.errors import LccostError
 from measure.environment import available_memory_bytes
@@ -26,12 +28,18 @@ _OOM_WORDS = ("can't allocate memory", "not enough memory", "out of memory")
 
 
 def main() -> None:
-    """Serve the one call."""
+    """Serve calls until the parent closes the socket."""
     _die_with_parent(int(sys.argv[2]))
-    # Libraries print where they like; only the file carries the result.
-    with os.fdopen(int(sys.argv[1]), "wb") as result:
-        function, arguments, limit_memory = pickle.load(sys.stdin.buffer)
-        pickle.dump(call(function, arguments, limit_memory=limit_memory), result)
+    with Connection(int(sys.argv[1])) as parent:
+        while (request := _next(parent)) is not None:
+            function, arguments, limit_memory = request
+            parent.send(call(function, arguments, limit_memory=limit_memory))
+
+
+def _next(parent: Connection) -> Any:
+    with contextlib.suppress(EOFError, ConnectionError):
+        return parent.recv()
+    return None
 
 
 def call(

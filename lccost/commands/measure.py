@@ -78,7 +78,11 @@ Examples:
     show_default=True,
 )
 @click.option(
-    "--realisation", type=click.Choice(("reference", "best")), default="best", show_default=True
+    "--realisation",
+    type=click.Choice(("reference", "best")),
+    default=None,
+    help="Form that runs: the published operations, or the fastest here.  "
+    "[default: best; reference with --engine transformers]",
 )
 @click.option(
     "--dtype",
@@ -106,6 +110,56 @@ Examples:
     show_default=True,
     help="Seconds a point may take.",
 )
+@click.option(
+    "--tp",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Processes that share the model, one GPU each (Gloo on a CPU).",
+)
+@click.option(
+    "--weights",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    default=None,
+    metavar="FOLDER",
+    help="Local checkpoint (safetensors) instead of random weights.",
+)
+@click.option(
+    "--energy",
+    type=click.FloatRange(0),
+    default=5.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="Window of the energy reading, where the device has a counter; 0: none.",
+)
+@click.option(
+    "--seconds",
+    type=click.FloatRange(0, min_open=True),
+    default=3.0,
+    show_default=True,
+    help="Most seconds of samples per phase.",
+)
+@click.option(
+    "--max-prefill",
+    type=click.FloatRange(0),
+    default=None,
+    metavar="SECONDS",
+    help="Longer prompts (as predicted) are not run: caches hold random tokens, TTFT is null.",
+)
+@click.option(
+    "--retries",
+    type=click.IntRange(0),
+    default=1,
+    show_default=True,
+    help="How often a noisy point is run again.",
+)
+@click.option(
+    "--isolation",
+    type=click.Choice(("point", "model")),
+    default="point",
+    show_default=True,
+    help="A process for every point, or one for a model's points until one fails.",
+)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--force", is_flag=True, help="Also start points that are predicted not to fit.")
 @handle_errors
@@ -118,13 +172,20 @@ def measure(
     output_tokens: int,
     device: str,
     engine: str,
-    realisation: str,
+    realisation: str | None,
     dtype: str | None,
     threads: int,
     gpu: str | None,
     output: Path,
     resume: bool,
     timeout: float,
+    tp: int,
+    weights: Path | None,
+    energy: float,
+    seconds: float,
+    max_prefill: float | None,
+    retries: int,
+    isolation: str,
     seed: int,
     force: bool,
 ) -> None:
@@ -134,7 +195,21 @@ def measure(
     row, and the sweep goes on. Each record carries its own prediction.
     """
     from lccost.measuring import Request, run
+    from measure.observation_options import How
+    from measure.runner import Rules
+    from measure.timing import Budget
 
+    rules = Rules(
+        timeout_s=timeout,
+        force=force,
+        retries=retries,
+        isolation=isolation,  # type: ignore[arg-type]
+        how=How(
+            budget=Budget(seconds=seconds, warmup_seconds=min(1.0, seconds)),
+            max_prefill_s=max_prefill,
+            energy_s=energy,
+        ),
+    )
     records = run(
         Request(
             models=tuple(flatten(models)),
@@ -150,13 +225,16 @@ def measure(
             threads=threads,
             gpu=gpu,
             seed=seed,
+            tp=tp,
+            weights=None if weights is None else str(weights),
         ),
         output=output,
         resume=resume,
-        timeout_s=timeout,
-        force=force,
+        rules=rules,
     )
-    failed = [r for r in records if r["status"] not in ("ok", "noisy", "skipped_oom_predicted")]
+    results = ("ok", "noisy", "skipped_oom_predicted")
+    records = [r for r in records if r["status"] != "not_applicable"]
+    failed = [r for r in records if r["status"] not in results]
     click.echo(f"{len(records)} records in {output}; next: lccost compare {output}", err=True)
     if failed and len(failed) == len(records):
         raise CommandError(

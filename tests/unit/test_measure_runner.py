@@ -17,7 +17,9 @@ from costmodel.mixers import Attention
 from costmodel.mlps import DenseMLP
 from measure import runner
 from measure.isolation import Outcome
+from measure.observation_options import How
 from measure.points import MeasurePoint
+from measure.runner import Rules
 from measure.store import RecordStore
 from measure.timing import Budget
 
@@ -56,13 +58,13 @@ def outcomes(monkeypatch):
     run: list[int] = []
     script: dict[int, Outcome] = {}
 
-    def fake(function, arguments, **_):
-        context = arguments[0].context_tokens
+    def fake(_, point, how):
+        context = point.context_tokens
         run.append(context)
         value = {"status": "ok", "ttft_s": 0.5, "tpot_s": 0.01, "is_valid": True}
         return script.get(context, Outcome(status="ok", value=value))
 
-    monkeypatch.setattr(runner, "run_isolated", fake)
+    monkeypatch.setattr(runner.Workers, "observe", fake)
     return run, script
 
 
@@ -125,7 +127,9 @@ def test_points_predicted_not_to_fit_are_rows_without_a_run(tmp_path, outcomes):
     path = tmp_path / "r.jsonl"
     (found,) = runner.run_sweep(points(1), output=path, predict_point=predict)
     assert (found["status"], run) == ("skipped_oom_predicted", [])
-    (found,) = runner.run_sweep(points(1), output=path, predict_point=predict, force=True)
+    (found,) = runner.run_sweep(
+        points(1), output=path, predict_point=predict, rules=Rules(force=True)
+    )
     assert (found["status"], run) == ("ok", [1])
 
 
@@ -145,9 +149,11 @@ def test_the_key_is_of_what_runs_and_not_of_what_predicts():
         ({"batch": 0}, ConfigError, "at least 1"),
         ({"layers": 3}, ConfigError, "expected 1 to 2"),
         ({"dtype": "int8"}, ConfigError, "int8"),
-        ({"device": "cuda:0"}, NotApplicableError, "cuda:0"),
+        ({"device": "tpu"}, ConfigError, "tpu"),
         ({"engine": "vllm"}, NotApplicableError, "vllm"),
-        ({"realisation": "reference"}, NotApplicableError, "reference"),
+        ({"tp": 3}, NotApplicableError, "heads"),
+        ({"tp": 2, "engine": "transformers"}, NotApplicableError, "tensor parallel"),
+        ({"tp": 2, "device": "cuda:1"}, ConfigError, "cuda:0 to cuda:1"),
     ],
 )
 def test_impossible_points_say_what_was_expected(changes, error, words):
@@ -158,11 +164,12 @@ def test_impossible_points_say_what_was_expected(changes, error, words):
 _SWEEP = """
 import sys
 sys.path.insert(0, {tests!r})
-from test_measure_runner import points, BUDGET
+from test_measure_runner import points, RULES
 from measure.runner import run_sweep
-run_sweep(points(16, 40, method="kivi:residual_tokens=32"), output={path!r}, budget=BUDGET)
+run_sweep(points(16, 40, method="kivi:residual_tokens=32"), output={path!r}, rules=RULES)
 """
 BUDGET = Budget(seconds=0.02, min_samples=3, max_samples=5, warmup_seconds=0.01)
+RULES = Rules(how=How(budget=BUDGET))
 
 
 def test_a_killed_sweep_resumes_without_losing_or_doubling(tmp_path):
@@ -180,7 +187,7 @@ def test_a_killed_sweep_resumes_without_losing_or_doubling(tmp_path):
     assert whole.count(b"\n") == 1
     path.write_bytes(whole + b'{"record_key": "torn')
     found = runner.run_sweep(
-        points(16, 40, method="kivi:residual_tokens=32"), output=path, resume=True, budget=BUDGET
+        points(16, 40, method="kivi:residual_tokens=32"), output=path, resume=True, rules=RULES
     )
     assert path.read_bytes().startswith(whole)
     records = RecordStore(path).records()

@@ -1,0 +1,217 @@
+"""What can be observed: a model with caches and a prompt, whatever executes it.
+
+session = open_session(point, device)        weights
+session.state_bytes()                        exact caches, one layer at a time
+session.prepare()                            caches with room, the prompt
+clear, prefill, clear, prefill ...           or fill: T random tokens without computing them
+mark, decode, reset, decode ...              one step at T tokens, put back, again
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from costmodel.architecture import Architecture
+from costmodel.errors import MeasurementError
+from costmodel.registry import load_config
+from measure.checkpoints import weights_from_state
+from measure.engine import TORCH_DTYPES, Decoder, Weights, random_weights
+from measure.methods.base import AbstractLayerCache
+from measure.mixers import build_cache
+from measure.mixers.base import LayerState
+from measure.numerics import Numerics, numerics_of
+from measure.points import MeasurePoint
+
+
+class Session(Protocol):
+    """One point, ready to be timed. ``logits`` [B, V] are those of the last call."""
+
+    logits: Tensor
+
+    @property
+    def weights_bytes(self) -> int:
+        """Bytes of all weights."""
+
+    def state_bytes(self) -> tuple[int, int]:
+        """Bytes held with exactly T tokens and no spare room: (all on the device, on the host)."""
+
+    def prepare(self) -> None:
+        """Make the caches that are timed, and the prompt."""
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes of the timed caches' storages, room included."""
+
+    def clear(self) -> None:
+        """Empty the caches."""
+
+    def prefill(self) -> None:
+        """Run the prompt into empty caches."""
+
+    def fill(self) -> None:
+        """Put T random tokens into the caches without computing them."""
+
+    def mark(self) -> None:
+        """Remember the state with T tokens."""
+
+    def decode(self) -> None:
+        """Run one step."""
+
+    def reset(self) -> None:
+        """Back to the mark."""
+
+    def details(self) -> dict[str, Any]:
+        """Further keys of the record."""
+
+
+def open_session(point: MeasurePoint, device: torch.device) -> Session:
+    """Load or make the weights of ``point``."""
+    if point.engine == "transformers":
+        from measure.transformers_engine.session import TransformersSession
+
+        return TransformersSession(point, device)
+    return TorchSession(point, device)
+
+
+def config_of(point: MeasurePoint) -> Mapping[str, Any] | None:
+    """The model's own config; None for an architecture that came without one."""
+    return load_config(point.model_source) if point.model_source else None
+
+
+def numerics_of_point(point: MeasurePoint) -> Numerics:
+    """Return what the model's config says about its arithmetic."""
+    model = point.executed
+    return numerics_of(model.family, config_of(point), d_model=model.d_model)
+
+
+def weights_of(point: MeasurePoint, device: torch.device) -> Weights:
+    """Weights of a point; the last ones are kept, for the next point of the same model."""
+    return _weights(
+        point.executed, numerics_of_point(point), point.dtype, device, point.seed, point.weights
+    )
+
+
+@functools.lru_cache(maxsize=1)
+def _weights(
+    model: Architecture,
+    numerics: Numerics,
+    dtype: str,
+    device: torch.device,
+    seed: int,
+    folder: str | None,
+) -> Weights:
+    if folder is None:
+        return random_weights(model, TORCH_DTYPES[dtype], device, seed, numerics=numerics)
+    from measure.checkpoint_files import load_state
+
+    state = load_state(folder, TORCH_DTYPES[dtype], device, model.n_layers)
+    return weights_from_state(model, state)
+
+
+class TorchSession:
+    """The decoder of this package with its twins."""
+
+    def __init__(self, point: MeasurePoint, device: torch.device) -> None:
+        self.point, self.device = point, device
+        self.dtype = TORCH_DTYPES[point.dtype]
+        self.weights = weights_of(point, device)
+        room = point.context_tokens + point.output_tokens
+        self.numerics = numerics_of_point(point)
+        self.decoder = Decoder(
+            point.executed, self.weights, n_positions=room, numerics=self.numerics
+        )
+        self.caches: list[LayerState] = []
+        self.snapshots: list[Any] = []
+        self.logits = torch.empty(0)
+        generator = torch.Generator(device=device).manual_seed(point.seed)
+        self.prompt = torch.randint(
+            point.executed.vocab_size,
+            (point.batch, point.context_tokens),
+            generator=generator,
+            device=device,
+        )
+        self.token = self.prompt[:, -1:]
+
+    @property
+    def weights_bytes(self) -> int:
+        """Bytes of all weights."""
+        return self.weights.nbytes
+
+    def state_bytes(self) -> tuple[int, int]:
+        """One layer is alive at a time."""
+        total = on_host = 0
+        for cache in self._new_caches(reserve_tokens=0):
+            cache.fill(self.point.context_tokens, self.point.seed)
+            if cache.storage_bytes != cache.held_bytes:
+                raise MeasurementError(
+                    f"{self.point.stack.spec}: expected no spare room in an exact cache, got "
+                    f"{cache.storage_bytes} bytes for {cache.held_bytes}"
+                )
+            total += cache.storage_bytes
+            on_host += cache.host_bytes if isinstance(cache, AbstractLayerCache) else 0
+            cache.clear()
+        return total, on_host
+
+    def prepare(self) -> None:
+        """Room for the prompt and the output."""
+        self.caches = self._new_caches(self.point.context_tokens + self.point.output_tokens)
+
+    @property
+    def allocated_bytes(self) -> int:
+        """All storages."""
+        return sum(cache.storage_bytes for cache in self.caches)
+
+    def clear(self) -> None:
+        """Empty all caches."""
+        for cache in self.caches:
+            cache.clear()
+
+    def prefill(self) -> None:
+        """The whole prompt at once."""
+        self.logits = self.decoder.prefill(self.prompt, self.caches)
+
+    def fill(self) -> None:
+        """Random keys and values, layer by layer."""
+        for cache in self.caches:
+            cache.fill(self.point.context_tokens, self.point.seed)
+
+    def mark(self) -> None:
+        """Snapshots of all caches."""
+        self.snapshots = [cache.snapshot() for cache in self.caches]
+
+    def decode(self) -> None:
+        """One token per sequence."""
+        self.logits = self.decoder.decode(self.token, self.caches)
+
+    def reset(self) -> None:
+        """Put the snapshots back."""
+        for cache, snapshot in zip(self.caches, self.snapshots, strict=True):
+            cache.restore(snapshot)
+
+    def details(self) -> dict[str, Any]:
+        """Nothing more."""
+        return {}
+
+    def _new_caches(self, reserve_tokens: int) -> list[LayerState]:
+        point = self.point
+        mixers = [mixer for layer in point.executed.layers for mixer in layer.mixers]
+        n_kv_layers, caches = sum(m.HAS_KV for m in mixers), []
+        for index, mixer in enumerate(mixers):
+            cache = build_cache(
+                point.stack,
+                mixer,
+                batch=point.batch,
+                dtype=self.dtype,
+                device=self.device,
+                reserve_tokens=reserve_tokens,
+                fused=point.engine == "lccost",
+                realisation=point.realisation,
+            )
+            if isinstance(cache, AbstractLayerCache):
+                ordinal = sum(m.HAS_KV for m in mixers[:index])
+                cache.place(ordinal, n_kv_layers, self.numerics.rope)
+            caches.append(cache)
+        return caches
