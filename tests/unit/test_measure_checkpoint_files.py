@@ -1,4 +1,4 @@
-"""Local checkpoints: what transformers saves is read back to the bit; hostile folders are refused."""
+"""Local checkpoints: what transformers saves is read back bit by bit; hostile ones are refused."""
 
 import json
 import random

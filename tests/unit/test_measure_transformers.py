@@ -135,4 +135,5 @@ def test_a_prompt_that_takes_too_long_is_filled_in(tmp_path):
 def test_offloading_on_a_real_device(tmp_path):
     observed, predicted = both(point(tmp_path, "kv_offload", device="cuda:0"))
     assert observed["state_host_bytes"] > 0
+    assert observed["weights_bytes"] == predicted["weights_bytes"]
     assert observed["tpot_s"] > 0
