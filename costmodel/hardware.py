@@ -175,8 +175,7 @@ def _file(text: str) -> Path:
 def _priced(profile: HardwareProfile, prices: str | Path | None) -> HardwareProfile:
     price: Price | None = None
     if prices is not None:
-        rows = {_known(name): row for name, row in user_prices(prices).items()}
-        price = rows.get(profile.name)
+        price = known_prices(prices).get(profile.name)
     if price is None and profile.price_usd_per_hour is None:
         price = bundled_prices().get(profile.name)
     if price is None:
@@ -187,6 +186,11 @@ def _priced(profile: HardwareProfile, prices: str | Path | None) -> HardwareProf
         price_date=price.date,
         price_source=price.source,
     )
+
+
+def known_prices(path: str | Path) -> dict[str, Price]:
+    """A user's price file by the names of the profiles."""
+    return {_known(name): row for name, row in user_prices(path).items()}
 
 
 def _known(name: str) -> str:

@@ -129,6 +129,14 @@ def scores(architecture_name: str) -> list[dict[str, Any]]:
     ]
 
 
+def task_families() -> tuple[str, ...]:
+    """What ``task_family`` may be: the families, and every single task with a figure."""
+    tasks: set[str] = set()
+    for lines in _files():
+        tasks |= {r["task"] for r in csv.DictReader(x for x in lines if not x.startswith("#"))}
+    return (*_FAMILIES, *sorted(tasks - set(_FAMILIES)))
+
+
 def accuracy(
     architecture_name: str,
     method_name: str,

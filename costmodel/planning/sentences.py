@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from costmodel.errors import LccostError
+from costmodel.hardware import known_prices, load_hardware
 from costmodel.methods.parse import parse_method
 from costmodel.planning.plan import Plan
 from costmodel.planning.spec import PlanSpec
@@ -168,7 +169,13 @@ def assumptions(plan: Plan) -> list[str]:
     if dates:
         file = spec.money.file
         name = f"prices of {file}" if file else "bundled prices"
-        out.append(f"{name}, dated {', '.join(dates)}; the middle of each range")
+        text = f"{name}, dated {', '.join(dates)}; the middle of each range"
+        if file is not None:
+            own = {load_hardware(name).name for name in spec.grid.gpus}
+            missing = sorted(own - set(known_prices(file)))
+            if missing:
+                text += f"; it has none of {', '.join(missing)}: the bundled price"
+        out.append(text)
     if spec.money.power_usd_per_kwh is not None:
         out.append(
             f"power at {spec.money.power_usd_per_kwh:g} USD/kWh, PUE {spec.money.pue:g}, on top of "
@@ -216,8 +223,9 @@ def deploy(row: Row, spec: PlanSpec, workload: Mapping[str, Any] | None = None) 
     """
     engine = str(row["engine"])
     model, pool = _hub_id(str(row["model"])), row["pools"][0]
+    load_test = _load_test(model, spec, workload or {})
     if engine not in ("vllm", "sglang") or len(row["pools"]) > 1 or not_built_in(row):
-        return [_load_test(model, spec, workload or {})]
+        return load_test
     stack = parse_method(str(row["method_spec"]))
     flags = [flag for m in stack.methods for flag in m.ENGINE_FLAGS.get(engine, ())]
     chunk, fraction = spec.grid.chunk_tokens or 8192, f"{spec.grid.memory_fraction:g}"
@@ -225,7 +233,7 @@ def deploy(row: Row, spec: PlanSpec, workload: Mapping[str, Any] | None = None) 
     sequences = str(spec.grid.max_batch * pool["pp"] * pool["cp"])
     if engine == "sglang":
         if pool["ep"] > 1 or pool["cp"] > 1:
-            return [_load_test(model, spec, workload or {})]
+            return load_test
         serve = [
             "python", "-m", "sglang.launch_server", "--model-path", model,
             "--tp-size", str(row["tp"]), "--chunked-prefill-size", str(chunk),
@@ -250,20 +258,21 @@ def deploy(row: Row, spec: PlanSpec, workload: Mapping[str, Any] | None = None) 
             serve += ["--data-parallel-size", str(pool["ep"]), "--enable-expert-parallel"]
         if spec.demand.prefix_share == 0.0:
             serve.append("--no-enable-prefix-caching")
-    return [shlex.join([*serve, *flags]), _load_test(model, spec, workload or {})]
+    return [shlex.join([*serve, *flags]), *load_test]
 
 
-def _load_test(model: str, spec: PlanSpec, workload: Mapping[str, Any]) -> str:
+def _load_test(model: str, spec: PlanSpec, workload: Mapping[str, Any]) -> list[str]:
+    """The trace itself, or the plan's own requests written as one; without a plan file requests of
+    mean length, which have no tail.
+    """
     demand = spec.demand
     as_recorded = demand.arrivals.kind == "trace" and demand.scale * demand.growth == 1.0
     if demand.trace is not None and demand.trace.suffix == ".jsonl" and as_recorded:
-        return shlex.join(
-            [
-                "aiperf", "profile", "--model", model, "--endpoint-type", "completions",
-                "--streaming", "--url", "http://localhost:8000", "--input-file", str(demand.trace),
-                "--custom-dataset-type", "mooncake_trace", "--fixed-schedule",
-            ]
-        )  # fmt: skip
+        return [_replay(model, str(demand.trace), spec)]
+    if spec.own_workload:
+        drawn = "requests.jsonl"
+        draw = ["lccost", "trace", "convert", spec.where, "--output", drawn]
+        return [shlex.join(draw), _replay(model, drawn, spec)]
     args = ["vllm", "bench", "serve", "--model", model, "--dataset-name", "random"]
     for side, lengths in (("input", demand.input_tokens), ("output", demand.output_tokens)):
         fixed = lengths is not None and lengths.kind == "fixed"
@@ -283,7 +292,22 @@ def _load_test(model: str, spec: PlanSpec, workload: Mapping[str, Any]) -> str:
         args += ["--request-rate", f"{rate:g}"]
         if demand.arrivals.kind == "gamma":
             args += ["--burstiness", f"{1 / demand.arrivals.cv**2:g}"]
-    args += ["--num-prompts", "1000", "--percentile-metrics", "ttft,tpot,itl,e2el"]
+    percentiles = sorted({50.0, 99.0, *(x.percentile for x in spec.slo.limits)})
+    args += [
+        "--num-prompts", "1000", "--ignore-eos", "--percentile-metrics", "ttft,tpot,itl,e2el",
+        "--metric-percentiles", ",".join(f"{p:g}" for p in percentiles),
+    ]  # fmt: skip
+    return [shlex.join(args)]
+
+
+def _replay(model: str, file: str, spec: PlanSpec) -> str:
+    args = [
+        "aiperf", "profile", "--model", model, "--endpoint-type", "completions", "--streaming",
+        "--url", "http://localhost:8000", "--input-file", file,
+        "--custom-dataset-type", "mooncake_trace", "--extra-inputs", "ignore_eos:true",
+    ]  # fmt: skip
+    sessions = spec.demand.sessions
+    args += ["--fixed-schedule"] if sessions is None else ["--concurrency", str(sessions)]
     return shlex.join(args)
 
 

@@ -4,19 +4,23 @@
 be run again from its own output.
 """
 
+import contextlib
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from costmodel.errors import ConfigError, LccostError
+from costmodel.errors import ConfigError, LccostError, UnknownNameError
+from costmodel.hardware import load_hardware, resolve_gpu
 from costmodel.methods.parse import parse_methods
 from costmodel.planning.demand import Demand
 from costmodel.planning.slo import Slo, read_slo
 from costmodel.planning.workload_spec import read_demand
 from costmodel.prices import user_prices
+from costmodel.quality import task_families
 from costmodel.tables import MAX_FILE_BYTES, Fields, parse_toml, short
 
 SECTIONS = ("workload", "slo", "candidates", "accuracy", "prices")
@@ -77,7 +81,7 @@ class Money:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanSpec:
-    """A checked plan file."""
+    """A checked plan file. ``own_workload``: its workload is that of the file at ``where``."""
 
     demand: Demand
     slo: Slo
@@ -86,6 +90,7 @@ class PlanSpec:
     money: Money
     table: Mapping[str, Any]
     where: str
+    own_workload: bool = False
 
     @property
     def size(self) -> int:
@@ -120,7 +125,12 @@ def read_plan(path: Path | None, overrides: Sequence[tuple[str, Any]] = ()) -> P
         if not isinstance(rows, dict):
             raise ConfigError(f"{where}: {section}: expected a table, got {short(rows)}")
         rows[name] = value
-    return plan_from_table(table, where, folder, raw)
+    found = plan_from_table(table, where, folder, raw)
+    return replace(found, own_workload=path is not None and not _of_workload(overrides))
+
+
+def _of_workload(overrides: Sequence[tuple[str, Any]]) -> bool:
+    return any(key.startswith("workload.") for key, _ in overrides)
 
 
 def plan_from_table(
@@ -137,7 +147,7 @@ def plan_from_table(
         problems.append("slo: expected at least one limit, such as ttft_p99_s = 30")
     grid = _grid(parts["candidates"], where, problems)
     accuracy = _accuracy(parts["accuracy"], where, problems)
-    money = _money(parts["prices"], where, folder, problems)
+    money = _money(parts["prices"], where, folder, grid.gpus, problems)
     if problems:
         last = Fields({}, where)
         last.problems = [_with_line(p, raw) for p in problems]
@@ -180,14 +190,14 @@ def _degrees(f: Fields, key: str) -> tuple[int, ...]:
     rows = value if isinstance(value, list) else [1 if value is None else value]
     good = [x for x in rows if isinstance(x, int) and not isinstance(x, bool) and 1 <= x <= 1024]
     if len(good) != len(rows) or not rows:
-        f.problem(key, f"expected whole numbers of 1 to 1024, got {short(value)}")
+        bad = next((x for x in rows if x not in good), value)
+        f.problem(key, f"expected whole numbers of 1 to 1024, got {short(bad)}")
         return (1,)
     return tuple(dict.fromkeys(good))
 
 
 def _grid(table: Mapping[str, Any], where: str, problems: list[str]) -> Grid:
     from costmodel.engines import load_engine
-    from costmodel.hardware import load_hardware
     from costmodel.registry import load_architecture
 
     f = Fields(table, where, "candidates.")
@@ -244,9 +254,12 @@ def _try(f: Fields, key: str, load: Any, argument: Any) -> None:
 
 def _accuracy(table: Mapping[str, Any], where: str, problems: list[str]) -> AccuracyFloor:
     f = Fields(table, where, "accuracy.")
+    family = f.text("task_family") or None
+    if family is not None and not any(x.startswith(family) for x in task_families()):
+        f.problem("task_family", str(UnknownNameError("task family", family, task_families())))
     floor = AccuracyFloor(
         max_drop_points=f.number("max_drop_points", unit="points", low=0.0, high=100.0),
-        task_family=f.text("task_family") or None,
+        task_family=family,
         allow_unknown=f.flag("allow_unknown"),
         allow_analogy=f.flag("allow_analogy"),
     )
@@ -255,7 +268,9 @@ def _accuracy(table: Mapping[str, Any], where: str, problems: list[str]) -> Accu
     return floor
 
 
-def _money(table: Mapping[str, Any], where: str, folder: Path, problems: list[str]) -> Money:
+def _money(
+    table: Mapping[str, Any], where: str, folder: Path, gpus: Sequence[str], problems: list[str]
+) -> Money:
     f = Fields(table, where, "prices.")
     name = f.text("file")
     power = f.number("power_usd_per_kwh", unit="US dollars per kWh", low=0.0, high=100.0)
@@ -263,9 +278,22 @@ def _money(table: Mapping[str, Any], where: str, folder: Path, problems: list[st
     f.unknown()
     file = folder / Path(name).expanduser() if name else None
     if file is not None:
-        _try(f, "file", user_prices, file)
+        _try(f, "file", partial(_check_prices, gpus=gpus), file)
     problems += f.problems
     return Money(file=file, power_usd_per_kwh=power, pue=pue or 1.0)
+
+
+def _check_prices(file: Path, gpus: Sequence[str]) -> None:
+    """Every line must be of a known GPU, or of a candidate's own profile, and dated."""
+    own = set()
+    for gpu in gpus:
+        with contextlib.suppress(LccostError):  # reported with the candidates
+            own.add(load_hardware(gpu).name)
+    for name, price in user_prices(file).items():
+        if name not in own:
+            resolve_gpu(name)
+        if not price.date:
+            raise ConfigError(f'{file}: {name} has no date: put date = "2026-11-21" on top')
 
 
 def parse_override(text: str) -> tuple[str, Any]:

@@ -30,7 +30,8 @@ MAX_LINE_BYTES = 4_000_000
 #: Largest token count believed; more is a slip or an attack.
 MAX_TOKENS = 1 << 30
 
-Row = tuple[float, int, int, int]
+#: Seconds, prompt, output and prefix tokens, and the line.
+Row = tuple[float, int, int, int, int]
 
 
 def read_trace(path: str | Path) -> Requests:
@@ -92,9 +93,11 @@ def _collect(rows: Iterator[Row | None], path: Path) -> tuple[list[Row], list[st
             failed += 1
             continue
         if row[0] < last:
-            raise ConfigError(
-                f"{path}: request {len(out) + 1} arrives at {row[0]:g} s, before the one above it "
-                f"({last:g} s); sort the file by time"
+            raise _bad(
+                path,
+                row[4],
+                f"arrives at {row[0]:g} s, before the request above it ({last:g} s); sort the file "
+                "by time",
             )
         last = row[0]
         out.append(row)
@@ -259,8 +262,39 @@ def _checked(
     for name, value in (("input", prompt), ("output", output)):
         if not 1 <= value <= MAX_TOKENS:
             raise _bad(path, number, f"expected 1 to {MAX_TOKENS:,} {name} tokens, got {value}")
-    return seconds, prompt, output, prefix
+    return seconds, prompt, output, prefix, number
 
 
 def _bad(path: Path, number: int, reason: str) -> ConfigError:
     return ConfigError(f"{path}:{number}: {reason}")
+
+
+# Writing -------------------------------------------------------------------------------------
+
+
+def as_csv(stream: Requests, rows: int | None = None) -> Iterator[str]:
+    """The lines of our own csv, of the first ``rows`` requests."""
+    yield "arrival_s,input_tokens,output_tokens,prefix_tokens"
+    for a, i, o, p in _columns(stream, rows):
+        yield f"{a:.9g},{i:.0f},{o:.0f},{p:.0f}"
+
+
+def as_mooncake(stream: Requests, rows: int | None = None) -> Iterator[str]:
+    """Lines of Mooncake's jsonl: whole milliseconds. Found prefixes become shared blocks, rounded
+    down to whole ones; every other block is new.
+    """
+    fresh = int(max(stream.prefix_tokens, default=0.0)) // BLOCK_TOKENS
+    for a, i, o, p in _columns(stream, rows):
+        line = {"timestamp": round(a * 1000), "input_length": int(i), "output_length": int(o)}
+        if fresh:
+            blocks, found = -(-int(i) // BLOCK_TOKENS), int(p) // BLOCK_TOKENS
+            new = range(fresh, fresh + blocks - found)
+            fresh += blocks - found
+            yield msgspec.json.encode({**line, "hash_ids": [*range(found), *new]}).decode()
+        else:
+            yield msgspec.json.encode(line).decode()
+
+
+def _columns(stream: Requests, rows: int | None) -> Iterator[tuple[float, ...]]:
+    columns = (stream.arrival_s, stream.input_tokens, stream.output_tokens, stream.prefix_tokens)
+    return zip(*(c[:rows].tolist() for c in columns), strict=True)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from costmodel.errors import LccostError
+from costmodel.methods.parse import parse_method
 from costmodel.planning.arrivals import Arrivals, read_arrivals, read_prefix_cache
 from costmodel.planning.demand import Demand
 from costmodel.planning.lengths import Lengths, read_lengths
@@ -53,7 +54,7 @@ def read_demand(
     seed = f.whole("seed", unit="a seed", low=0, high=2**63 - 1)
     if prefix is None and kind != "trace":
         f.problem("prefix_cache", "ideal needs the blocks of a trace; give hit=SHARE instead")
-    if n_requests is not None and kind == "trace":
+    if n_requests is not None and trace:
         f.problem("requests", "goes with a drawn workload; a trace has its own requests")
     f.unknown(("active_fraction", "requests_per_minute", "peak_factor", "users"))
     path = folder / Path(trace).expanduser() if trace else None
@@ -124,6 +125,11 @@ def _factors(f: Fields) -> dict[str, float]:
         return {}
     rows = value if isinstance(value, dict) else {"*": value}
     named = isinstance(value, dict)
+    for name in rows if named else ():
+        try:
+            parse_method(str(name))
+        except LccostError as error:
+            f.problem(f"{key}.{name}", str(error))
     return {
         str(k): f.check_number(f"{key}.{k}" if named else key, v, "a factor", 0.1, 100.0)
         for k, v in rows.items()

@@ -1,6 +1,7 @@
 """``lccost plan``."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -199,8 +200,19 @@ def read_spec(file: Path | None, options: dict[str, Any]) -> Any:
     if file is not None and file.suffix.lower() == ".json":
         table, folder = _from_result(file)
         _lay_over(table, overrides)
-        return plan_from_table(table, str(file), folder)
+        own = not any(key.startswith("workload.") for key, _ in overrides)
+        return replace(plan_from_table(table, str(file), folder), own_workload=own)
     return read_plan(file, overrides)
+
+
+def read_plan_file(file: Path) -> Any:
+    """A plan file or the JSON of an earlier plan, as it stands."""
+    from costmodel.planning.spec import plan_from_table, read_plan
+
+    if file.suffix.lower() == ".json":
+        table, folder = _from_result(file)
+        return plan_from_table(table, str(file), folder)
+    return read_plan(file)
 
 
 def _lay_over(table: dict[str, Any], overrides: list[tuple[str, Any]]) -> None:

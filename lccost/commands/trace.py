@@ -14,6 +14,7 @@ Examples:
   lccost trace stats mooncake_conversation.jsonl
   lccost trace stats azure.csv requests.csv --format json
   lccost trace convert BurstGPT_1.csv --output requests.csv
+  lccost trace convert plan.toml --output requests.jsonl
 """
 
 
@@ -53,19 +54,28 @@ def stats(files: tuple[Path, ...], form: str, output: Path | None) -> None:
 
 @trace.command(epilog=EXAMPLES)
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option("--output", type=click.Path(path_type=Path), default=None, help="File to write.")
+@click.option(
+    "--output", type=click.Path(path_type=Path), default=None, help="File to write: .csv or .jsonl."
+)
 @click.option("--rows", type=click.IntRange(1), default=None, help="Only the first so many.")
 @handle_errors
 def convert(file: Path, output: Path | None, rows: int | None) -> None:
-    """A trace as arrival_s,input_tokens,output_tokens,prefix_tokens."""
-    from costmodel.planning.traces import read_trace
+    """A trace, or the requests of a plan, as a trace.
 
-    stream = read_trace(file)
-    lines = ["arrival_s,input_tokens,output_tokens,prefix_tokens"]
-    columns = (stream.arrival_s, stream.input_tokens, stream.output_tokens, stream.prefix_tokens)
-    for a, i, o, p in list(zip(*(c.tolist() for c in columns), strict=True))[:rows]:
-        lines.append(f"{a:.9g},{i:.0f},{o:.0f},{p:.0f}")
-    emit("\n".join(lines), output)
+    As arrival_s,input_tokens,output_tokens,prefix_tokens; a file that ends in .jsonl is written in
+    Mooncake's form, which load generators replay. FILE may be a plan.toml or the JSON of a plan:
+    its requests are those that the plan draws.
+    """
+    from costmodel.planning.traces import as_csv, as_mooncake, read_trace
+
+    if file.suffix.lower() in (".toml", ".json"):
+        from lccost.commands.plan import read_plan_file
+
+        stream = read_plan_file(file).demand.requests()
+    else:
+        stream = read_trace(file)
+    as_lines = as_mooncake if output is not None and output.suffix == ".jsonl" else as_csv
+    emit("\n".join(as_lines(stream, rows)), output)
 
 
 def _document(inputs: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:

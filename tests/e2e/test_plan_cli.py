@@ -38,6 +38,12 @@ def test_init_then_plan(tmp_path: Path) -> None:
     for part in ("rank", "Binds on h100-sxm", "TTFT: arrival to first token, queue included",
                  "Check rank 1:", "vllm serve", "holds at"):  # fmt: skip
         assert part in found.stdout, part
+    # The requests of the plan as a trace that a load generator replays.
+    drawn = tmp_path / "requests.jsonl"
+    assert run("trace", "convert", str(file), "--output", str(drawn)).exit_code == 0
+    lines = drawn.read_text("utf-8").splitlines()
+    assert len(lines) == 6000
+    assert set(json.loads(lines[0])) == {"timestamp", "input_length", "output_length"}
 
 
 def test_json_follows_the_contract_and_runs_again(tmp_path: Path) -> None:

@@ -375,6 +375,33 @@ def test_the_load_test_carries_the_lengths_and_the_rate_of_a_trace(tmp_path: Pat
     test = deploy(plan_row(), replace(spec(), demand=doubled), {**workload, "rate_per_s": 1.0})[1]
     assert "--request-rate 1 " in test
     assert "--fixed-schedule" not in test
+    assert "--ignore-eos" in test
+    assert "--metric-percentiles 50,95,99" in test
+
+
+def test_the_load_test_replays_what_a_plan_file_draws() -> None:
+    drawn = replace(spec(), own_workload=True, where="my plan.toml")
+    test = deploy(plan_row(), drawn, {})
+    assert test[1] == "lccost trace convert 'my plan.toml' --output requests.jsonl"
+    assert "--input-file requests.jsonl" in test[2]
+    assert "--fixed-schedule" in test[2]
+    closed = replace(drawn, demand=replace(drawn.demand, kind="concurrency", concurrency=12))
+    assert "--concurrency 12" in deploy(plan_row(), closed, {})[2]
+
+
+def test_commands_start_the_parallelism_that_was_planned() -> None:
+    def serve(engine: str = "vllm", **degrees: int) -> str:
+        pool = {**plan_row()["pools"][0], **degrees}
+        return deploy(plan_row(engine=engine, pools=[pool]), spec())[0]
+
+    # A pipeline has a micro-batch of 256 in every stage.
+    assert "--pipeline-parallel-size 2" in serve(pp=2)
+    assert "--max-num-seqs 512" in serve(pp=2)
+    assert "--prefill-context-parallel-size 4" in serve(cp=4)
+    assert "--data-parallel-size 8 --enable-expert-parallel" in serve(ep=8)
+    assert "--pp-size 2" in serve("sglang", pp=2)
+    assert "--disable-radix-cache" in serve("sglang")
+    assert serve("sglang", ep=2).startswith("vllm bench")  # its expert ranks are laid out otherwise
 
 
 def test_a_method_the_engine_lacks_is_said() -> None:

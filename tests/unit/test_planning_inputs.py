@@ -1,5 +1,6 @@
 """Traces, lengths, arrivals and the plan file: what they read, and what they refuse."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from costmodel.planning.arrivals import read_arrivals, read_prefix_cache
 from costmodel.planning.lengths import read_lengths
 from costmodel.planning.requests import Requests
 from costmodel.planning.spec import parse_override, plan_from_table, read_plan
-from costmodel.planning.traces import read_trace
+from costmodel.planning.traces import as_csv, as_mooncake, read_trace
 
 DATA = Path(__file__).parents[1] / "data/traces"
 EXAMPLE = Path(__file__).parents[2] / "examples/plan.toml"
@@ -72,7 +73,7 @@ BAD = [
     ("x.jsonl", '{"timestamp": 0, "input_length": "a", "output_length": 2}\n', "input_length"),
     ("x.jsonl", '{"timestamp": -5, "input_length": 5, "output_length": 2}\n', "at least 0"),
     ("x.csv", OWN + "0,5,2\n-1,5,2\n", ":3: expected a time of at least 0"),
-    ("x.csv", OWN + "3,5,2\n1,5,2\n", "before the one above it"),
+    ("x.csv", OWN + "3,5,2\n1,5,2\n", ":3: arrives at 1 s, before the request above it"),
     ("x.csv", OWN + "0,5\n", ":2: expected 3 fields, got 2"),
     ("x.csv", OWN + "0,5.5,2\n", "whole number"),
     ("x.csv", OWN + "0,0,2\n", "expected 1 to"),
@@ -93,6 +94,22 @@ def test_bad_traces_say_where_and_why(tmp_path: Path, name: str, text: str, mess
         read_trace(write(tmp_path, name, text))
     assert message in str(error.value)
     assert name in str(error.value)
+
+
+def test_written_traces_read_back(tmp_path: Path) -> None:
+    own = OWN.strip() + ",prefix_tokens\n0,700,3,0\n1.5,1200,2,1024\n1.5,2000,9,512\n"
+    first = read_trace(write(tmp_path, "own.csv", own))
+    again = {}
+    for name, lines in (("a.csv", as_csv(first)), ("a.jsonl", as_mooncake(first))):
+        again[name] = read_trace(write(tmp_path, name, "\n".join(lines)))
+    for name, read in again.items():
+        assert read.arrival_s.tolist() == [0.0, 1.5, 1.5], name
+        assert read.input_tokens.tolist() == first.input_tokens.tolist(), name
+        assert read.output_tokens.tolist() == first.output_tokens.tolist(), name
+    assert again["a.csv"].prefix_tokens.tolist() == [0, 1024, 512]
+    # Shared blocks are found once somebody has named them: by the second request.
+    assert again["a.jsonl"].prefix_tokens.tolist() == [0, 0, 512]
+    assert len(list(as_mooncake(first, 2))) == 2
 
 
 def test_statistics_by_hand() -> None:
@@ -239,6 +256,9 @@ tp = [0]
         ({"candidates": {"router": "hash"}}, "expected one of least_requests"),
         ({"candidates": {"levels": ["real"]}}, "ideal or reference"),
         ({"prices": {"pue": 0.5}}, "a factor between 1"),
+        ({"candidates": {"tp": [1, 0]}}, "1 to 1024, got 0"),
+        ({"accuracy": {"task_family": "retrival"}}, "Did you mean: retrieval"),
+        ({"workload": {"output_tokens_factor": {"kivy": 1.1}}}, "Did you mean: kivi?"),
     ],
 )
 def test_bad_keys(changes: dict[str, dict[str, object]], message: str) -> None:
@@ -311,3 +331,19 @@ def test_the_example_is_what_init_writes() -> None:
     packaged = Path(__file__).parents[2] / "lccost/data/plan.toml"
     assert EXAMPLE.read_text("utf-8") == packaged.read_text("utf-8")
     assert read_plan(EXAMPLE).size == 16
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("h100-sxm = 3\n", "h100-sxm has no date"),
+        ('date = "2026-01"\nh10-sxm = 3\n', "Did you mean: h100-sxm"),
+        ('date = "2026-01"\nh100-sxm = -3\n', "US dollars per GPU-hour between 0"),
+        ('date = "soon"\nh100-sxm = 3\n', "expected a date"),
+        ('date = "2026-01"\nh100-sxm = { low = 3, mid = 2, high = 4 }\n', "low <= mid <= high"),
+    ],
+)
+def test_bad_price_files(tmp_path: Path, text: str, message: str) -> None:
+    file = write(tmp_path, "prices.toml", text)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        plan_from_table(table(prices={"file": str(file)}), "plan.toml", Path())
