@@ -147,18 +147,7 @@ def random_weights(
     d, v = architecture.d_model, architecture.vocab_size
 
     def draw(shape: Shape) -> Tensor:
-        tensor = torch.empty(shape.sizes, dtype=dtype, device=device)
-        match shape.init:
-            case "matrix":
-                return tensor.normal_(0.0, _WEIGHT_SCALE, generator=generator)
-            case "ones":
-                return tensor.fill_(1.0)
-            case "zeros":
-                return tensor.zero_()
-            case "log_decay":  # decay rates from 1 to 16
-                return tensor.uniform_(1.0, 16.0, generator=generator).log_()
-            case "step":  # softplus gives step sizes around 0.01
-                return tensor.uniform_(-6.0, -3.0, generator=generator)
+        return random_tensor(shape, dtype, generator)
 
     def layer(block: _Block) -> LayerWeights:
         mixer = {} if block.mixer is None else block.mixer.shapes(d)
@@ -176,6 +165,22 @@ def random_weights(
         final_norm=draw(Shape((d,), "ones")),
         head=table if architecture.tied_embeddings else draw(Shape((v, d))),
     )
+
+
+def random_tensor(shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """One tensor, drawn as its shape says, where the generator is."""
+    tensor = torch.empty(shape.sizes, dtype=dtype, device=generator.device)
+    match shape.init:
+        case "matrix":
+            return tensor.normal_(0.0, _WEIGHT_SCALE, generator=generator)
+        case "ones":
+            return tensor.fill_(1.0)
+        case "zeros":
+            return tensor.zero_()
+        case "log_decay":  # decay rates from 1 to 16
+            return tensor.uniform_(1.0, 16.0, generator=generator).log_()
+        case "step":  # softplus gives step sizes around 0.01
+            return tensor.uniform_(-6.0, -3.0, generator=generator)
 
 
 class Decoder:

@@ -1,49 +1,66 @@
 """Seconds of one operation from curves measured on this very device.
 
 A calibrated profile holds one curve per operation class and variant. Its name is
-``<class>/<dtype>[/<parameter>=<value>]...``, where the class is the operation's own name if a
+``<class>[/<dtype>][/<parameter>=<value>]...``, where the class is the operation's own name if a
 curve was measured for it, else its kind. ``y`` is seconds per unit of work at size ``x``, the
 start of the kernel by the host included, measured with cold data (buffers that rotate through
 more than the cache holds, as the weights and caches of a real pass do):
 
-===========================  =========================  =====================  ================
-class                        size ``x``                 unit of work           parameters
-===========================  =========================  =====================  ================
-gemm                         rows m                     FLOP (2 m n k)         n, k
-prefill_attention            query tokens               FLOP of whole tiles    head_dim
-decode_attention             KV bytes read              KV byte                head_dim, group
-dequantised_attention        elements attended          element                head_dim, group
-dequantise, quantise, ...    elements                   element                bits
-norm_rope_activation         bytes moved                byte
-stream (any other)           bytes moved                byte, plus ``dispatch``
-===========================  =========================  =====================  ================
+======================================  ========================  ==================  ==============
+class                                   size ``x``                unit of work        parameters
+======================================  ========================  ==================  ==============
+gemm (also of experts, one by one)      rows m                    FLOP (2 m n k)      n, k
+rglru_gates                             rows m                    FLOP                k
+prefill_attention                       query tokens              FLOP of whole tiles head_dim
+windowed_attention                      keys of a masked block    FLOP of blocks      head_dim
+banded_attention, score_pass,           score rows times keys     FLOP of blocks      head_dim
+window_scores
+decode_attention, scored_attention,     KV bytes read             KV byte             head_dim,
+sink_attention                                                                        group
+dequantised_attention                   elements attended         element             head_dim,
+                                                                                      group
+dequantise, quantise, ...               elements                  element             bits
+ssd_chunk_scan, rglru_scan, ...         channels of the batch     channel and token   head_dim,
+                                                                  (whole chunks)      d_state, chunk
+selective_state_update, ..._step        state elements            state element       head_dim,
+                                                                                      d_state
+causal_conv1d                           elements                  element             kernel
+select, update_and_evict                scores                    score
+norm_rope_activation, gather_kept, ...  bytes moved               byte
+stream (any other elementwise)          bytes moved               byte, plus
+                                                                  ``dispatch``
+======================================  ========================  ==================  ==============
 
-``group`` is query heads per KV head; ``stream`` and ``dispatch`` (seconds per launch, at x = 1)
-have no dtype. Between sizes time per unit is interpolated in log-log space; between variants by
-the inverse fourth power of the distance in octaves of their parameters (predicting a GEMV of a
-left-out shape, the fourth power errs by 8 % in fp32 and 18 % in bf16, the second by 10 and 23).
-Outside the measured sizes the end value holds and the result is marked. What is ignored: overlap (a
-CPU has none), and that a working set smaller than the last-level cache may be warm.
+``group`` is query heads per KV head; ``dispatch`` is seconds per launch, at x = 1. Classes whose
+type does not matter have no dtype. Between sizes time per unit is interpolated in log-log space;
+between variants by the inverse fourth power of the distance in octaves of their parameters
+(predicting a GEMV of a left-out shape, the fourth power errs by 8 % in fp32 and 18 % in bf16, the
+second by 10 and 23). Outside the measured sizes the end value holds and the result is marked.
+What is ignored: overlap (a CPU has none), and that a working set smaller than the last-level cache
+may be warm.
 """
 
-import math
+import functools
 from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from costmodel.hardware import Curve, HardwareProfile
-from costmodel.kernels.prior import KernelTime, timed_flops
-from costmodel.operation import Array, Operation, causal_pairs
+from costmodel.kernels.curve_sizes import Measured, measured, windowed
+from costmodel.kernels.prior import KernelTime
+from costmodel.operation import Array, Operation
 
-#: Keys a block of the CPU flash-attention kernel covers (PyTorch,
-#: aten/src/ATen/native/cpu/FlashAttentionKernel.cpp: kv_split_size 512).
-CPU_KEY_BLOCK_TOKENS = 512.0
 #: Parameters further than this many octaves from every measured variant are extrapolation.
 FAR_OCTAVES = 1.5
 #: Half-width of the interval nobody should claim to be below: two runs of the same point differ by
 #: this much on a shared machine, whatever the spread inside one run.
 NOISE_FRACTION = 0.08
+
+
+#: Which points of a sweep something holds for.
+Mask = NDArray[np.bool_] | np.bool_ | bool
 
 
 class CurveTime(NamedTuple):
@@ -65,18 +82,6 @@ def curve_name(kind: str, dtype: str = "", **parameters: float) -> str:
     return "/".join(parts + [f"{k}={v:g}" for k, v in sorted(parameters.items())])
 
 
-def tiled_causal_pairs(n_queries: Array) -> Array:
-    """Query-key pairs a CPU flash kernel works on: keys in whole blocks of 512, or all S of fewer.
-
-    With f = floor(S / 512) full blocks: 512^2 f (f + 1) / 2 + (S - 512 f) S.
-    """
-    s = np.asarray(n_queries, dtype=np.float64)
-    block = CPU_KEY_BLOCK_TOKENS
-    full: Array = np.floor(s / block)
-    pairs: Array = block * block * full * (full + 1) / 2 + (s - block * full) * s
-    return pairs
-
-
 def curve_time_s(operation: Operation, hardware: HardwareProfile) -> CurveTime | None:
     """Seconds of one run of ``operation``; None where the profile has no curve for it.
 
@@ -84,12 +89,16 @@ def curve_time_s(operation: Operation, hardware: HardwareProfile) -> CurveTime |
     """
     if not hardware.curves or operation.kind in ("collective", "host_link"):
         return None
-    for kind in (operation.name, operation.kind):
-        variants = _variants(hardware, kind, operation.dtype)
-        if variants:
-            size, work, parameters = _size_and_work(operation)
-            return _interpolated(variants, size, work, parameters)
-    return _streamed(operation, hardware) if operation.kind == "elementwise" else None
+    plain = next(filter(None, (_read(hardware, m, operation) for m in measured(operation))), None)
+    if operation.kind == "prefill_attention":
+        cut = windowed(operation)
+        found = None if cut is None else _read(hardware, cut, operation)
+        if found is not None:
+            is_cut = operation.shape["q_len"] > operation.shape["window_tokens"]
+            return found if plain is None else _where(is_cut, found, plain)
+    if plain is None and operation.kind == "elementwise":
+        return _streamed(operation, hardware)
+    return plain
 
 
 def calibrated_time(operation: Operation, hardware: HardwareProfile) -> KernelTime | None:
@@ -114,44 +123,36 @@ def calibrated_time(operation: Operation, hardware: HardwareProfile) -> KernelTi
     )
 
 
-def _size_and_work(operation: Operation) -> tuple[Array, Array, dict[str, Array]]:
-    """(x, work, parameters) of an operation, as the table in the module docstring says."""
-    shape = operation.shape
-    if operation.kind == "gemm":
-        m, n, k = shape["m"], shape["n"], shape["k"]
-        return m, 2.0 * m * n * k, {"n": n, "k": k}
-    if operation.kind == "prefill_attention":
-        s = shape["q_len"]
-        tiles = tiled_causal_pairs(s) / np.maximum(causal_pairs(s), 1.0)
-        return s, timed_flops(operation) * tiles, {"head_dim": shape["head_dim"]}
-    if operation.kind == "decode_attention":
-        heads = shape["n_kv_heads"]
-        tokens = shape["batch"] * shape["kv_len"]
-        elements = tokens * heads * (shape["head_dim"] + shape["v_head_dim"])
-        parameters = {"head_dim": shape["head_dim"], "group": shape["n_heads"] / heads}
-        size = elements if operation.name == "dequantised_attention" else shape["kv_bytes"]
-        return size, size, parameters
-    if "elements" in shape:
-        bits = {"bits": shape["bits"]} if "bits" in shape else {}
-        return shape["elements"], shape["elements"], bits
-    return operation.moved_bytes, operation.moved_bytes, {}
+def _read(hardware: HardwareProfile, where: Measured, operation: Operation) -> CurveTime | None:
+    """Time from the curves of one class, of the operation's dtype or of none."""
+    variants = _variants(hardware, f"{where.kind}/{operation.dtype}") or _variants(
+        hardware, where.kind
+    )
+    return _interpolated(variants, where) if variants else None
 
 
-def _variants(hardware: HardwareProfile, kind: str, dtype: str) -> list[_Variant]:
-    prefix = f"{kind}/{dtype}"
+def _variants(hardware: HardwareProfile, prefix: str) -> list[_Variant]:
     found = []
     for name, curve in hardware.curves.items():
-        if name == prefix or name.startswith(f"{prefix}/"):
-            pairs = (part.partition("=") for part in name[len(prefix) :].split("/") if part)
+        parts = name[len(prefix) :].split("/")
+        if name.startswith(prefix) and not parts[0] and all("=" in p for p in parts[1:]):
+            pairs = (part.partition("=") for part in parts[1:])
             found.append(_Variant({k: float(v) for k, _, v in pairs}, curve))
     return found
 
 
-def _interpolated(
-    variants: list[_Variant], size: Array, work: Array, parameters: Mapping[str, Array]
-) -> CurveTime:
-    """Geometric mean of the variants at ``size``, weighted by nearness."""
-    distances = [_octaves(v.parameters, parameters) for v in variants]
+def _where(condition: Mask, yes: CurveTime, no: CurveTime) -> CurveTime:
+    return CurveTime(
+        np.where(condition, yes.seconds, no.seconds),
+        max(yes.spread, no.spread) if np.any(condition) else no.spread,
+        np.where(condition, yes.extrapolated, no.extrapolated),
+    )
+
+
+def _interpolated(variants: list[_Variant], where: Measured) -> CurveTime:
+    """Geometric mean of the variants at a size, weighted by nearness."""
+    size, work = where.size, where.work
+    distances = [_octaves(v.parameters, where.parameters) for v in variants]
     weights = [1.0 / (d**4 + 1e-9) for d in distances]
     total = sum(weights)
     log_size = np.log(np.maximum(size, 1e-300))
@@ -161,16 +162,18 @@ def _interpolated(
         log_unit = log_unit + weight / total * np.interp(log_size, x, y)
     low = min(v.curve.x[0] for v in variants)
     high = max(v.curve.x[-1] for v in variants)
-    outside = np.logical_or(size < low, size > high) | (min(distances) > FAR_OCTAVES)
-    spread = sum(w * v.curve.spread for v, w in zip(variants, weights, strict=True)) / total
+    nearest: Array = functools.reduce(np.minimum, distances)
+    outside = np.logical_or(size < low, size > high) | (nearest > FAR_OCTAVES)
+    spreads = [np.mean(w / total) * v.curve.spread for v, w in zip(variants, weights, strict=True)]
     # No work takes no time and extrapolates nothing.
-    return CurveTime(work * np.exp(log_unit), spread, np.where(work > 0, outside, 0.0))
+    return CurveTime(work * np.exp(log_unit), float(sum(spreads)), np.where(work > 0, outside, 0.0))
 
 
-def _octaves(measured: Mapping[str, float], wanted: Mapping[str, Array]) -> float:
-    """Distance in octaves. Parameters are scalars (model dimensions), never sweep axes."""
-    squares = [math.log2(float(wanted[k]) / v) ** 2 for k, v in measured.items() if k in wanted]
-    return math.sqrt(sum(squares))
+def _octaves(measured: Mapping[str, float], wanted: Mapping[str, Array]) -> Array:
+    """Distance in octaves."""
+    squares = [np.log2(wanted[k] / v) ** 2 for k, v in measured.items() if k in wanted]
+    distance: Array = np.sqrt(sum(squares)) if squares else np.float64(0.0)
+    return distance
 
 
 def _streamed(operation: Operation, hardware: HardwareProfile) -> CurveTime | None:
@@ -179,5 +182,5 @@ def _streamed(operation: Operation, hardware: HardwareProfile) -> CurveTime | No
     if stream is None or dispatch is None:
         return None
     moved = operation.moved_bytes
-    busy = _interpolated([_Variant({}, stream)], moved, moved, {})
+    busy = _interpolated([_Variant({}, stream)], Measured("stream", moved, moved, {}))
     return busy._replace(seconds=busy.seconds + operation.launches * dispatch.y[0])

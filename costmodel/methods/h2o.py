@@ -205,6 +205,7 @@ class H2O(AbstractMethod):
             executed_tokens=tokens + 1,
             read_bytes=layer_bytes(mixer, point, tokens),
             written_bytes=layer_bytes(mixer, point, 1.0),
+            name="scored_attention",
             # probabilities of all query heads, needed once the row's sum is known
             workspace_bytes=point.batch * mixer.n_heads * tokens * 8.0,
             formula="kept tokens read once; B N C fp32 probabilities written and read",

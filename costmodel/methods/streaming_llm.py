@@ -135,6 +135,7 @@ class StreamingLLM(AbstractMethod):
         banded = prefill_attention(
             mixer,
             point,
+            name="banded_attention",
             pairs=pairs,
             executed_pairs=computed_pairs(point, sinks + window),
             state_bytes=layer_bytes(mixer, point, c),
@@ -196,6 +197,7 @@ class StreamingLLM(AbstractMethod):
                     executed_tokens=c + 1,
                     read_bytes=layer_bytes(mixer, point, c),
                     written_bytes=layer_bytes(mixer, point, 1.0),
+                    name="sink_attention",
                     vector_flops=3 * keys if self.positions == "cache" else 0.0,
                     formula="I + W tokens read once, the oldest of the window overwritten",
                 ),

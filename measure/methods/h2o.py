@@ -68,9 +68,7 @@ class H2OCache(KeptTokensCache):
         self._set_budget(k.shape[2])
         received = None
         if self.heavy + self.recent < k.shape[2] and not self._masks:
-            received = torch.zeros(k.shape[:3], dtype=torch.float32, device=k.device)
-            for _, stop, weights in query_blocks(q, k):
-                received[..., :stop] += weights.sum(dim=(2, 3))
+            received = received_scores(q, k)
         self._keep(k, v, received)
         return out
 
@@ -163,6 +161,14 @@ class H2OCache(KeptTokensCache):
         zeros = torch.zeros(self.batch, self.mixer.n_kv_heads, self.n_tokens, device=self.device)
         self.scores.append(zeros)
         self.positions.append(torch.arange(self.n_tokens, device=self.device).expand_as(zeros))
+
+
+def received_scores(q: Tensor, k: Tensor) -> Tensor:
+    """Attention every key of a prompt received, [B, K, S], summed over queries and their heads."""
+    received = torch.zeros(k.shape[:3], dtype=torch.float32, device=k.device)
+    for _, stop, weights in query_blocks(q, k):
+        received[..., :stop] += weights.sum(dim=(2, 3))
+    return received
 
 
 def _drop_and_append(buffer: GrowingBuffer, slots: Tensor, entry: Tensor) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from measure.canary import canary_s
-from measure.microbenchmarks import attention, dense, kivi
+from measure.microbenchmarks import attention, dense, dropping, kivi, recurrent
 from measure.microbenchmarks.bench import Bench
 from measure.microbenchmarks.plan import FULL, QUICK, Plan
 from measure.progress import progress
@@ -21,6 +21,11 @@ _PER_DTYPE = {
     "decode attention": attention.decode,
     "elementwise": dense.elementwise,
     "quantised cache": kivi.quantised_cache,
+    "windowed attention": attention.windowed,
+    "scored and banded prompts": dropping.prompts,
+    "steps over kept tokens": dropping.steps,
+    "convolutions": recurrent.convolutions,
+    "scans": recurrent.scans,
 }
 
 
@@ -39,7 +44,8 @@ def run_plan(plan: Plan, threads: int) -> dict[str, Any]:
         torch.inference_mode(),
     ):
         dense.stream(bench)
-        report("stream, dispatch")
+        dropping.selection(bench)
+        report("stream, dispatch, selection")
         for dtype in plan.dtypes:
             for name, measure in _PER_DTYPE.items():
                 measure(bench, dtype)

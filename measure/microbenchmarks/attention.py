@@ -8,9 +8,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from costmodel.kernels.curves import curve_name, tiled_causal_pairs
+from costmodel.kernels.curve_sizes import tiled_causal_pairs
+from costmodel.kernels.curve_sizes import windowed as cut_by_window
+from costmodel.kernels.curves import curve_name
+from costmodel.mixers import Attention
 from measure.engine import TORCH_DTYPES
 from measure.microbenchmarks.bench import Bench
+from measure.microbenchmarks.operations import point
+from measure.parts import attend_prompt
 
 
 def prefill(bench: Bench, dtype: str) -> None:
@@ -26,6 +31,29 @@ def prefill(bench: Bench, dtype: str) -> None:
             flops = 4.0 * size * 2 * heads * float(tiled_causal_pairs(s))
             points.append((float(s), seconds / flops, spread))
         bench.results.add(curve_name("prefill_attention", dtype, head_dim=size), points)
+
+
+def windowed(bench: Bench, dtype: str) -> None:
+    """Prompts longer than the window that a token sees, masked block by block."""
+    heads = bench.plan.kv_heads
+    for size, window in itertools.product(bench.plan.head_dims, bench.plan.windows):
+        tokens = 2 * window + 512
+        mixer = Attention(
+            n_heads=2 * heads,
+            n_kv_heads=heads,
+            head_dim=size,
+            v_head_dim=size,
+            window_tokens=window,
+        )
+        q = torch.full((1, 2 * heads, tokens, size), 0.1, dtype=TORCH_DTYPES[dtype])
+        k = torch.full((1, heads, tokens, size), 0.1, dtype=TORCH_DTYPES[dtype])
+        seconds, spread = bench.cold(partial(attend_prompt, q, k, k, window=window))
+        where = cut_by_window(mixer.prefill(point(dtype, 1, tokens))[0])
+        assert where is not None
+        bench.results.add_point(
+            curve_name(where.kind, dtype, head_dim=size),
+            (float(where.size), seconds / float(where.work), spread),
+        )
 
 
 def decode(bench: Bench, dtype: str) -> None:

@@ -18,6 +18,9 @@ _SAMPLE_S = 3e-3
 #: a library keeps between calls (reordered weights) has left the core's own cache, as it has in a
 #: pass. Without it a bf16 GEMV was timed 10 to 20 % faster than inside a decoder.
 _EVICTED_BYTES = 2**24
+#: The same for a recurrent state or a small cache, which a pass meets again only after all weights:
+#: beyond the part of a shared last-level cache that one core gets.
+_FAR_BYTES = 2**27
 #: Elements of the random block that the pool repeats.
 _BLOCK = 2**18
 
@@ -29,18 +32,30 @@ CurvePoint = tuple[float, float, float]
 class Results:
     """Curves by name, and the best rates seen, which stand for the device's peaks."""
 
-    curves: dict[str, dict[str, Any]] = field(default_factory=dict)
+    points: dict[str, dict[float, tuple[float, float]]] = field(default_factory=dict)
     flops_per_s: dict[str, float] = field(default_factory=dict)
     cold_bytes_per_s: float = 0.0
 
-    def add(self, name: str, points: Sequence[CurvePoint]) -> None:
-        """Add a curve; its points come with rising x."""
-        if points:
-            self.curves[name] = {
-                "x": [float(p[0]) for p in points],
-                "y": [float(f"{p[1]:.6g}") for p in points],
-                "spread": round(max(p[2] for p in points), 4),
+    @property
+    def curves(self) -> dict[str, dict[str, Any]]:
+        """By name, as a profile has them: x rises."""
+        return {
+            name: {
+                "x": sorted(points),
+                "y": [float(f"{points[x][0]:.6g}") for x in sorted(points)],
+                "spread": round(max(spread for _, spread in points.values()), 4),
             }
+            for name, points in self.points.items()
+        }
+
+    def add(self, name: str, points: Sequence[CurvePoint]) -> None:
+        """Add points to a curve."""
+        for point in points:
+            self.add_point(name, point)
+
+    def add_point(self, name: str, point: CurvePoint) -> None:
+        """Add one; a size that was measured before is replaced."""
+        self.points.setdefault(name, {})[float(point[0])] = (point[1], point[2])
 
     def saw_flops(self, dtype: str, flops_per_s: float) -> None:
         """Remember the best compute rate of a type."""
@@ -67,13 +82,19 @@ class Bench:
             max_warmups=2,
             warmup_seconds=plan.seconds,
         )
-        self._evicted = torch.ones(_EVICTED_BYTES // 4)
+        self._far = torch.ones(_FAR_BYTES // 4)
+        self._evicted = self._far[: _EVICTED_BYTES // 4]
         self._pool_dtype = ""
         self._pool = torch.empty(0)
 
     def cold(self, call: Callable[[], object]) -> tuple[float, float]:
         """Median seconds of one call after other memory was read, and half its relative IQR."""
         timing = self.sampler.time(call, before=self._evicted.sum, budget=self.budget)
+        return timing.statistics.median_s, timing.statistics.iqr_fraction / 2
+
+    def far(self, call: Callable[[], object]) -> tuple[float, float]:
+        """Return the same after so much other memory was read that nothing is left in a cache."""
+        timing = self.sampler.time(call, before=self._far.sum, budget=self.budget)
         return timing.statistics.median_s, timing.statistics.iqr_fraction / 2
 
     def hot(self, call: Callable[[], object]) -> tuple[float, float]:

@@ -1,6 +1,7 @@
 """Which shapes and sizes a calibration measures: data, no code."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,6 +21,15 @@ class Plan:
     layer           (d, F, N, K, H) of the layer whose elementwise work is timed
     layer_rows      tokens of it
     stream_bytes    working sets of a copy
+    windows         of windowed and banded prompts (of about twice as many tokens)
+    scored_tokens   prompts whose scores are summed
+    kept_tokens     tokens kept by a method that drops others; step_groups  their query heads per KV
+                    head
+    selected_tokens scores per head that a top-k chooses from
+    convolved       (tokens, channels) of short convolutions
+    mamba2          (heads, head size, state size, chunk); rglru  (width, blocks);
+                    mamba  (channels, state size); delta  (heads, form); rwkv5  heads
+    scanned_tokens  prompt of the recurrent mixers (of Mamba-2 two chunks)
     """
 
     seconds: float
@@ -35,6 +45,18 @@ class Plan:
     quantise_tokens: tuple[int, ...]
     layer_rows: tuple[int, ...]
     stream_bytes: tuple[int, ...]
+    windows: tuple[int, ...]
+    scored_tokens: tuple[int, ...]
+    kept_tokens: tuple[int, ...]
+    step_groups: tuple[int, ...]
+    selected_tokens: tuple[int, ...]
+    convolved: tuple[tuple[int, int], ...]
+    mamba2: tuple[tuple[int, int, int, int], ...]
+    rglru: tuple[tuple[int, int], ...]
+    mamba: tuple[tuple[int, int], ...]
+    delta: tuple[tuple[int, Literal["gdn", "kda"]], ...]
+    rwkv5: tuple[int, ...]
+    scanned_tokens: int
     dtypes: tuple[str, ...] = ("bf16", "fp32")
     layer: tuple[int, int, int, int, int] = (576, 1600, 9, 3, 64)
     bits: tuple[int, ...] = (2, 4)
@@ -56,6 +78,18 @@ QUICK = Plan(
     quantise_tokens=(400, 6400),
     layer_rows=(1, 8, 64, 512, 4096, 12288),
     stream_bytes=(2**12, 2**16, 2**20, 2**23, 2**26, 2**28),
+    windows=(400,),
+    scored_tokens=(1100,),
+    kept_tokens=(200, 1600),
+    step_groups=(4,),
+    selected_tokens=(600, 9000),
+    convolved=((1, 700), (1, 11000), (600, 2800)),
+    mamba2=((14, 64, 128, 256), (70, 64, 128, 256)),
+    rglru=((1152, 6),),
+    mamba=((1152, 16),),
+    delta=((6, "gdn"),),
+    rwkv5=(6,),
+    scanned_tokens=256,
 )
 FULL = Plan(
     seconds=0.15,
@@ -74,4 +108,19 @@ FULL = Plan(
     quantise_tokens=(400, 1600, 6400, 25600),
     layer_rows=(1, 2, 4, 8, 16, 64, 256, 1024, 4096, 16384, 65536),
     stream_bytes=tuple(2**n for n in range(12, 30, 2)),
+    windows=(300, 1500),
+    scored_tokens=(400, 1500),
+    kept_tokens=(100, 700, 5000),
+    step_groups=(1, 4),
+    selected_tokens=(300, 3000, 30000),
+    convolved=((1, 700), (1, 2800), (1, 11000), (150, 700), (600, 2800), (2000, 5600)),
+    mamba2=(
+        *((7, 64, 128, 256), (26, 64, 128, 256), (100, 64, 128, 256)),
+        *((14, 64, 128, 128), (14, 64, 64, 256), (14, 128, 128, 256)),
+    ),
+    rglru=((384, 3), (1152, 6), (4608, 18)),
+    mamba=((576, 16), (2304, 16)),
+    delta=((6, "gdn"), (18, "gdn"), (6, "kda")),
+    rwkv5=(6, 24),
+    scanned_tokens=600,
 )

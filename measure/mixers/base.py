@@ -6,6 +6,7 @@ convolution (or the shifted inputs) in the model's dtype, so that what is held e
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -16,6 +17,9 @@ from torch.nn.functional import conv1d
 from measure.numerics import Numerics, Rope
 from measure.parts import Rotary, Tensors
 
+#: Elements, and fewest tokens, that an associative scan takes at once: 160 to 256 KiB in fp32. The
+#: whole of 2,048 tokens x 1,280 channels took three times as long (Xeon with 2 MiB of L2).
+PIECE_ELEMENTS, SHORTEST_PIECE = 2**16, 8
 #: How random values are drawn: weights, norms, biases, log decays, step-size biases.
 Init = Literal["matrix", "ones", "zeros", "log_decay", "step"]
 
@@ -165,3 +169,17 @@ def linear_scan(a: Tensor, b: Tensor, h: Tensor) -> Tensor:
             a[:, step:] = a[:, step:] * a[:, :-step]
         step *= 2
     return b
+
+
+def scan_pieces(a: Tensor, b: Tensor, h: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """``linear_scan`` over pieces of axis 1 whose passes stay in a core's L2 cache.
+
+    Yields (tokens, their states); ``h`` moves on in place.
+    """
+    tokens = PIECE_ELEMENTS // max(1, h.numel())
+    size = max(SHORTEST_PIECE, 2 ** max(0, tokens.bit_length() - 1))
+    for start in range(0, a.shape[1], size):
+        piece = slice(start, start + size)
+        states = linear_scan(a[:, piece], b[:, piece], h)
+        h.copy_(states[:, -1])
+        yield piece, states

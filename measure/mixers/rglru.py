@@ -1,7 +1,7 @@
 """RG-LRU (Griffin): h = a h + sqrt(1 - a^2) (i x), gates from block-diagonal matmuls.
 
 a = exp(-8 r softplus(lambda)); the first token is not scaled by sqrt(1 - a^2), there being nothing
-before it. A prompt is one associative scan, a step is elementwise.
+before it. A prompt is a few associative scans, one after another; a step is elementwise.
 """
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import linear, softplus
 
 from costmodel.mixers.rglru import RGLRU
-from measure.mixers.base import FixedState, RecurrentRunner, Shape, Shapes, linear_scan
+from measure.mixers.base import FixedState, RecurrentRunner, Shape, Shapes, scan_pieces
 from measure.numerics import Numerics
 from measure.parts import ACTIVATIONS, Rotary, Tensors
 
@@ -48,21 +48,26 @@ class RGLRURunner(RecurrentRunner):
         self, x: Tensor, w: Tensors, cache: FixedState, table: Rotary | None, first: bool
     ) -> Tensor:
         """Branch, convolve, gate, scan, project."""
-        m = self.mixer
         x, y = linear(x, w["xy"], w["xy_bias"]).chunk(2, dim=-1)
         x = cache.convolve(x, w["conv"], w["conv_bias"])
-        blocks = x.unflatten(-1, (m.n_blocks, -1)).flatten(0, 1).transpose(0, 1)  # [n, B S, block]
-        gates = [
+        gates = self.gates(x, w)
+        log_a = -_DECAY_SCALE * gates[1].float() * softplus(w["decay"].float())
+        scale = torch.sqrt(-torch.expm1(2 * log_a))
+        if first:
+            scale[:, 0] = 1.0
+        added = scale * (x * gates[0]).float()
+        states = torch.empty_like(added)
+        for piece, found in scan_pieces(log_a.exp(), added, cache.state):
+            states[:, piece] = found
+        cache.n_tokens += x.shape[1]
+        return linear(states.to(y.dtype) * self.activation(y), w["out"], w["out_bias"])
+
+    def gates(self, x: Tensor, w: Tensors) -> list[Tensor]:
+        """Input and recurrence gate of x [B, S, w], each a block-diagonal matmul."""
+        blocks = x.unflatten(-1, (self.mixer.n_blocks, -1)).flatten(0, 1).transpose(0, 1)
+        return [
             torch.sigmoid(torch.baddbmm(bias.unsqueeze(1), blocks, weight))
             .transpose(0, 1)
             .reshape(x.shape)
             for weight, bias in zip(w["gates"], w["gates_bias"], strict=True)
         ]
-        log_a = -_DECAY_SCALE * gates[1].float() * softplus(w["decay"].float())
-        scale = torch.sqrt(-torch.expm1(2 * log_a))
-        if first:
-            scale[:, 0] = 1.0
-        states = linear_scan(log_a.exp(), scale * (x * gates[0]).float(), cache.state)
-        cache.state.copy_(states[:, -1])
-        cache.n_tokens += x.shape[1]
-        return linear(states.to(y.dtype) * self.activation(y), w["out"], w["out_bias"])

@@ -35,6 +35,18 @@ MINIATURE = dataclasses.replace(
     layer=(96, 160, 3, 1, 32),
     layer_rows=(1, 64),
     stream_bytes=(2**12, 2**16),
+    windows=(40,),
+    scored_tokens=(100,),
+    kept_tokens=(50,),
+    step_groups=(2,),
+    selected_tokens=(100,),
+    convolved=((1, 64), (20, 64)),
+    mamba2=((2, 16, 16, 16),),
+    rglru=((64, 2),),
+    mamba=((64, 4),),
+    delta=((2, "gdn"), (2, "kda")),
+    rwkv5=(2,),
+    scanned_tokens=40,
 )
 ENVIRONMENT = {
     "id": "e", "cpu": "A CPU", "cpu_vendor": "V", "memory_bytes": 2**34,

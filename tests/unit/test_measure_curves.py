@@ -5,12 +5,8 @@ import pytest
 
 from costmodel.hardware import Curve, HardwareProfile
 from costmodel.kernels import time_operation
-from costmodel.kernels.curves import (
-    NOISE_FRACTION,
-    curve_name,
-    curve_time_s,
-    tiled_causal_pairs,
-)
+from costmodel.kernels.curve_sizes import tiled_causal_pairs
+from costmodel.kernels.curves import NOISE_FRACTION, curve_name, curve_time_s
 from costmodel.operation import Operation
 
 
@@ -121,7 +117,8 @@ def test_elementwise_without_a_curve_streams_and_is_dispatched():
     hw = profile(stream=Curve(x=(1e3, 1e6), y=(1e-9, 1e-9)), dispatch=Curve(x=(1.0,), y=(2e-6,)))
     op = Operation(name="gather", kind="elementwise", workspace_bytes=5e3, launches=3)
     assert curve_time_s(op, hw).seconds == pytest.approx(5e3 * 1e-9 + 3 * 2e-6)
-    other = Operation(name="topk", kind="select", workspace_bytes=5e3)
+    scores = {"rows": 2.0, "length": 100.0, "k": 3.0}
+    other = Operation(name="topk", kind="select", workspace_bytes=5e3, shape=scores)
     assert curve_time_s(other, hw) is None
 
 

@@ -1,0 +1,152 @@
+"""Short convolutions, chunked scans and recurrence steps, run by the engine's own mixers.
+
+A mixer is timed whole at a small model width; its matmuls, timed alone, and what other curves
+already cover are taken off, and the rest is its scan.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, silu
+
+from costmodel.mixers import AbstractMixer
+from costmodel.mixers.delta import DeltaRule
+from costmodel.mixers.mamba import Mamba
+from costmodel.mixers.mamba2 import Mamba2
+from costmodel.mixers.recurrent import convolution
+from costmodel.mixers.rglru import RGLRU
+from costmodel.mixers.rwkv5 import RWKV5
+from costmodel.operation import Operations
+from measure.engine import TORCH_DTYPES, random_tensor
+from measure.microbenchmarks.bench import Bench
+from measure.microbenchmarks.operations import add, named, point, predicted_s
+from measure.mixers import runner_of
+from measure.mixers.base import FixedState, RecurrentRunner
+from measure.mixers.rglru import RGLRURunner
+from measure.numerics import Numerics
+from measure.parts import Tensors
+
+_CPU = torch.device("cpu")
+#: Width of the model around a mixer that is timed: its matmuls are the smaller part.
+_D_MODEL = 64
+#: What is left of a difference on a disturbed machine is at least this share.
+_LEAST_SHARE = 0.05
+
+
+def convolutions(bench: Bench, dtype: str) -> None:
+    """The short convolution with its activation: few channels of one token to many of a prompt."""
+    kernel = 4
+    for tokens, channels in bench.plan.convolved:
+        state = FixedState(
+            (1,), (channels, kernel - 1), batch=1, dtype=TORCH_DTYPES[dtype], device=_CPU
+        )
+        x = torch.rand(1, tokens, channels).to(TORCH_DTYPES[dtype])
+        weight = torch.rand(channels, 1, kernel).to(TORCH_DTYPES[dtype])
+        bias = torch.rand(channels).to(TORCH_DTYPES[dtype])
+
+        def convolve(
+            x: Tensor = x, weight: Tensor = weight, bias: Tensor = bias, state: FixedState = state
+        ) -> Tensor:
+            return silu(state.convolve(x, weight, bias))
+
+        seconds, spread = (bench.far if tokens == 1 else bench.cold)(convolve)
+        where = point(dtype, 1, tokens)
+        operation = convolution(where, channels=channels, kernel=kernel, prefill=True)
+        add(bench.results, operation, seconds, spread, dtype=dtype)
+
+
+def scans(bench: Bench, dtype: str) -> None:
+    """Every recurrent mixer of the plan, over a prompt and in a step."""
+    for mixer, batch, tokens in _mixers(bench):
+        runner = runner_of(mixer, Numerics())
+        assert isinstance(runner, RecurrentRunner)
+        generator = torch.Generator().manual_seed(0)
+        kind = TORCH_DTYPES[dtype]
+        w = {
+            name: random_tensor(shape, kind, generator)
+            for name, shape in runner.shapes(_D_MODEL).items()
+        }
+        cache = runner.cache(batch=batch, dtype=kind, device=_CPU)
+        x = torch.rand(batch, tokens, _D_MODEL).to(kind)
+        if isinstance(runner, RGLRURunner):
+            _gates(bench, dtype, runner, w, batch, tokens)
+        run = partial(_run, runner, w, cache)
+        where = point(dtype, batch, tokens)
+        _rest(bench, dtype, mixer, mixer.prefill(where), partial(run, x, True), batch * tokens)
+        _rest(bench, dtype, mixer, mixer.decode(where), partial(run, x[:, :1], False), batch)
+
+
+def _mixers(bench: Bench) -> Iterator[tuple[AbstractMixer, int, int]]:
+    """(mixer, batch, prompt tokens); sizes as the plan says."""
+    plan = bench.plan
+    for heads, head_dim, d_state, chunk in plan.mamba2:
+        mixer = Mamba2(
+            n_heads=heads,
+            head_dim=head_dim,
+            d_state=d_state,
+            n_groups=1,
+            conv_kernel=4,
+            chunk_tokens=chunk,
+        )
+        yield mixer, 1, 2 * chunk
+    for width, blocks in plan.rglru:
+        yield RGLRU(width=width, n_blocks=blocks, conv_kernel=4), 1, plan.scanned_tokens
+    for channels, d_state in plan.mamba:
+        mixer1 = Mamba(d_inner=channels, d_state=d_state, dt_rank=32, conv_kernel=4)
+        yield mixer1, 1, plan.scanned_tokens
+    for heads, form in plan.delta:
+        yield (
+            DeltaRule(
+                form=form,
+                n_key_heads=heads,
+                n_value_heads=heads,
+                key_dim=128,
+                value_dim=128,
+                conv_kernel=4,
+            ),
+            1,
+            plan.scanned_tokens,
+        )
+    for heads in plan.rwkv5:
+        yield RWKV5(n_heads=heads, head_dim=64, shift_dim=_D_MODEL), 1, plan.scanned_tokens
+
+
+def _run(runner: RecurrentRunner, w: Tensors, cache: Any, x: Tensor, first: bool) -> Tensor:
+    if first:
+        cache.clear()
+    return runner.run(x, w, cache, None, first)
+
+
+def _rest(
+    bench: Bench,
+    dtype: str,
+    mixer: AbstractMixer,
+    operations: Operations,
+    call: Callable[[], Tensor],
+    rows: int,
+) -> None:
+    """Time the whole, take off what is known, and add the scan (the only one of its kind)."""
+    scan = next(op for op in operations if op.kind in ("scan_prefill", "scan_step"))
+    measure = bench.far if scan.kind == "scan_step" else bench.cold
+    whole, spread = measure(call)
+    known = sum(predicted_s(bench.results, op) for op in operations if op is not scan)
+    for matrix in mixer.linears(_D_MODEL):
+        weight = torch.rand(matrix.n_out, matrix.n_in).to(TORCH_DTYPES[dtype])
+        x = torch.rand(rows, matrix.n_in).to(TORCH_DTYPES[dtype])
+        known += measure(partial(linear, x, weight))[0]
+    rest = max(whole - known, _LEAST_SHARE * whole)
+    add(bench.results, scan, rest, spread, dtype=dtype)
+
+
+def _gates(
+    bench: Bench, dtype: str, runner: RGLRURunner, w: Tensors, batch: int, tokens: int
+) -> None:
+    """Block-diagonal gates: few rows as a step has them, and a prompt."""
+    for n in (batch, tokens):
+        x = torch.rand(1, n, runner.mixer.width).to(TORCH_DTYPES[dtype])
+        seconds, spread = (bench.far if n == batch else bench.cold)(partial(runner.gates, x, w))
+        operation = named(runner.mixer.prefill(point(dtype, 1, n)), "rglru_gates")
+        add(bench.results, operation, seconds, spread, dtype=dtype)
