@@ -218,8 +218,9 @@ def _alive(run: Execution, engine: Engine) -> float:
 def _elementwise(run: Execution, point: Point, tokens: Array) -> Operation:
     """Norms, rotary embedding, activations and residual sums, one layer's worth.
 
-    Per token and layer about 8 d (two norms and two residuals, read and written) plus 3 F
-    (activation of a gated MLP) elements pass through memory between kernels. The weights are every
+    Per token and layer about 4 d for every block (its norm and residual, read and written; a layer
+    has a mixer and an MLP, or one of them) plus 3 F (activation of a gated MLP) elements pass
+    through memory between kernels. The weights are every
     parameter outside the matrices: norms, convolutions, decays. Un-chunked prefill peaks when a
     gated MLP has its activated gate, up and product (3 F; 2 F without a gate) beside the layer's
     and the model's input, the residual and the normed input (4 d): within 0.3 % of the published
@@ -228,17 +229,18 @@ def _elementwise(run: Execution, point: Point, tokens: Array) -> Operation:
     d = run.architecture.d_model
     n_layers = max(1, run.architecture.n_layers)
     b = point.element_bytes
+    blocks = run.n_all_reduces / n_layers
     alive = np.minimum(tokens, np.maximum(point.pass_tokens, point.batch))
     return Operation(
         name="norm_rope_activation",
         kind="elementwise",
         count=n_layers,
         weight_bytes=run.small_parameters * b / n_layers,
-        activation_bytes=tokens * ((8.0 * d + 0.75 * run.mlp_width) * b),
+        activation_bytes=tokens * ((4.0 * d * blocks + 0.75 * run.mlp_width) * b),
         launches=point.engine.elementwise_launches,
         transient_bytes=alive * (_alive(run, point.engine) * b),
         dtype=point.dtype,
-        formula="(8 d + 3 F) elements per token between kernels; (3 F + 4 d) alive",
+        formula="4 d a block + 3 F elements per token between kernels; (3 F + 4 d) alive",
     )
 
 

@@ -113,9 +113,9 @@ def _copied(op: Operation) -> Measured:
 def _scan(op: Operation) -> Measured:
     shape = op.shape
     channels = shape["batch"] * shape["n_heads"] * shape["head_dim"]
-    tokens = np.ceil(shape["q_len"] / shape["chunk"]) * shape["chunk"]
+    elements = channels * np.ceil(shape["q_len"] / shape["chunk"]) * shape["chunk"]
     parameters = {name: shape[name] for name in ("head_dim", "d_state", "chunk")}
-    return Measured("", channels, channels * tokens, parameters)
+    return Measured("", elements, elements, parameters)
 
 
 def _scan_step(op: Operation) -> Measured:

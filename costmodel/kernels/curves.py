@@ -20,7 +20,7 @@ sink_attention                                                                  
 dequantised_attention                   elements attended         element             head_dim,
                                                                                       group
 dequantise, quantise, ...               elements                  element             bits
-ssd_chunk_scan, rglru_scan, ...         channels of the batch     channel and token   head_dim,
+ssd_chunk_scan, rglru_scan, ...         channels times tokens     channel and token   head_dim,
                                                                   (whole chunks)      d_state, chunk
 selective_state_update, ..._step        state elements            state element       head_dim,
                                                                                       d_state

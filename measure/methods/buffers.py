@@ -1,5 +1,7 @@
 """Tensors that grow along one axis, with an honest count of what they hold."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -40,7 +42,7 @@ class GrowingBuffer:
         """Bytes of the entries in use; ``storage_bytes`` less the room left."""
         if self.capacity == 0:
             return 0
-        return self.storage_bytes // self.capacity * self.length
+        return self._data.nbytes // self.capacity * self.length
 
     def entries(self, start: int = 0, stop: int | None = None) -> Tensor:
         """View the entries in use, or a part of them."""
@@ -53,6 +55,20 @@ class GrowingBuffer:
         data = torch.empty(b, k, capacity, *entry, dtype=self._data.dtype, device=self._data.device)
         data.narrow(_AXIS, 0, self.length).copy_(self.entries())
         self._data = data
+
+    def fit(self, capacity: int) -> None:
+        """Lay the empty buffer out for exactly ``capacity`` entries, in its storage if they fit.
+
+        A cache of fixed size is then contiguous however much room was made: on a CPU, matmuls in
+        bf16 over a part of wider rows took 8 times as long (PyTorch 2.13).
+        """
+        b, k, _, *entry = self._data.shape
+        shape = (b, k, capacity, *entry)
+        if math.prod(shape) * self._data.itemsize > self.storage_bytes:
+            self.reserve(capacity)
+        else:
+            strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+            self._data = self._data.as_strided(shape, strides, 0)
 
     def extend_to(self, length: int) -> None:
         """Have ``length`` entries in use; those added hold nothing yet."""
@@ -83,7 +99,9 @@ class GrowingBuffer:
         self.append(rest)
 
     def clear(self, *, release: bool = False) -> None:
-        """Forget all entries; ``release`` gives the storage back too."""
+        """Forget all entries; ``release`` gives the storage back too, else all of it is room."""
         self.length = 0
         if release:
             self.reserve(0)
+        elif self.capacity:
+            self.fit(self.storage_bytes // (self._data.nbytes // self.capacity))

@@ -83,6 +83,8 @@ class H2OCache(KeptTokensCache):
             self.keys.append(k)
             self.values.append(v)
             return
+        for buffer in self._buffers():
+            buffer.fit(self.heavy + self.recent)
         chosen = self._chosen(received)
         self.keys.append(gather_tokens(k, chosen))
         self.values.append(gather_tokens(v, chosen))

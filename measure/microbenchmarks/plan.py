@@ -27,9 +27,9 @@ class Plan:
                     head
     selected_tokens scores per head that a top-k chooses from
     convolved       (tokens, channels) of short convolutions
-    mamba2          (heads, head size, state size, chunk); rglru  (width, blocks);
-                    mamba  (channels, state size); delta  (heads, form); rwkv5  heads
-    scanned_tokens  prompt of the recurrent mixers (of Mamba-2 two chunks)
+    mamba2          (heads, head size, state size, chunk, prompt tokens); rglru  (width, blocks,
+                    tokens); mamba  (channels, state size, tokens); delta  (heads, form, tokens);
+                    rwkv5  (heads, tokens)
     """
 
     seconds: float
@@ -51,12 +51,11 @@ class Plan:
     step_groups: tuple[int, ...]
     selected_tokens: tuple[int, ...]
     convolved: tuple[tuple[int, int], ...]
-    mamba2: tuple[tuple[int, int, int, int], ...]
-    rglru: tuple[tuple[int, int], ...]
-    mamba: tuple[tuple[int, int], ...]
-    delta: tuple[tuple[int, Literal["gdn", "kda"]], ...]
-    rwkv5: tuple[int, ...]
-    scanned_tokens: int
+    mamba2: tuple[tuple[int, int, int, int, int], ...]
+    rglru: tuple[tuple[int, int, int], ...]
+    mamba: tuple[tuple[int, int, int], ...]
+    delta: tuple[tuple[int, Literal["gdn", "kda"], int], ...]
+    rwkv5: tuple[tuple[int, int], ...]
     dtypes: tuple[str, ...] = ("bf16", "fp32")
     layer: tuple[int, int, int, int, int] = (576, 1600, 9, 3, 64)
     bits: tuple[int, ...] = (2, 4)
@@ -84,22 +83,21 @@ QUICK = Plan(
     step_groups=(4,),
     selected_tokens=(600, 9000),
     convolved=((1, 700), (1, 11000), (600, 2800)),
-    mamba2=((14, 64, 128, 256), (70, 64, 128, 256)),
-    rglru=((1152, 6),),
-    mamba=((1152, 16),),
-    delta=((6, "gdn"),),
-    rwkv5=(6,),
-    scanned_tokens=256,
+    mamba2=((14, 64, 128, 256, 512), (54, 64, 128, 256, 1024)),
+    rglru=((1152, 6, 300), (1152, 6, 2400)),
+    mamba=((1152, 16, 256),),
+    delta=((6, "gdn", 256),),
+    rwkv5=((6, 256),),
 )
 FULL = Plan(
-    seconds=0.15,
+    seconds=0.06,
     pool_bytes=2**30,
     gemm_shapes=(
         *((704, 448), (1216, 832), (832, 1216), (1088, 3008), (4928, 1088), (2944, 2944)),
         *((12032, 4160), (4160, 12032), (20032, 1344), (100032, 2112)),
     ),
     rows=(1, 2, 3, 4, 6, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768),
-    max_call_s=0.25,
+    max_call_s=0.1,
     head_dims=(64, 128, 256),
     groups=(1, 2, 4, 8),
     decode_tokens=(100, 400, 1600, 6400, 25600, 102400),
@@ -115,12 +113,11 @@ FULL = Plan(
     selected_tokens=(300, 3000, 30000),
     convolved=((1, 700), (1, 2800), (1, 11000), (150, 700), (600, 2800), (2000, 5600)),
     mamba2=(
-        *((7, 64, 128, 256), (26, 64, 128, 256), (100, 64, 128, 256)),
-        *((14, 64, 128, 128), (14, 64, 64, 256), (14, 128, 128, 256)),
+        *((7, 64, 128, 256, 512), (26, 64, 128, 256, 1024), (54, 64, 128, 256, 3072)),
+        *((14, 64, 128, 128, 512), (14, 64, 64, 256, 512), (14, 128, 128, 256, 512)),
     ),
-    rglru=((384, 3), (1152, 6), (4608, 18)),
-    mamba=((576, 16), (2304, 16)),
-    delta=((6, "gdn"), (18, "gdn"), (6, "kda")),
-    rwkv5=(6, 24),
-    scanned_tokens=600,
+    rglru=((384, 3, 300), (1152, 6, 600), (1152, 6, 4800), (4608, 18, 1200)),
+    mamba=((576, 16, 256), (2304, 16, 256)),
+    delta=((6, "gdn", 256), (18, "gdn", 512), (6, "kda", 256)),
+    rwkv5=((6, 256), (24, 512)),
 )

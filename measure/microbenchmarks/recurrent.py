@@ -23,6 +23,7 @@ from costmodel.operation import Operations
 from measure.engine import TORCH_DTYPES, random_tensor
 from measure.microbenchmarks.bench import Bench
 from measure.microbenchmarks.operations import add, named, point, predicted_s
+from measure.microbenchmarks.plan import Plan
 from measure.mixers import runner_of
 from measure.mixers.base import FixedState, RecurrentRunner
 from measure.mixers.rglru import RGLRURunner
@@ -60,7 +61,7 @@ def convolutions(bench: Bench, dtype: str) -> None:
 
 def scans(bench: Bench, dtype: str) -> None:
     """Every recurrent mixer of the plan, over a prompt and in a step."""
-    for mixer, batch, tokens in _mixers(bench):
+    for mixer, tokens in _mixers(bench.plan):
         runner = runner_of(mixer, Numerics())
         assert isinstance(runner, RecurrentRunner)
         generator = torch.Generator().manual_seed(0)
@@ -69,20 +70,19 @@ def scans(bench: Bench, dtype: str) -> None:
             name: random_tensor(shape, kind, generator)
             for name, shape in runner.shapes(_D_MODEL).items()
         }
-        cache = runner.cache(batch=batch, dtype=kind, device=_CPU)
-        x = torch.rand(batch, tokens, _D_MODEL).to(kind)
+        cache = runner.cache(batch=1, dtype=kind, device=_CPU)
+        x = torch.rand(1, tokens, _D_MODEL).to(kind)
         if isinstance(runner, RGLRURunner):
-            _gates(bench, dtype, runner, w, batch, tokens)
+            _gates(bench, dtype, runner, w, tokens)
         run = partial(_run, runner, w, cache)
-        where = point(dtype, batch, tokens)
-        _rest(bench, dtype, mixer, mixer.prefill(where), partial(run, x, True), batch * tokens)
-        _rest(bench, dtype, mixer, mixer.decode(where), partial(run, x[:, :1], False), batch)
+        where = point(dtype, 1, tokens)
+        _rest(bench, dtype, mixer, mixer.prefill(where), partial(run, x, True), tokens)
+        _rest(bench, dtype, mixer, mixer.decode(where), partial(run, x[:, :1], False), 1)
 
 
-def _mixers(bench: Bench) -> Iterator[tuple[AbstractMixer, int, int]]:
-    """(mixer, batch, prompt tokens); sizes as the plan says."""
-    plan = bench.plan
-    for heads, head_dim, d_state, chunk in plan.mamba2:
+def _mixers(plan: Plan) -> Iterator[tuple[AbstractMixer, int]]:
+    """(mixer, prompt tokens); sizes as the plan says."""
+    for heads, head_dim, d_state, chunk, tokens in plan.mamba2:
         mixer = Mamba2(
             n_heads=heads,
             head_dim=head_dim,
@@ -91,27 +91,23 @@ def _mixers(bench: Bench) -> Iterator[tuple[AbstractMixer, int, int]]:
             conv_kernel=4,
             chunk_tokens=chunk,
         )
-        yield mixer, 1, 2 * chunk
-    for width, blocks in plan.rglru:
-        yield RGLRU(width=width, n_blocks=blocks, conv_kernel=4), 1, plan.scanned_tokens
-    for channels, d_state in plan.mamba:
-        mixer1 = Mamba(d_inner=channels, d_state=d_state, dt_rank=32, conv_kernel=4)
-        yield mixer1, 1, plan.scanned_tokens
-    for heads, form in plan.delta:
-        yield (
-            DeltaRule(
-                form=form,
-                n_key_heads=heads,
-                n_value_heads=heads,
-                key_dim=128,
-                value_dim=128,
-                conv_kernel=4,
-            ),
-            1,
-            plan.scanned_tokens,
+        yield mixer, tokens
+    for width, blocks, tokens in plan.rglru:
+        yield RGLRU(width=width, n_blocks=blocks, conv_kernel=4), tokens
+    for channels, d_state, tokens in plan.mamba:
+        yield Mamba(d_inner=channels, d_state=d_state, dt_rank=32, conv_kernel=4), tokens
+    for heads, form, tokens in plan.delta:
+        delta = DeltaRule(
+            form=form,
+            n_key_heads=heads,
+            n_value_heads=heads,
+            key_dim=128,
+            value_dim=128,
+            conv_kernel=4,
         )
-    for heads in plan.rwkv5:
-        yield RWKV5(n_heads=heads, head_dim=64, shift_dim=_D_MODEL), 1, plan.scanned_tokens
+        yield delta, tokens
+    for heads, tokens in plan.rwkv5:
+        yield RWKV5(n_heads=heads, head_dim=64, shift_dim=_D_MODEL), tokens
 
 
 def _run(runner: RecurrentRunner, w: Tensors, cache: Any, x: Tensor, first: bool) -> Tensor:
@@ -141,12 +137,10 @@ def _rest(
     add(bench.results, scan, rest, spread, dtype=dtype)
 
 
-def _gates(
-    bench: Bench, dtype: str, runner: RGLRURunner, w: Tensors, batch: int, tokens: int
-) -> None:
+def _gates(bench: Bench, dtype: str, runner: RGLRURunner, w: Tensors, tokens: int) -> None:
     """Block-diagonal gates: few rows as a step has them, and a prompt."""
-    for n in (batch, tokens):
+    for n in (1, tokens):
         x = torch.rand(1, n, runner.mixer.width).to(TORCH_DTYPES[dtype])
-        seconds, spread = (bench.far if n == batch else bench.cold)(partial(runner.gates, x, w))
+        seconds, spread = (bench.far if n == 1 else bench.cold)(partial(runner.gates, x, w))
         operation = named(runner.mixer.prefill(point(dtype, 1, n)), "rglru_gates")
         add(bench.results, operation, seconds, spread, dtype=dtype)

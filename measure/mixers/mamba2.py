@@ -84,8 +84,10 @@ class Mamba2Runner(RecurrentRunner):
             bs, cs = b[:, piece].transpose(1, 2), c[:, piece].transpose(1, 2)  # [B, G, c, N]
             xs = x[:, piece].transpose(1, 2).unflatten(1, (m.n_groups, -1))  # [B, G, H/G, c, P]
             total = log_decay[:, piece].transpose(1, 2).cumsum(-1).unflatten(1, (m.n_groups, -1))
-            between = (total.unsqueeze(-1) - total.unsqueeze(-2)).masked_fill(future, -torch.inf)
-            scores = torch.matmul(cs, bs.transpose(-1, -2)).unsqueeze(2) * between.exp()
+            # [B, G, H/G, c, c] is the largest by far: it is made once and worked on in place
+            scores = total.unsqueeze(-1) - total.unsqueeze(-2)
+            scores.masked_fill_(future, -torch.inf).exp_()
+            scores.mul_(torch.matmul(cs, bs.transpose(-1, -2)).unsqueeze(2))
             y = torch.matmul(scores, xs)
             # C h of all heads of a group in one matmul: [c, N] x [N, H/G P]
             read = torch.matmul(cs, h.flatten(2, 3).transpose(-1, -2))

@@ -41,12 +41,11 @@ MINIATURE = dataclasses.replace(
     step_groups=(2,),
     selected_tokens=(100,),
     convolved=((1, 64), (20, 64)),
-    mamba2=((2, 16, 16, 16),),
-    rglru=((64, 2),),
-    mamba=((64, 4),),
-    delta=((2, "gdn"), (2, "kda")),
-    rwkv5=(2,),
-    scanned_tokens=40,
+    mamba2=((2, 16, 16, 16, 40),),
+    rglru=((64, 2, 40),),
+    mamba=((64, 4, 40),),
+    delta=((2, "gdn", 40), (2, "kda", 40)),
+    rwkv5=((2, 40),),
 )
 ENVIRONMENT = {
     "id": "e", "cpu": "A CPU", "cpu_vendor": "V", "memory_bytes": 2**34,
