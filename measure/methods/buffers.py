@@ -103,5 +103,5 @@ class GrowingBuffer:
         self.length = 0
         if release:
             self.reserve(0)
-        elif self.capacity:
+        elif self._data.nbytes:
             self.fit(self.storage_bytes // (self._data.nbytes // self.capacity))
