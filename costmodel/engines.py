@@ -7,11 +7,12 @@ kernel families in the hardware profile.
 
 import functools
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from typing import Any, Literal
 
 from costmodel.errors import UnknownNameError
+from costmodel.in_situ import InSitu, in_situ
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +31,7 @@ class Engine:
     mlp_alive             elements alive at the widest point of a gated MLP: (per unit of its width,
                           per unit of the model's); one width less without a gate
     kernels               whose fitted kernel families time its operations; "": none, the prior
+    in_situ               what becomes of those kernels inside a pass; None: they run alone
     fused_dequantise      attention kernels read packed caches directly; False: the cache is
                           unpacked into a copy before it is attended, even at level "ideal"
     score_block_tokens    queries scored together where a method needs more of the scores than a
@@ -54,6 +56,7 @@ class Engine:
     score_block_tokens: int = 0
     fixed_state_layout: Literal["exact", "transformers"] = "exact"
     kernels: str = ""
+    in_situ: InSitu | None = None
     sources: tuple[str, ...] = ()
 
 
@@ -80,3 +83,8 @@ def load_engine(name: str) -> Engine:
         if field in row:
             row[field] = tuple(row[field])
     return Engine(name=key, **row)
+
+
+def in_passes(engine: Engine) -> Engine:
+    """The same engine, its operations timed by fitted kernels as they run inside passes."""
+    return replace(engine, kernels=engine.name, in_situ=in_situ())

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from costmodel import basis
 from costmodel.architecture import Architecture
-from costmodel.engines import Engine, load_engine
+from costmodel.engines import Engine, in_passes, load_engine
 from costmodel.errors import ConfigError, NotApplicableError
 from costmodel.hardware import HardwareProfile
 from costmodel.layout import (
@@ -73,17 +73,10 @@ class Model:
         refusal = stack.refusal(architecture)
         if refusal:
             raise NotApplicableError(refusal)
-        # Fitted kernels are those of an engine: they count where one was named. Kernel tables are
-        # of single kernels, and whole passes on the same GPUs were up to a fifth slower; the
-        # prior, made from whole passes, stands where nobody asked for an engine.
-        named = options.engine is not None
-        engine = load_engine(
-            options.engine
-            if options.engine is not None
-            else default_engine(hardware, options.level)
-        )
-        if named:
-            engine = replace(engine, kernels=engine.name)
+        named = options.engine
+        engine = load_engine(default_engine(hardware, options.level) if named is None else named)
+        if not hardware.is_cpu:  # a CPU has the prior, or curves of its own
+            engine = in_passes(engine)
         return cls(
             architecture=architecture,
             run=Execution.of(
@@ -156,6 +149,8 @@ class Model:
             self.engine,
             level=self.options.level,
             graph=decode and self.engine.decode_graph,
+            n_layers=self.architecture.n_layers,
+            first_token=not decode,
         )
 
     def step(self, batch: Array) -> "Step":

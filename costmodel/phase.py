@@ -107,7 +107,7 @@ def busy_of(operations: Operations, hardware: HardwareProfile, engine: Engine) -
     extrapolated = zero
     bases: dict[str, float] = {}
     for op in operations:
-        t = time_operation(op, hardware, engine.kernels)
+        t = time_operation(op, hardware, engine.kernels, engine.in_situ)
         n = op.count
         mid_s = n * t.mid_s
         bases[t.basis] = bases.get(t.basis, 0.0) + float(np.sum(mid_s))
@@ -136,12 +136,34 @@ def busy_of(operations: Operations, hardware: HardwareProfile, engine: Engine) -
     )
 
 
+def overhead_s(
+    engine: Engine, *, n_layers: int, first_token: bool = False
+) -> tuple[float, float, float]:
+    """Seconds (low, mid, high) of a pass that no kernel explains: the host's work per step, and in
+    passes made of fitted kernels the gaps between them and what a first token takes besides.
+    """
+    low, mid, high = engine.step_overhead_s
+    known = engine.in_situ
+    if known is None:
+        return low, mid, high
+    once = known.first_token_s if first_token else (0.0, 0.0, 0.0)
+    more = [n_layers * gap + start for gap, start in zip(known.layer_s, once, strict=True)]
+    return low + more[0], mid + more[1], high + more[2]
+
+
 def pass_time(
-    busy: Busy, hardware: HardwareProfile, engine: Engine, *, level: Level, graph: bool
+    busy: Busy,
+    hardware: HardwareProfile,
+    engine: Engine,
+    *,
+    level: Level,
+    graph: bool,
+    n_layers: int,
+    first_token: bool = False,
 ) -> PhaseTime:
     """What a pass takes: transfers overlapped or queued, host launches, the engine's own overhead.
 
-    ``graph``: the pass is replayed from a captured graph.
+    ``graph``: the pass is replayed from a captured graph. ``first_token``: it is a prefill.
     """
     if level == "ideal":
         low, mid = np.maximum(busy.low_s, busy.link_low_s), np.maximum(busy.mid_s, busy.link_mid_s)
@@ -155,7 +177,7 @@ def pass_time(
         host = [busy.launches * x for x in engine.host_launch_s]
         launch = np.maximum(launch, host[1])
         low, mid, high = (np.maximum(t, h) for t, h in zip((low, mid, high), host, strict=True))
-    overhead = engine.step_overhead_s
+    overhead = overhead_s(engine, n_layers=n_layers, first_token=first_token)
     return PhaseTime(
         low + overhead[0],
         mid + overhead[1],
@@ -173,11 +195,11 @@ def phase_time(
     *,
     level: Level,
     graph: bool,
+    n_layers: int,
 ) -> PhaseTime:
     """Time of a pass made of ``operations``."""
-    return pass_time(
-        busy_of(operations, hardware, engine), hardware, engine, level=level, graph=graph
-    )
+    busy = busy_of(operations, hardware, engine)
+    return pass_time(busy, hardware, engine, level=level, graph=graph, n_layers=n_layers)
 
 
 def _split(op: Operation, t: KernelTime) -> tuple[Array, Array, Array]:

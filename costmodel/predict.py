@@ -38,10 +38,11 @@ def predict(
 ) -> Prediction:
     """Price one model, method and device over a workload.
 
-    ``engine`` defaults to vllm for ``ideal`` and transformers for ``reference`` (torch on a CPU);
-    naming one also uses the kernel families fitted for it, instead of the prior;
-    ``dtype`` to the checkpoint's 16-bit type. ``solve=False`` skips ``max_batch``,
-    ``max_context_tokens`` and ``min_gpus`` (NaN).
+    ``engine`` defaults to vllm for ``ideal`` and transformers for ``reference`` (torch on a CPU).
+    Operations take the times of kernel families fitted for it on this GPU (basis ``calibrated``),
+    else of the nearest ones (``transferred``), else the prior. ``dtype`` defaults to the
+    checkpoint's 16-bit type. ``solve=False`` skips ``max_batch``, ``max_context_tokens`` and
+    ``min_gpus`` (NaN).
 
     Raises ``NotApplicableError`` where method, model and device do not go together,
     ``ConfigError`` for impossible options. Arrays in the result have ``workload.shape``.

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from costmodel.engines import Engine
 from costmodel.errors import NotApplicableError
 from costmodel.hardware import HardwareProfile
 from costmodel.kernels import time_operation
@@ -56,7 +57,7 @@ def _block(model: Model, run: Sweep) -> dict[str, Any]:
             "decode": _parts(model, max(allocated), decode_operations(model.run, last)),
         },
         "operations": [
-            _operation(op, phase, hardware, model.engine.kernels)
+            _operation(op, phase, hardware, model.engine)
             for phase, operations in phases.items()
             for op in operations
             if np.max(op.count) > 0
@@ -95,8 +96,10 @@ def _parts(model: Model, allocated: float, operations: Operations) -> dict[str, 
     return {"peak_bytes": sum(parts.values()), **parts, "transient_of": widest.name}
 
 
-def _operation(op: Operation, phase: str, hardware: HardwareProfile, engine: str) -> dict[str, Any]:
-    t = time_operation(op, hardware, engine)
+def _operation(
+    op: Operation, phase: str, hardware: HardwareProfile, engine: Engine
+) -> dict[str, Any]:
+    t = time_operation(op, hardware, engine.kernels, engine.in_situ)
     shape = {name: float(np.max(value)) for name, value in op.shape.items()}
     amounts = {
         "count": op.count,

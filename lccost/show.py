@@ -1,22 +1,24 @@
 """Predictions as text: one table per model, GPU, context and batch, and what each method leaves
 alone.
 
-rich draws the tables, on a terminal and in a pipe alike (no colour there, nothing cut off).
+The table is plain text, on a terminal and in a pipe alike, nothing cut off; rich draws the wide
+one of ``--explain``.
 """
 
 import io
 import shutil
 import sys
+import textwrap
 from collections.abc import Iterable, Sequence
-from typing import Any
-
-from rich import box
-from rich.console import Console
-from rich.table import Table
+from typing import TYPE_CHECKING, Any
 
 from costmodel.units import format_bytes, format_seconds, format_si, format_traffic
-from lccost.explain import explain
+from lccost import text_table
 from lccost.sweep import Sweep
+from lccost.text_table import Column
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 Row = dict[str, Any]
 BOUND_WORDS = {
@@ -31,14 +33,20 @@ PIPE_WIDTH = 200
 COMPACT_BELOW = 185
 
 
-def console(file: io.StringIO) -> Console:
+def width() -> int:
+    """Columns to write for: the terminal's, or many in a pipe."""
+    wide = shutil.get_terminal_size().columns if sys.stdout.isatty() else PIPE_WIDTH
+    return max(wide, 100)
+
+
+def console(file: io.StringIO) -> "Console":
     """A console that writes text: coloured on a terminal, plain and wide in a pipe."""
-    terminal = sys.stdout.isatty()
-    width = shutil.get_terminal_size().columns if terminal else PIPE_WIDTH
+    from rich.console import Console
+
     return Console(
         file=file,
-        width=max(width, 100),
-        force_terminal=terminal,
+        width=width(),
+        force_terminal=sys.stdout.isatty(),
         highlight=False,
         markup=False,
         emoji=False,
@@ -54,28 +62,33 @@ def predictions(
     solve: str | None = None,
 ) -> str:
     """The report of ``lccost predict``."""
-    file = io.StringIO()
-    out = console(file)
+    wide = width()
 
     def key(row: Row) -> tuple[Any, ...]:
         return (row["model"], row["gpu"], row["context_tokens"], row["batch"])
 
     order = list(dict.fromkeys(key(r) for r in rows))
     groups = {k: [r for r in rows if key(r) == k] for k in order}
+    out: list[str] = []
     for members in groups.values():
-        out.print(_heading(members[0], run), style=None)
+        out.append(_wrapped(_heading(members[0], run), wide))
         if solve:
-            out.print(_answer(members, solve))
-        table = _table(members, markdown, compact=out.width < COMPACT_BELOW and not markdown)
-        out.print(table)
-        out.print(_prefill_sentence(members))
-        out.print()
-    for line in _leaves_alone(run):
-        out.print(line)
-    out.print()
-    for line in assumptions:
-        out.print(f"- {line}")
-    return "\n".join(line.rstrip() for line in file.getvalue().splitlines()) + "\n"
+            out.append(_wrapped(_answer(members, solve), wide))
+        table = _table(members, markdown, wide).rstrip("\n")
+        out.append(f"\n{table}\n" if markdown else table)
+        out.append(_wrapped(_prefill_sentence(members), wide) + "\n")
+    out += [_wrapped(line, wide) for line in _leaves_alone(run)]
+    out.append("")
+    out += [_wrapped(f"- {line}", wide) for line in assumptions]
+    return "\n".join(out) + "\n"
+
+
+def _wrapped(text: str, wide: int) -> str:
+    """Lines broken between words, where they are too long."""
+    return "\n".join(
+        part if len(part) <= wide else "\n".join(textwrap.wrap(part, wide, break_long_words=False))
+        for part in text.split("\n")
+    )
 
 
 def _heading(row: Row, run: Sweep) -> str:
@@ -128,43 +141,49 @@ def _accuracy(row: Row) -> str:
     return "unknown" if drop is None else f"{drop:+.1f} points" if drop else "0"
 
 
-def _table(members: Sequence[Row], markdown: bool, compact: bool) -> Table:
-    table = Table(
-        box=box.MARKDOWN if markdown else box.SIMPLE_HEAD, pad_edge=markdown, show_edge=markdown
+def _table(members: Sequence[Row], markdown: bool, wide: int) -> str:
+    between = "\n" if wide < COMPACT_BELOW and not markdown else " "
+    columns = (
+        Column(title="method", folds=True),
+        *(
+            Column(title=title, is_number=True)
+            for title in (
+                *("KV/state", "peak", "decode\nbytes", "TTFT\n(low - high)"),
+                "TPOT\n(low - high)",
+            )
+        ),
+        Column(title="decode\nbound"),
+        Column(title="fits"),
+        Column(title="max\nsequences", is_number=True),
+        Column(title="max\ncontext", is_number=True),
+        Column(title="accuracy\ngiven up"),
     )
-    line = " " if markdown else "\n"
-    between = "\n" if compact else " "
-    table.add_column("method", overflow="fold")
-    times = (f"TTFT{line}(low - high)", f"TPOT{line}(low - high)")
-    for title in ("KV/state", "peak", f"decode{line}bytes", *times):
-        table.add_column(title, justify="right", no_wrap=not compact)
-    table.add_column(f"decode{line}bound", no_wrap=True)
-    table.add_column("fits", no_wrap=True)
-    for title in (f"max{line}sequences", f"max{line}context"):
-        table.add_column(title, justify="right", no_wrap=True)
-    table.add_column(f"accuracy{line}given up", no_wrap=True)
-    for row in members:
-        if not row["applicable"]:
-            table.add_row(row["method_spec"], "not applicable", *[""] * 9)
-            continue
-        state = format_bytes(row["state_bytes"])
-        if row["state_host_bytes"]:
-            state += f"{between}+ {format_bytes(row['state_host_bytes'])} host"
-        same = row["equals_full"] and row["method"] != "full"
-        table.add_row(
-            row["method_spec"] + (" (= full here)" if same else ""),
-            state,
-            format_bytes(max(row["peak_prefill_bytes"], row["peak_decode_bytes"])),
-            format_traffic(row["decode_hbm_bytes"]),
-            _interval(row, "ttft", between),
-            _interval(row, "tpot", between),
-            BOUND_WORDS[row["decode_bound"]],
-            "yes" if row["fits"] else "no",
-            _count(row["max_batch"]),
-            _count(row["max_context_tokens"]),
-            _accuracy(row),
-        )
-    return table
+    rows = [_cells(row, between) for row in members]
+    if markdown:
+        return text_table.markdown(columns, rows)
+    return text_table.plain(columns, rows, wide)
+
+
+def _cells(row: Row, between: str) -> tuple[str, ...]:
+    if not row["applicable"]:
+        return (row["method_spec"], f"not{between}applicable", *[""] * 9)
+    state = format_bytes(row["state_bytes"])
+    if row["state_host_bytes"]:
+        state += f"{between}+ {format_bytes(row['state_host_bytes'])} host"
+    same = row["equals_full"] and row["method"] != "full"
+    return (
+        row["method_spec"] + (" (= full here)" if same else ""),
+        state,
+        format_bytes(max(row["peak_prefill_bytes"], row["peak_decode_bytes"])),
+        format_traffic(row["decode_hbm_bytes"]),
+        _interval(row, "ttft", between),
+        _interval(row, "tpot", between),
+        BOUND_WORDS[row["decode_bound"]],
+        "yes" if row["fits"] else "no",
+        _count(row["max_batch"]),
+        _count(row["max_context_tokens"]),
+        _accuracy(row),
+    )
 
 
 def _prefill_sentence(members: Sequence[Row]) -> str:
@@ -204,6 +223,11 @@ def explanations(run: Sweep) -> str:
     """Memory by part, and every operation with its formula and numbers, for the first context and
     batch.
     """
+    from rich import box
+    from rich.table import Table
+
+    from lccost.explain import explain
+
     file = io.StringIO()
     out = console(file)
     for block in explain(run):

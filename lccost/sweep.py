@@ -184,6 +184,17 @@ def solvable(row: dict[str, Any], solve: str) -> bool:
     return row["max_context_tokens"] is None or row["max_context_tokens"] > 0
 
 
+#: What a reader must know about the basis of a time.
+BASIS_NOTES = {
+    "prior": "prior: no fitted kernels hold a tenth of the time or more on this GPU; it rests on a "
+    "prior made from published whole passes: read low-high as the answer",
+    "transferred": "transferred: kernels fitted on the nearest GPU or another engine, scaled with "
+    "the datasheet, low-high widened for it",
+    "calibrated": "calibrated: kernels fitted on tables measured on this GPU with this engine, "
+    "slowed down to what published whole passes of all engines show",
+}
+
+
 def assumptions(rows: Sequence[dict[str, Any]], run: Sweep) -> list[str]:
     """What a reader must know before trusting the numbers."""
     engines = sorted({str(r["engine"]) for r in rows if r["applicable"]})
@@ -196,11 +207,7 @@ def assumptions(rows: Sequence[dict[str, Any]], run: Sweep) -> list[str]:
         f"fits means the peak within {run.options.memory_fraction:.0%} of the memory the driver "
         f"reports, with context + {run.output_tokens} output tokens",
     ]
-    if "prior" in bases:
-        out.append(
-            "times rest on a prior made from published whole passes, not on measurements of this "
-            "GPU: read low-high as the answer, or name an --engine for its fitted kernels"
-        )
+    out += [BASIS_NOTES[b] for b in bases if b in BASIS_NOTES]
     for a in run.architectures:
         beyond = [c for c in run.contexts if a.max_context_tokens and c > a.max_context_tokens]
         if beyond:

@@ -204,8 +204,8 @@ def page() -> tuple[str, list[tuple[Walk, Walk, Path]]]:
         f"{NOTE}# One request, walked through\n",
         f"A prompt of {PROMPT:,} tokens and {OUTPUT} output tokens, alone on one "
         f"{hardware.title}, 16-bit weights. Bytes and FLOPs are exact counts; times are "
-        "predictions whose basis is `prior` unless the device was calibrated. Grey bars are full "
-        "attention, blue a fused implementation, orange the published one; hatched is in host "
+        "predictions with kernels fitted on this GPU, and by a prior where a method runs kernels "
+        "nobody tabulated. Grey bars are full attention, blue a fused implementation, orange the published one; hatched is in host "
         "memory. A step is the first one after the prompt.\n",
     ]
     pictures = []

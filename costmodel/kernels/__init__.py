@@ -5,6 +5,7 @@ device, then fitted kernel families, then the prior. Every estimate names its ``
 """
 
 from costmodel.hardware import HardwareProfile
+from costmodel.in_situ import InSitu
 from costmodel.kernels.curves import calibrated_time
 from costmodel.kernels.fitted import fitted_time
 from costmodel.kernels.prior import KernelTime as KernelTime
@@ -12,17 +13,24 @@ from costmodel.kernels.prior import prior_time
 from costmodel.operation import Operation
 
 
-def time_operation(operation: Operation, hardware: HardwareProfile, engine: str = "") -> KernelTime:
+def time_operation(
+    operation: Operation,
+    hardware: HardwareProfile,
+    engine: str = "",
+    in_situ: InSitu | None = None,
+) -> KernelTime:
     """Interval, parts and basis of one run of ``operation``.
 
     ``engine`` names whose fitted families to use; without one only a profile's own families count.
+    ``in_situ`` turns the time of a kernel alone into that inside a pass; curves and the prior,
+    which come from passes, need none.
     """
     if hardware.curves:
         calibrated = calibrated_time(operation, hardware)
         if calibrated is not None:
             return calibrated
     if engine or hardware.families:
-        fitted = fitted_time(operation, hardware, engine)
+        fitted = fitted_time(operation, hardware, engine, in_situ)
         if fitted is not None:
             return fitted
     return prior_time(operation, hardware)

@@ -12,6 +12,7 @@ for, its class of implementation, the engine. What is not a family of this GPU a
 
 import functools
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
@@ -26,8 +27,17 @@ from costmodel.operation import Array
 Basis = Literal["calibrated", "transferred"]
 Within = tuple[tuple[str, float], ...]
 
-#: Generations in the order of their distance from one another.
-_ORDER = ("volta", "turing", "ampere", "ada", "hopper", "blackwell", "blackwell-ultra")
+#: Where generations stand beside one another. Others (other vendors) have no families near them.
+_PLACES = {
+    "volta": 0.0,
+    "turing": 1.0,
+    "ampere": 2.0,
+    "ada": 3.0,
+    "blackwell-consumer": 3.5,
+    "hopper": 4.5,
+    "blackwell": 5.5,
+    "blackwell-ultra": 6.5,
+}
 #: How much the logarithm of an interval's factors widens. Measured on the shipped families: the
 #: other engine's family of the same GPU errs by 1.5 times a family's own error, that of another
 #: generation by 3 times; another GPU of the same generation was published as 1.3 to 1.6 times.
@@ -71,6 +81,7 @@ class Family:
 
     basis       "calibrated" on this very GPU and engine, else "transferred"
     distance    0 same GPU, 1 same generation, 2 another generation
+    widened     how much the logarithm of the interval was stretched for that and for the engine
     ranges      shapes covered by the rows: column -> (least, most)
     held_out    error on unseen rows, in percent: mape, median, p90, bias, roofline_mape, n
     """
@@ -89,6 +100,7 @@ class Family:
     source: str
     basis: Basis = "calibrated"
     distance: int = 0
+    widened: float = 1.0
 
     def time_s(
         self, device: HardwareProfile, shape: Mapping[str, Array], *, cold: bool = True
@@ -100,6 +112,16 @@ class Family:
         if cold:
             least = np.maximum(least, self.kind.roofline_s(device, shape, self.variant))
         return np.minimum(least, mid), mid, mid * high
+
+    def transfer_spread(self) -> tuple[float, float]:
+        """Logarithms of (low, high) by which transferring the family widens its interval.
+
+        What the wider interval has beyond the family's own, as squares, kernels of all sizes
+        together; none for the GPU and engine it was fitted on.
+        """
+        share = math.sqrt(1.0 - self.widened**-2.0)
+        low, high = (float(np.mean(np.log(f))) for f in (self.interval.low, self.interval.high))
+        return share * low, share * high
 
     def extrapolated(self, shape: Mapping[str, Array]) -> Array:
         """1.0 where a shape lies far outside what the rows covered, else 0.0.
@@ -157,7 +179,7 @@ def load_family(
     kernel: str = "",
     within: Mapping[str, float] | None = None,
 ) -> Family | None:
-    """The family nearest to a device and an engine; None where no family of the kind ships.
+    """The family nearest to a device and an engine; None where none of the kind is near.
 
     Parameters
     ----------
@@ -208,7 +230,7 @@ def _nearest(
     variant: str,
     kernel: str,
     within: Within,
-) -> Family:
+) -> Family | None:
     def rank(f: Family) -> tuple[float, ...]:
         ends = [(f.ranges.get(name, (value, value)), value) for name, value in within]
         return (
@@ -221,6 +243,8 @@ def _nearest(
         )
 
     best = min(families, key=rank)
+    if not np.isfinite(_generations_apart(best.generation, generation)):
+        return None
     distance = _distance(best, hardware, generation)
     wider = (1.0, WIDER_SAME_GENERATION, WIDER_OTHER_GENERATION)[distance]
     same = engine in ("", best.engine) or not best.engine
@@ -229,7 +253,7 @@ def _nearest(
         wider *= WIDER_ENGINE
     basis: Basis = "calibrated" if distance == 0 and same else "transferred"
     interval = best.interval if wider == 1.0 else best.interval.wider(wider)
-    return replace(best, basis=basis, distance=distance, interval=interval)
+    return replace(best, basis=basis, distance=distance, interval=interval, widened=wider)
 
 
 def _distance(family: Family, hardware: str, generation: str) -> int:
@@ -239,9 +263,9 @@ def _distance(family: Family, hardware: str, generation: str) -> int:
 
 
 def _generations_apart(a: str, b: str) -> float:
-    if a in _ORDER and b in _ORDER:
-        return abs(_ORDER.index(a) - _ORDER.index(b))
-    return 0.0 if a == b else len(_ORDER)
+    if a in _PLACES and b in _PLACES:
+        return abs(_PLACES[a] - _PLACES[b])
+    return 0.0 if a == b else np.inf
 
 
 def _kernel_distance(family: Family, kernel: str) -> int:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from costmodel.hardware import HardwareProfile
+from costmodel.in_situ import InSitu
 from costmodel.kernels.families import Family, load_family
 from costmodel.kernels.moe import grouped_product_time_s
 from costmodel.kernels.prior import KernelTime, prior_time
@@ -39,9 +40,15 @@ class Asked:
 
 
 def fitted_time(
-    operation: Operation, hardware: HardwareProfile, engine: str = ""
+    operation: Operation,
+    hardware: HardwareProfile,
+    engine: str = "",
+    in_situ: InSitu | None = None,
 ) -> KernelTime | None:
-    """Interval, parts and basis of one run; None where no fitted family describes it."""
+    """Interval, parts and basis of one run; None where no fitted family describes it.
+
+    ``in_situ``: what becomes of the kernel inside a pass; without it the kernel runs alone.
+    """
     reader = _READERS.get(operation.kind)
     if reader is None or hardware.is_cpu or not hardware.n_units:
         return None
@@ -58,7 +65,8 @@ def fitted_time(
     )
     if family is None:
         return None
-    found = _kernel_time(operation, hardware, family, asked, _seconds(family, hardware, asked))
+    mid = _seconds(family, hardware, asked)
+    found = _kernel_time(operation, hardware, family, asked, mid, in_situ)
     return (
         found if np.all(asked.mask) else _mixed(asked.mask, found, prior_time(operation, hardware))
     )
@@ -74,12 +82,13 @@ def _mixed(mask: Mask, found: KernelTime, prior: KernelTime) -> KernelTime:
     )
 
 
-def _seconds(family: Family, hardware: HardwareProfile, asked: Asked) -> tuple[Array, Array, Array]:
+def _seconds(family: Family, hardware: HardwareProfile, asked: Asked) -> Array:
+    """The kernel alone, with cold caches."""
     if asked.kind != "moe_gemm":
-        return family.time_s(hardware, asked.shape)
+        return family.kind.time_s(family.parameters, hardware, asked.shape, family.variant, True)
     s = asked.shape
     dtype = "fp8" if family.variant.startswith("fp8") else family.variant
-    mid = grouped_product_time_s(
+    return grouped_product_time_s(
         family.parameters,
         hardware,
         s["n"],
@@ -90,8 +99,6 @@ def _seconds(family: Family, hardware: HardwareProfile, asked: Asked) -> tuple[A
         s["n_experts"],
         dtype,
     )
-    low, high = family.interval.factors(mid)
-    return mid * low, mid, mid * high
 
 
 def _kernel_time(
@@ -99,40 +106,60 @@ def _kernel_time(
     hardware: HardwareProfile,
     family: Family,
     asked: Asked,
-    seconds: tuple[Array, Array, Array],
+    mid: Array,
+    in_situ: InSitu | None,
 ) -> KernelTime:
     """Split the middle estimate into the parts that say what binds.
 
     Launch is the family's own; the rest goes to compute and memory as the roofline divides it.
     """
-    low, mid, high = seconds
     launch = np.minimum(float(getattr(family.parameters, "launch_s", 0.0)), mid)
+    extrapolated = family.extrapolated(asked.shape)
     if asked.kind == "collective":
+        if in_situ is not None:
+            mid, launch = mid * in_situ.collective_factor, launch * in_situ.collective_factor
+        low, high = _factors(family, mid, in_situ)
         return KernelTime(
-            low,
-            mid,
-            high,
-            0.0,
-            0.0,
-            launch,
-            mid - launch,
-            family.basis,
-            family.extrapolated(asked.shape),
+            low_s=mid * low,
+            mid_s=mid,
+            high_s=mid * high,
+            compute_s=0.0,
+            memory_s=0.0,
+            launch_s=launch,
+            link_s=mid - launch,
+            basis=family.basis,
+            extrapolated=extrapolated,
         )
     compute = operation.flops / hardware.peak(operation.dtype) if np.any(operation.flops) else 0.0
     memory = operation.moved_bytes / hardware.hbm_bytes_per_s
-    scale = (mid - launch) / np.maximum(np.maximum(compute, memory), 1e-300)
     floor = np.maximum(compute, operation.hbm_bytes / hardware.hbm_bytes_per_s)
+    scale = (mid - launch) / np.maximum(np.maximum(compute, memory), 1e-300)
+    if in_situ is None:
+        compute, memory = compute * scale, memory * scale
+    else:
+        compute = compute * (scale * in_situ.compute_factor)
+        memory = memory * (scale * in_situ.memory_factor(operation.kind))
+        mid = np.maximum(launch + np.maximum(compute, memory), floor)
+    low, high = _factors(family, mid, in_situ)
     return KernelTime(
-        low_s=np.maximum(low, floor),
+        low_s=np.maximum(mid * low, floor),
         mid_s=np.maximum(mid, floor),
-        high_s=np.maximum(high, floor),
-        compute_s=compute * scale,
-        memory_s=memory * scale,
+        high_s=np.maximum(mid * high, floor),
+        compute_s=compute,
+        memory_s=memory,
         launch_s=launch,
         basis=family.basis,
-        extrapolated=family.extrapolated(asked.shape),
+        extrapolated=extrapolated,
     )
+
+
+def _factors(family: Family, mid: Array, in_situ: InSitu | None) -> tuple[Array, Array]:
+    """(low, high) on the middle: alone by the class of its time; in a pass, where kernels of all
+    sizes add up, one for all of them.
+    """
+    if in_situ is None:
+        return family.interval.factors(mid)
+    return in_situ.interval(*family.transfer_spread())
 
 
 def _close(a: Array, b: Array) -> Mask:

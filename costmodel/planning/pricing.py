@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from costmodel.layout import decode_operations, mixing_operations, token_operations, total
 from costmodel.model import Model
 from costmodel.operation import Array, Operation, Operations
-from costmodel.phase import phase_time
+from costmodel.phase import overhead_s, phase_time
 from costmodel.planning.parallel import Parallel
 from costmodel.workload import Point
 
@@ -32,7 +32,9 @@ class StepBuilder:
         #: Seconds priced so far by their basis.
         self.bases: dict[str, float] = {}
         on_host = model.run.hardware.is_cpu
-        self.overhead_s = 0.0 if on_host else model.engine.step_overhead_s[self.index]
+        self.n_layers = model.architecture.n_layers
+        known = overhead_s(model.engine, n_layers=self.n_layers)
+        self.overhead_s = 0.0 if on_host else known[self.index]
 
     def point(self, batch: Array, prompt: Array, cached: Array) -> Point:
         """A point whose prompt has the length that reaches the model."""
@@ -49,6 +51,7 @@ class StepBuilder:
             self.model.engine,
             level=self.model.options.level,
             graph=graph,
+            n_layers=self.n_layers,
         )
         for basis, seconds in time.bases.items():
             self.bases[basis] = self.bases.get(basis, 0.0) + seconds

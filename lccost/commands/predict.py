@@ -111,8 +111,8 @@ Examples:
 @click.option(
     "--engine",
     default=None,
-    help="Who executes; naming one uses its fitted kernel times "
-    "[default: rules of vllm for ideal, transformers for reference, times by the prior].",
+    help="Who executes: its rules, and the kernels fitted for it or the nearest ones "
+    "[default: vllm for ideal, transformers for reference, torch on a CPU].",
 )
 @click.option(
     "--memory-fraction",
