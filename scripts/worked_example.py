@@ -205,8 +205,8 @@ def page() -> tuple[str, list[tuple[Walk, Walk, Path]]]:
         f"A prompt of {PROMPT:,} tokens and {OUTPUT} output tokens, alone on one "
         f"{hardware.title}, 16-bit weights. Bytes and FLOPs are exact counts; times are "
         "predictions with kernels fitted on this GPU, and by a prior where a method runs kernels "
-        "nobody tabulated. Grey bars are full attention, blue a fused implementation, orange the published one; hatched is in host "
-        "memory. A step is the first one after the prompt.\n",
+        "nobody tabulated. Grey bars are full attention, blue a fused implementation, orange the "
+        "published one; hatched is in host memory. A step is the first one after the prompt.\n",
     ]
     pictures = []
     for name in ("llama-3-8b", "recurrentgemma-9b"):
