@@ -27,6 +27,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "validate": ("validate:validate", "Judge predictions on a table of published measurements."),
     "plan": ("plan:plan", "How many of which GPUs, with which method, at what cost."),
     "report": ("report:report", "Turn records into tables, figures and one offline page."),
+    "doctor": ("doctor:doctor", "What can be measured on this machine, what cannot, and why."),
     "init": ("init:init", "Write a commented plan file to start from."),
     "trace": ("trace:trace", "What is in a workload trace."),
     "methods": ("listing:methods", "List the methods, or show one with its formula and evidence."),

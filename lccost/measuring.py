@@ -18,6 +18,8 @@ from costmodel.options import default_dtype
 from costmodel.registry import load_architecture
 from costmodel.results import key_fields
 from lccost.joins import predict_record
+from measure.devices.names import cuda_index
+from measure.isolation import run_isolated
 from measure.points import LEVEL_OF_REALISATION, MeasurePoint
 from measure.runner import Predict, Refusal, Rules, run_sweep
 
@@ -60,6 +62,24 @@ def require_engine(request: Request) -> None:
         raise MissingExtraError(
             "--engine transformers needs transformers: pip install 'lccost[transformers]'"
         )
+
+
+def require_device(request: Request) -> None:
+    """Raise ``MissingExtraError`` where the device is not here, before any point is tried."""
+    index = cuda_index(request.device)
+    if index is None:
+        return
+    outcome = run_isolated(
+        "measure.devices.probe:missing", (request.tp, index), timeout_s=_PROBE_S,
+        limit_memory=False,
+    )  # fmt: skip
+    reason = outcome.value if outcome.status == "ok" else outcome.message
+    if reason:
+        raise MissingExtraError(f"device {request.device}: {reason}")
+
+
+#: Seconds in which PyTorch must say what it finds.
+_PROBE_S = 120.0
 
 
 def points(request: Request, gpu: str) -> tuple[list[MeasurePoint], list[Refusal]]:
@@ -151,6 +171,7 @@ def run(request: Request, *, output: Path, resume: bool, rules: Rules) -> list[d
     """Measure everything; each record carries the prediction of its own point."""
     require_torch()
     require_engine(request)
+    require_device(request)
     if not output.parent.is_dir():
         raise ConfigError(f"the folder {output.parent} does not exist")
     hardware = load_hardware(request.gpu) if request.gpu else None

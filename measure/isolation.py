@@ -32,7 +32,9 @@ _GRACE_S = 10.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """How a call ended: ``value`` for "ok", else ``message`` says what happened."""
+    """How a call ended: ``value`` for "ok", else ``message`` says what happened (and ``value`` is
+    ``{"is_missing": True}`` where a package or a device was).
+    """
 
     status: Status
     value: Any = None

@@ -338,7 +338,8 @@ def _does_not_fit(predicted: Mapping[str, Any] | None, ranks: int) -> dict[str, 
 def _as_row(outcome: Outcome) -> dict[str, Any]:
     if outcome.status == "ok":
         return dict(outcome.value)
-    return {"status": outcome.status, "message": outcome.message}
+    more = outcome.value if isinstance(outcome.value, dict) else {}
+    return {"status": outcome.status, "message": outcome.message, **more}
 
 
 def _result_line(record: Mapping[str, Any]) -> str:

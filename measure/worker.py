@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from costmodel.errors import LccostError
+from costmodel.errors import LccostError, MissingExtraError
 from measure.environment import available_memory_bytes
 
 _PR_SET_PDEATHSIG = 1
@@ -54,6 +54,8 @@ def call(
         return "ok", target(*arguments), ""
     except MemoryError as error:
         return "oom", None, str(error) or "out of memory"
+    except MissingExtraError as error:
+        return "error", {"is_missing": True}, str(error)
     except LccostError as error:
         return "error", None, str(error)
     except RuntimeError as error:

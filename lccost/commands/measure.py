@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from lccost.commands.common import (
+    EXIT_MISSING,
     EXIT_RUN_FAILED,
     CommaList,
     CommandError,
@@ -239,5 +240,5 @@ def measure(
     if failed and len(failed) == len(records):
         raise CommandError(
             f"no point was measured; the first: {failed[0]['status']}: {failed[0]['message']}",
-            EXIT_RUN_FAILED,
+            EXIT_MISSING if failed[0].get("is_missing") else EXIT_RUN_FAILED,
         )

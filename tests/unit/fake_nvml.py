@@ -48,6 +48,7 @@ class FakeNvml:
         power = SimpleNamespace(nvmlReturn=0, value=SimpleNamespace(uiVal=int(self.power_w * 1000)))
         return {
             "nvmlInit": None,
+            "nvmlDeviceGetCount": len(self.uuids),
             "nvmlDeviceGetHandleByIndex": f"handle{arguments[0] if arguments else 0}",
             "nvmlDeviceGetHandleByPciBusId": "handle-by-bus",
             "nvmlDeviceGetName": b"NVIDIA H200",
