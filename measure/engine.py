@@ -230,7 +230,7 @@ class Decoder:
             raise ConfigError(
                 f"the decoder was built for {self.n_positions} positions and is asked for {end}"
             )
-        x = embedding(tokens, weights.embedding)
+        x = self._embed(tokens)
         if numerics.embedding_scale != 1.0:
             x = x * torch.tensor(numerics.embedding_scale, dtype=x.dtype)
         remaining = iter(caches)
@@ -242,12 +242,22 @@ class Decoder:
                     table = cos[position:end], sin[position:end]
                 h = self._norm(x, layer.norms["mixer"])
                 h = block.mixer.run(h, layer.mixer, next(remaining), table, first)
-                x = x + self._post(h, layer.norms.get("mixer_post"))
+                x = x + self._post(self._joined(h), layer.norms.get("mixer_post"))
             if block.mlp is not None:
                 h = block.mlp.run(self._norm(x, layer.norms["mlp"]), layer.mlp)
-                x = x + self._post(h, layer.norms.get("mlp_post"))
+                x = x + self._post(self._joined(h), layer.norms.get("mlp_post"))
         last = self._norm(x[:, -1], weights.final_norm)
-        return softcap(linear(last, weights.head), numerics.final_softcap)
+        return softcap(self._scores(last), numerics.final_softcap)
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        return embedding(tokens, self.weights.embedding)
+
+    def _joined(self, part: Tensor) -> Tensor:
+        """What a block adds to the stream; where several processes share it, the sum of theirs."""
+        return part
+
+    def _scores(self, last: Tensor) -> Tensor:
+        return linear(last, self.weights.head)
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return rms(x, weight, self.numerics.norm_eps)

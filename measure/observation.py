@@ -9,7 +9,7 @@ A canary before and after, and what others did to the device in between, say whe
 """
 
 import gc
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from measure.observation_options import MEMORY_FRACTION, How
 from measure.points import MeasurePoint
 from measure.reliability import judged
 from measure.sessions import Session, open_session
-from measure.timing import Budget, Timing
+from measure.timing import FIXED_BUDGET, Budget, Sampler, Timing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +39,9 @@ class _Phase:
 def observe(point: MeasurePoint, how: How | None = None) -> dict[str, Any]:
     """Measure ``point``; keys as the metrics of a record, with samples, statistics and quality."""
     how = how or How()
+    if point.tp > 1:
+        # every rank must make the same calls: nothing may depend on the time they take
+        how = replace(how, budget=FIXED_BUDGET, energy_s=0.0)
     release()
     device = open_device(point.device, point.threads, pinned=point.tp == 1)
     source = device.energy_source()
@@ -130,7 +133,7 @@ def _phase(
         if flush is not None:
             flush()
 
-    timing = device.sampler().time(call, before=put_back, budget=budget)
+    timing = _sampler(device, session).time(call, before=put_back, budget=budget)
     counted = resident + live.peak
     return _Phase(
         flops=flops,
@@ -147,6 +150,16 @@ def _phase(
     )
 
 
+def _sampler(device: AbstractDevice, session: Session) -> Sampler:
+    """The device's clock; of several processes on a CPU the wall's, as a thread that waits for
+    another does not work.
+    """
+    sampler = device.sampler()
+    if session.point.tp == 1 or sampler.stopwatch is not None:
+        return sampler
+    return Sampler(name="wall", clock=sampler.wall)
+
+
 def _captured(
     session: Session, device: AbstractDevice, point: MeasurePoint, budget: Budget | None
 ) -> tuple[Timing | None, Call | None, str]:
@@ -156,6 +169,8 @@ def _captured(
     """
     if point.realisation != "best":
         return None, None, "the reference form runs eagerly"
+    if point.tp > 1:
+        return None, None, "steps of several processes are not captured here"
     captured = device.capture(session.decode, session.reset)
     session.reset()
     if captured.replay is None:

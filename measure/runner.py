@@ -171,7 +171,9 @@ class Workers:
                 # a CUDA context reserves far more addresses than there is memory
                 limit_memory=point.device == "cpu",
             )
-        function = "measure.observation:observe" if point.tp == 1 else "measure.ranks:observe"
+        function = (
+            "measure.observation:observe" if point.tp == 1 else "measure.parallel.ranks:observe"
+        )
         outcome = worker.call(function, (point, how), timeout_s=self.rules.timeout_s)
         if self.rules.isolation == "point" or outcome.status != "ok":
             self._end()

@@ -29,6 +29,7 @@ from measure.points import MeasurePoint
 class Session(Protocol):
     """One point, ready to be timed. ``logits`` [B, V] are those of the last call."""
 
+    point: MeasurePoint
     logits: Tensor
 
     @property
@@ -69,6 +70,10 @@ class Session(Protocol):
 
 def open_session(point: MeasurePoint, device: torch.device) -> Session:
     """Load or make the weights of ``point``."""
+    if point.tp > 1:
+        from measure.parallel.session import ParallelSession
+
+        return ParallelSession(point, device)
     if point.engine == "transformers":
         from measure.transformers_engine.session import TransformersSession
 
@@ -117,12 +122,10 @@ class TorchSession:
     def __init__(self, point: MeasurePoint, device: torch.device) -> None:
         self.point, self.device = point, device
         self.dtype = TORCH_DTYPES[point.dtype]
-        self.weights = weights_of(point, device)
-        room = point.context_tokens + point.output_tokens
         self.numerics = numerics_of_point(point)
-        self.decoder = Decoder(
-            point.executed, self.weights, n_positions=room, numerics=self.numerics
-        )
+        self.model = self._model()
+        self.weights = self._weights()
+        self.decoder = self._decoder(point.context_tokens + point.output_tokens)
         self.caches: list[LayerState] = []
         self.snapshots: list[Any] = []
         self.logits = torch.empty(0)
@@ -134,6 +137,16 @@ class TorchSession:
             device=device,
         )
         self.token = self.prompt[:, -1:]
+
+    def _model(self) -> Architecture:
+        """What this process holds of the model."""
+        return self.point.executed
+
+    def _weights(self) -> Weights:
+        return weights_of(self.point, self.device)
+
+    def _decoder(self, n_positions: int) -> Decoder:
+        return Decoder(self.model, self.weights, n_positions=n_positions, numerics=self.numerics)
 
     @property
     def weights_bytes(self) -> int:
@@ -197,7 +210,7 @@ class TorchSession:
 
     def _new_caches(self, reserve_tokens: int) -> list[LayerState]:
         point = self.point
-        mixers = [mixer for layer in point.executed.layers for mixer in layer.mixers]
+        mixers = [mixer for layer in self.model.layers for mixer in layer.mixers]
         n_kv_layers, caches = sum(m.HAS_KV for m in mixers), []
         for index, mixer in enumerate(mixers):
             cache = build_cache(

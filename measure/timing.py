@@ -52,6 +52,18 @@ class Budget:
     warmup_seconds: float = 1.0
 
 
+#: The same number of calls whatever they take: several processes that wait for each other in every
+#: call must make equally many.
+FIXED_BUDGET = Budget(
+    seconds=float("inf"),
+    min_samples=7,
+    max_samples=7,
+    min_warmups=2,
+    max_warmups=2,
+    warmup_seconds=float("inf"),
+)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timing:
     """Samples of one thing with how they were taken.

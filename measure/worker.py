@@ -29,7 +29,7 @@ _OOM_WORDS = ("can't allocate memory", "not enough memory", "out of memory")
 
 def main() -> None:
     """Serve calls until the parent closes the socket."""
-    _die_with_parent(int(sys.argv[2]))
+    die_with_parent(int(sys.argv[2]))
     with Connection(int(sys.argv[1])) as parent:
         while (request := _next(parent)) is not None:
             function, arguments, limit_memory = request
@@ -66,7 +66,7 @@ def call(
         return "error", None, f"{type(error).__name__}: {error}"
 
 
-def _die_with_parent(parent: int) -> None:
+def die_with_parent(parent: int) -> None:
     """Ask the kernel to end this process when its parent is killed (Linux; elsewhere nothing)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
