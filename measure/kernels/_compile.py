@@ -45,6 +45,11 @@ class CompileCase:
     aligned: tuple[str, ...] = ()
 
 
+def typed(names: Mapping[str, str]) -> dict[str, str]:
+    """{"*bf16": "q keys", "i32": "n"} -> {"q": "*bf16", "keys": "*bf16", "n": "i32"}."""
+    return {name: kind for kind, listed in names.items() for name in listed.split()}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resources:
     """What one block of a compiled kernel uses."""

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool1d
 
 from measure.kernels import interpreted
+from measure.kernels._compile import CompileCase, typed
 from measure.kernels._softmax import LOG2_E, rows_of
 from measure.kernels._splits import sm_count, split_count
 
@@ -177,3 +178,33 @@ def received_scores_reference(q: Tensor, k: Tensor) -> Tensor:
     logits = queries @ k.float().unsqueeze(2).transpose(-1, -2)
     hidden = torch.ones(n_queries, n_keys, dtype=torch.bool).triu(n_keys - n_queries + 1)
     return logits.masked_fill(hidden, -torch.inf).softmax(dim=-1).sum(dim=(2, 3))
+
+
+def _case(name: str, size: int, queries: int, warps: int, *, columns: bool) -> CompileCase:
+    strides = "key_batch key_head key_token"
+    first_pass = "" if columns else "split_keys split_stride"
+    return CompileCase(
+        name=f"{name}, bf16, head {size}",
+        kernel=received_kernel if columns else row_log_sums_kernel,
+        signature=typed(
+            {
+                "*bf16": "q k",
+                "*fp32": "log_sums received" if columns else "log_sums",
+                "fp32": "scale",
+                "i32": f"n_queries n_keys {strides} {first_pass}",
+            }
+        ),
+        constants={
+            "KV_HEADS": 8, "GROUP": 4, "HEADS": 4, "QUERIES": queries, "KEYS": _KEYS, "D": size,
+            "WIDEN": False, "PRECISION": "tf32",
+        },  # fmt: skip
+        num_warps=warps,
+        aligned=tuple(strides.split()),
+    )
+
+
+COMPILE_CASES = tuple(
+    _case(name, size, queries, warps, columns=columns)
+    for name, columns in (("log-sum-exps", False), ("column sums", True))
+    for size, queries, warps in ((64, 32, 8), (128, 32, 8), (256, 16, 4))
+)

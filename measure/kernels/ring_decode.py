@@ -28,6 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from costmodel.errors import NotApplicableError
+from measure.kernels._compile import CompileCase, typed
 from measure.kernels._softmax import (
     LOG2_E,
     attend_tile,
@@ -45,9 +46,38 @@ BLOCK = 32
 
 
 @triton.jit
+def cos_sin(angle):
+    """Cosine and sine of up to 1e7 radians, to 1e-6.
+
+    The polynomials and the three-part pi / 2 of Cephes' sinf and cosf; the library's functions keep
+    a slow path for huge angles on the stack.
+    """
+    quarter = tl.floor(angle * 0.6366197723675814 + 0.5)
+    # few bits at a time, so that the products are exact
+    many = tl.floor(quarter * (1.0 / 4096.0) + 0.5) * 4096.0
+    few = quarter - many
+    x = angle - many * 1.5703125 - few * 1.5703125
+    x = x - many * 4.837512969970703e-4 - few * 4.837512969970703e-4
+    x = x - quarter * 7.549789954891882e-8
+    square = x * x
+    sin = -1.9515295891e-4 * square + 8.3321608736e-3
+    sin = x + x * square * (sin * square - 1.6666654611e-1)
+    cos = 2.443315711809948e-5 * square - 1.388731625493765e-3
+    cos = 1.0 - 0.5 * square + square * square * (cos * square + 4.166664568298827e-2)
+    which = quarter.to(tl.int32) & 3
+    swap, minus_cos, minus_sin = (which & 1) == 1, (which == 1) | (which == 2), which >= 2
+    turned_cos, turned_sin = tl.where(swap, sin, cos), tl.where(swap, cos, sin)
+    return (
+        tl.where(minus_cos, -turned_cos, turned_cos),
+        tl.where(minus_sin, -turned_sin, turned_sin),
+    )
+
+
+@triton.jit
 def turn(first, second, angle):
     """Turn pairs (first, second) [rows, PAIRS] by ``angle`` [PAIRS]."""
-    cos, sin = tl.cos(angle)[None, :], tl.sin(angle)[None, :]
+    cos, sin = cos_sin(angle)
+    cos, sin = cos[None, :], sin[None, :]
     return first * cos - second * sin, second * cos + first * sin
 
 
@@ -290,3 +320,57 @@ def ring_decode(
         PADDED_SPLITS=triton.next_power_of_2(splits), num_warps=4,
     )  # fmt: skip
     return out
+
+
+_STRIDES = "key_batch key_head key_token value_batch value_head value_token"
+
+
+def _split_case(size: int, rest: int, *, turn_keys: bool, fixed: bool = False) -> CompileCase:
+    name = "keys as projected" if turn_keys else "keys turned before"
+    pairs = (size - rest) // 2
+    return CompileCase(
+        name=f"ring split, bf16, head {size}, {name}" + ", fixed" * fixed,
+        kernel=ring_split_kernel,
+        signature=typed(
+            {
+                "*bf16": "q keys values",
+                "*i64": "n_tokens",
+                "*fp32": "frequencies cos sin acc_ptr m_ptr l_ptr",
+                "fp32": "scale",
+                "i32": f"sinks window ring_start {_STRIDES}",
+            }
+        ),
+        constants={
+            "HEADS": 8, "GROUP": 4, "ROWS": 16, "PAIRS": pairs, "STEP": 1, "SECOND": pairs,
+            "REST": rest, "DV": size, "SPLITS": 8, "BLOCK": BLOCK, "TURN_KEYS": turn_keys,
+            "FIXED": fixed, "PRECISION": "tf32",
+        },  # fmt: skip
+        aligned=tuple(_STRIDES.split()),
+    )
+
+
+COMPILE_CASES = (
+    _split_case(64, 0, turn_keys=False),
+    _split_case(128, 0, turn_keys=False),
+    _split_case(128, 0, turn_keys=True),
+    _split_case(128, 64, turn_keys=True, fixed=True),
+    _split_case(256, 0, turn_keys=True),
+    CompileCase(
+        name="merge and replace",
+        kernel=merge_and_replace_kernel,
+        signature=typed(
+            {
+                "*bf16": "q k v keys values out",
+                "*i64": "n_tokens",
+                "*fp32": "acc_ptr m_ptr l_ptr",
+                "fp32": "scale",
+                "i32": f"sinks window ring_start {_STRIDES}",
+            }
+        ),
+        constants={
+            "HEADS": 8, "GROUP": 4, "ROWS": 16, "D": 128, "DV": 128, "SPLITS": 8,
+            "PADDED_SPLITS": 8,
+        },  # fmt: skip
+        aligned=tuple(_STRIDES.split()),
+    ),
+)

@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from measure.kernels._compile import CompileCase, typed
 from measure.kernels._softmax import (
     LOG2_E,
     attend_tile,
@@ -413,3 +414,87 @@ def _attend_reference(
     probabilities = (queries @ all_keys.transpose(-1, -2)).softmax(dim=-1)
     out = (probabilities @ all_values).reshape(*q.shape[:2], 1, -1)
     return out.to(q.dtype), probabilities.sum(dim=2)
+
+
+_STRIDES = "key_batch key_head key_token value_batch value_head value_token"
+
+
+def _split_case(size: int, group: int) -> CompileCase:
+    return CompileCase(
+        name=f"scoring split, bf16, head {size}, group {group}",
+        kernel=scoring_split_kernel,
+        signature=typed(
+            {
+                "*bf16": "q keys values",
+                "*fp16": "weights",
+                "*fp32": "tile_tops acc_ptr m_ptr l_ptr",
+                "*i32": "length",
+                "fp32": "scale",
+                "i32": f"capacity {_STRIDES}",
+            }
+        ),
+        constants={
+            "HEADS": 8, "GROUP": group, "ROWS": tile_rows(group), "D": size, "DV": size,
+            "SPLITS": 8, "BLOCK": tile_tokens(size), "PRECISION": "tf32",
+        },  # fmt: skip
+        aligned=tuple(_STRIDES.split()),
+    )
+
+
+def _merge_case(name: str, *, heavy: bool) -> CompileCase:
+    return CompileCase(
+        name=name,
+        kernel=merge_and_score_kernel,
+        signature=typed(
+            {
+                "*bf16": "q k v out",
+                "*fp16": "weights",
+                "*fp32": "tile_tops acc_ptr m_ptr l_ptr scores new_scores least_scores",
+                "*i32": "length positions least_slots",
+                "*i64": "n_tokens",
+                "fp32": "scale",
+                "i32": "recent capacity score_unit position_unit",
+            }
+        ),
+        constants={
+            "GROUP": 4, "ROWS": 16, "D": 128, "DV": 128, "SPLITS": 8, "PADDED_SPLITS": 8,
+            "BLOCK": 64, "CHUNKS": 13, "CHUNK_TILES": _CHUNK_TILES, "HEAVY": heavy,
+        },  # fmt: skip
+    )
+
+
+COMPILE_CASES = (
+    *(_split_case(size, group) for size, group in ((64, 8), (128, 1), (128, 4), (256, 8))),
+    _merge_case("merge and scores, H2O", heavy=True),
+    _merge_case("merge and scores, TOVA", heavy=False),
+    CompileCase(
+        name="eviction, H2O",
+        kernel=evict_lightest_kernel,
+        signature=typed(
+            {
+                "*bf16": "k v keys values",
+                "*fp32": "scores new_scores least_scores",
+                "*i32": "positions least_slots",
+                "*i64": "n_tokens",
+                "i32": f"score_unit position_unit {_STRIDES}",
+            }
+        ),
+        constants={"HEADS": 8, "D": 128, "DV": 128, "CHUNKS": 13, "PADDED_CHUNKS": 16},
+        num_warps=1,
+        aligned=tuple(_STRIDES.split()),
+    ),
+    CompileCase(
+        name="eviction, TOVA",
+        kernel=evict_least_kernel,
+        signature=typed(
+            {
+                "*bf16": "k v keys values",
+                "*fp32": "received new_scores",
+                "*i32": "length",
+                "i32": f"capacity {_STRIDES}",
+            }
+        ),
+        constants={"HEADS": 8, "D": 128, "DV": 128, "BLOCK": 512},
+        aligned=tuple(_STRIDES.split()),
+    ),
+)
