@@ -69,9 +69,7 @@ def merged_output(acc_ptr, m_ptr, unit, log_sum, new_weights, new_value, GROUP: 
     for split in range(SPLITS):
         at = (unit * GROUP + heads) * SPLITS + split
         top = tl.load(m_ptr + at, mask=live, other=float("-inf"))
-        part = tl.load(
-            acc_ptr + at[:, None] * DV + columns[None, :], mask=live[:, None], other=0.0
-        )
+        part = tl.load(acc_ptr + at[:, None] * DV + columns[None, :], mask=live[:, None], other=0.0)
         out += part * tl.exp2(top - log_sum)[:, None]
     return out
 
@@ -98,9 +96,7 @@ def merge_unit(
     log_sum = log_sums(m_ptr, l_ptr, unit, logits, GROUP, ROWS, SPLITS, PADDED_SPLITS)
     value = tl.load(v + unit * DV + columns).to(tl.float32)
     weights = tl.exp2(logits - log_sum)
-    merged = merged_output(
-        acc_ptr, m_ptr, unit, log_sum, weights, value, GROUP, ROWS, SPLITS, DV
-    )
+    merged = merged_output(acc_ptr, m_ptr, unit, log_sum, weights, value, GROUP, ROWS, SPLITS, DV)
     at = (unit * GROUP + heads[:, None]) * DV + columns[None, :]
     tl.store(out + at, merged.to(out.dtype.element_ty), mask=(heads < GROUP)[:, None])
     return weights

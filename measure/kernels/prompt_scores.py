@@ -195,8 +195,14 @@ def _case(name: str, size: int, queries: int, warps: int, *, columns: bool) -> C
             }
         ),
         constants={
-            "KV_HEADS": 8, "GROUP": 4, "HEADS": 4, "QUERIES": queries, "KEYS": _KEYS, "D": size,
-            "WIDEN": False, "PRECISION": "tf32",
+            "KV_HEADS": 8,
+            "GROUP": 4,
+            "HEADS": 4,
+            "QUERIES": queries,
+            "KEYS": _KEYS,
+            "D": size,
+            "WIDEN": False,
+            "PRECISION": "tf32",
         },  # fmt: skip
         num_warps=warps,
         aligned=tuple(strides.split()),

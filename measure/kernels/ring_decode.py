@@ -40,6 +40,7 @@ from measure.kernels._softmax import (
 )
 from measure.kernels._splits import Partials
 from measure.numerics import Rope
+from measure.parts import rotate
 
 #: Tokens of a tile.
 BLOCK = 32
@@ -158,7 +159,7 @@ def ring_split_kernel(
                     f1, f2, rest, keys, slot * key_token, seen, cos, sin, PAIRS, STEP, SECOND,
                     REST, TURN_KEYS, BLOCK, PRECISION,
                 )  # fmt: skip
-                logits = tl.where((t - slot < window)[None, :], logits, far)
+                logits = tl.where((t - slot <= window)[None, :], logits, far)
             value = tl.load(
                 values + slot[:, None] * value_token + value_columns[None, :],
                 mask=seen[:, None],
@@ -184,9 +185,7 @@ def ring_split_kernel(
             other=0.0,
         ).to(tl.float32)
         top, total, out, _ = attend_tile(top, total, out, logits, value, PRECISION)
-    store_split(
-        acc_ptr, m_ptr, l_ptr, unit, split, top, total, out, GROUP, ROWS, SPLITS, DV
-    )
+    store_split(acc_ptr, m_ptr, l_ptr, unit, split, top, total, out, GROUP, ROWS, SPLITS, DV)
 
 
 @triton.jit
@@ -322,6 +321,40 @@ def ring_decode(
     return out
 
 
+def ring_decode_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    sinks: int,
+    window: int,
+    rope: Rope,
+    positions: Literal["cache", "fixed"] = "cache",
+) -> Tensor:
+    """The last token of a text over its ring, every kept key turned to its distance, in fp64.
+
+    q [B, N, 1, D] of the last token and k, v [B, K, S, D] of all, as projected; S - 1 were seen.
+    """
+    t, size = k.shape[2] - 1, k.shape[3]
+    kept = [j for j in range(t) if j < sinks or j >= t - window] + [t]
+    distances = []
+    for j in kept:
+        if j >= t - window or t < window:  # the ring, and everything before it is full
+            distances.append(t - j)
+        elif positions == "fixed":
+            distances.append(sinks + window - j)
+        else:
+            distances.append(min(t, sinks + window) - j)
+    frequencies = rope.frequencies(int(size * rope.fraction), k.device).double()
+    table = torch.outer(torch.tensor(distances, device=k.device).double(), frequencies)
+    cos, sin = (torch.cat((x, y), -1) for x, y in ((table.cos(),) * 2, (-table.sin(), table.sin())))
+    queries = q.double().unflatten(1, (k.shape[1], -1)).expand(-1, -1, -1, len(kept), -1)
+    turned = rotate(queries.flatten(1, 2), (cos, sin), interleaved=rope.interleaved)
+    logits = (turned.unflatten(1, (k.shape[1], -1)) * k[:, :, None, kept].double()).sum(-1)
+    weights = (logits * size**-0.5).softmax(-1)
+    return (weights @ v[:, :, kept].double()).flatten(1, 2).unsqueeze(2).to(q.dtype)
+
+
 _STRIDES = "key_batch key_head key_token value_batch value_head value_token"
 
 
@@ -341,9 +374,19 @@ def _split_case(size: int, rest: int, *, turn_keys: bool, fixed: bool = False) -
             }
         ),
         constants={
-            "HEADS": 8, "GROUP": 4, "ROWS": 16, "PAIRS": pairs, "STEP": 1, "SECOND": pairs,
-            "REST": rest, "DV": size, "SPLITS": 8, "BLOCK": BLOCK, "TURN_KEYS": turn_keys,
-            "FIXED": fixed, "PRECISION": "tf32",
+            "HEADS": 8,
+            "GROUP": 4,
+            "ROWS": 16,
+            "PAIRS": pairs,
+            "STEP": 1,
+            "SECOND": pairs,
+            "REST": rest,
+            "DV": size,
+            "SPLITS": 8,
+            "BLOCK": BLOCK,
+            "TURN_KEYS": turn_keys,
+            "FIXED": fixed,
+            "PRECISION": "tf32",
         },  # fmt: skip
         aligned=tuple(_STRIDES.split()),
     )
@@ -368,7 +411,12 @@ COMPILE_CASES = (
             }
         ),
         constants={
-            "HEADS": 8, "GROUP": 4, "ROWS": 16, "D": 128, "DV": 128, "SPLITS": 8,
+            "HEADS": 8,
+            "GROUP": 4,
+            "ROWS": 16,
+            "D": 128,
+            "DV": 128,
+            "SPLITS": 8,
             "PADDED_SPLITS": 8,
         },  # fmt: skip
         aligned=tuple(_STRIDES.split()),

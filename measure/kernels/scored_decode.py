@@ -85,9 +85,7 @@ def scoring_split_kernel(
         )
         tile = rows * tl.cdiv(capacity, BLOCK) + start // BLOCK
         tl.store(tile_tops + tile, top, mask=live)
-    store_split(
-        acc_ptr, m_ptr, l_ptr, unit, split, top, total, out, GROUP, ROWS, SPLITS, DV
-    )
+    store_split(acc_ptr, m_ptr, l_ptr, unit, split, top, total, out, GROUP, ROWS, SPLITS, DV)
 
 
 @triton.jit
@@ -434,8 +432,14 @@ def _split_case(size: int, group: int) -> CompileCase:
             }
         ),
         constants={
-            "HEADS": 8, "GROUP": group, "ROWS": tile_rows(group), "D": size, "DV": size,
-            "SPLITS": 8, "BLOCK": tile_tokens(size), "PRECISION": "tf32",
+            "HEADS": 8,
+            "GROUP": group,
+            "ROWS": tile_rows(group),
+            "D": size,
+            "DV": size,
+            "SPLITS": 8,
+            "BLOCK": tile_tokens(size),
+            "PRECISION": "tf32",
         },  # fmt: skip
         aligned=tuple(_STRIDES.split()),
     )
@@ -457,8 +461,16 @@ def _merge_case(name: str, *, heavy: bool) -> CompileCase:
             }
         ),
         constants={
-            "GROUP": 4, "ROWS": 16, "D": 128, "DV": 128, "SPLITS": 8, "PADDED_SPLITS": 8,
-            "BLOCK": 64, "CHUNKS": 13, "CHUNK_TILES": _CHUNK_TILES, "HEAVY": heavy,
+            "GROUP": 4,
+            "ROWS": 16,
+            "D": 128,
+            "DV": 128,
+            "SPLITS": 8,
+            "PADDED_SPLITS": 8,
+            "BLOCK": 64,
+            "CHUNKS": 13,
+            "CHUNK_TILES": _CHUNK_TILES,
+            "HEAVY": heavy,
         },  # fmt: skip
     )
 
