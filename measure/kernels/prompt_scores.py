@@ -2,9 +2,9 @@
 
     received[j] = sum over queries i >= j, heads of the group: exp(q_i k_j / sqrt(D) - L_i)
 
-Two passes: the log-sum-exps L (or those a flash kernel left), then the columns, for which the logits
-are computed again. H2O takes all queries, SnapKV and PyramidKV the last w and pool over neighbours,
-TOVA the last one and sums over all heads.
+Two passes: the log-sum-exps L (or those a flash kernel left), then the columns, for which the
+logits are computed again. H2O takes all queries, SnapKV and PyramidKV the last w and pool over
+neighbours, TOVA the last one and sums over all heads.
 
 Per KV head, all queries: each pass multiplies G D S^2 (a causal half of 2 G D S^2), as much as QK^T
 of the attention itself, and exponentiates G S^2 / 2 logits. Bytes: K once per tile of queries and
@@ -172,7 +172,7 @@ def window_votes(q: Tensor, k: Tensor, kernel: int) -> Tensor:
 
 def received_scores_reference(q: Tensor, k: Tensor) -> Tensor:
     """The same from all scores at once."""
-    b, n_kv, n_keys, size = k.shape
+    _, n_kv, n_keys, size = k.shape
     n_queries = q.shape[2]
     queries = q.float().unflatten(1, (n_kv, -1)) * size**-0.5
     logits = queries @ k.float().unsqueeze(2).transpose(-1, -2)
@@ -203,7 +203,7 @@ def _case(name: str, size: int, queries: int, warps: int, *, columns: bool) -> C
             "D": size,
             "WIDEN": False,
             "PRECISION": "tf32",
-        },  # fmt: skip
+        },
         num_warps=warps,
         aligned=tuple(strides.split()),
     )

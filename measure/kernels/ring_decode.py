@@ -387,7 +387,7 @@ def _split_case(size: int, rest: int, *, turn_keys: bool, fixed: bool = False) -
             "TURN_KEYS": turn_keys,
             "FIXED": fixed,
             "PRECISION": "tf32",
-        },  # fmt: skip
+        },
         aligned=tuple(_STRIDES.split()),
     )
 
@@ -418,7 +418,7 @@ COMPILE_CASES = (
             "DV": 128,
             "SPLITS": 8,
             "PADDED_SPLITS": 8,
-        },  # fmt: skip
+        },
         aligned=tuple(_STRIDES.split()),
     ),
 )

@@ -440,7 +440,7 @@ def _split_case(size: int, group: int) -> CompileCase:
             "SPLITS": 8,
             "BLOCK": tile_tokens(size),
             "PRECISION": "tf32",
-        },  # fmt: skip
+        },
         aligned=tuple(_STRIDES.split()),
     )
 
@@ -471,7 +471,7 @@ def _merge_case(name: str, *, heavy: bool) -> CompileCase:
             "CHUNKS": 13,
             "CHUNK_TILES": _CHUNK_TILES,
             "HEAVY": heavy,
-        },  # fmt: skip
+        },
     )
 
 
