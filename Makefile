@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 OUT ?= out/demo
 
-.PHONY: demo test check format docs gallery bench wheel clean accuracy
+.PHONY: demo test check format docs gallery bench wheel clean accuracy planning
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -43,6 +43,9 @@ docs: $(VENV)/.test
 
 accuracy: $(VENV)/.test
 	$(BIN)/python scripts/accuracy.py $(if $(DATA),--data $(DATA))
+
+planning: $(VENV)/.test
+	$(BIN)/python scripts/plan_traces.py $(DATA)
 
 gallery: $(VENV)/.test
 	$(BIN)/python scripts/gallery.py

@@ -76,6 +76,7 @@ def _columns(plan: Plan) -> list[Column]:
         Column(title="USD/h", text=_number("usd_per_hour", ".2f")),
         Column(title="USD/Mtok", text=_number("usd_per_million_tokens", ".3g"), optional=2),
         Column(title="J/token", text=_number("energy_j_per_token", ".3g"), optional=4),
+        Column(title="fleet J/token", text=_number("fleet_energy_j_per_token", ".3g"), optional=7),
         *(
             Column(title=title_of(k), text=_seconds(k), optional=0 if k in asked else 6)
             for k in keys

@@ -13,7 +13,8 @@ KEYS = (
     "rank", "feasible", "reason", "model", "method", "method_spec", "level", "engine", "gpu",
     "tp", "pp", "ep", "cp", "replicas", "gpus", "pools", "usd_per_hour", "usd_per_hour_low",
     "usd_per_hour_high", "usd_per_million_tokens", "usd_per_million_input_tokens",
-    "usd_per_million_output_tokens", "energy_j_per_token", "ttft_p50_s", "ttft_p99_s",
+    "usd_per_million_output_tokens", "energy_j_per_token", "fleet_energy_j_per_token",
+    "ttft_p50_s", "ttft_p99_s",
     "tpot_p50_s", "tpot_p95_s", "itl_p95_s", "itl_p99_s", "e2e_p99_s", "intervals",
     "goodput_rps", "throughput_rps", "output_tokens_per_s", "kv_occupancy", "kv_peak",
     "largest_share", "n_preempted", "headroom", "max_rate_per_s", "breaks_first", "binds",
@@ -166,8 +167,9 @@ def money_fields(cost: Cost, trial: Trial) -> dict[str, Any]:
             "usd_per_million_input_tokens": prefill / tokens_in * 1e6,
             "usd_per_million_output_tokens": (usd_per_s - prefill) / tokens_out * 1e6,
         }
-    if cost.watts is not None:
-        fields["energy_j_per_token"] = cost.watts / tokens_out
+    if cost.watts is not None and cost.decode_watts is not None:
+        fields["energy_j_per_token"] = cost.decode_watts / tokens_out
+        fields["fleet_energy_j_per_token"] = cost.watts / tokens_out
     return fields
 
 

@@ -20,6 +20,10 @@ DEFINITIONS = (
     "ITL: every gap between consecutive tokens. E2E: arrival to last token.",
     "goodput: requests per second that meet every limit themselves.",
     "fragile (*): the 95 % interval of a percentile reaches beyond its limit.",
+    "USD per million tokens: the fleet's cost over prompt and answer tokens together; in and out "
+    "share it by the seconds in which prompts and answers keep the fleet busy.",
+    "J/token: joules of decode per generated token; of the fleet: all joules, prefill and idle "
+    "GPUs included, hosts and cooling not.",
     "KV use: mean share of the state pool; headroom: load that still holds, above the planned one.",
 )
 

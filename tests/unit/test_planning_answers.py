@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from planning_cases import candidate, outcome, solved, spec
 
+from costmodel.hardware import load_hardware
 from costmodel.methods.parse import parse_method
 from costmodel.planning.arrivals import Arrivals
 from costmodel.planning.bound import bound_of
@@ -16,11 +17,12 @@ from costmodel.planning.demand import Demand
 from costmodel.planning.evidence import given_up
 from costmodel.planning.load import Load
 from costmodel.planning.metrics import checks, goodput_rps, intervals, measured, percentiles
+from costmodel.planning.money import fleet_cost, fleet_watts
 from costmodel.planning.rows import KEYS
 from costmodel.planning.sensitivity import sensitivities
 from costmodel.planning.sentences import binding_sentences, deploy, realised_sentence, verdict
 from costmodel.planning.slo import Limit, Slo
-from costmodel.planning.spec import AccuracyFloor
+from costmodel.planning.spec import AccuracyFloor, Money
 from costmodel.planning.steps import StepTable
 from costmodel.registry import load_architecture
 
@@ -422,3 +424,39 @@ def test_what_binds_in_words() -> None:
     assert "No method here saves a replica: prefill binds" in same[0]
     fewer = binding_sentences([row("full", 12), row("kivi", 6)])
     assert "kivi: 6 replicas instead of 12" in fewer[0]
+
+
+# Money and energy ----------------------------------------------------------------------------
+
+
+def test_money_and_energy_by_hand() -> None:
+    """Two engines of two H100s for 100 s: 60 s of prefill and 80 s of decode between them."""
+    h100 = load_hardware("h100-sxm")  # 700 W
+    run = outcome([0.0], [1.0], [100.0], [[1.0, 1.0, 0.0, 1, 1]])
+    run = replace(run, replicas=2, span_s=100.0, prefill_s=60.0, decode_s=80.0, kv_occupancy=0.5)
+    watts, decode = fleet_watts(h100, run, 2) or (0.0, 0.0)
+    # Prefill at 0.9, decode at 0.43 + 0.43 x 0.5 = 0.645, 60 s idle at 0.11 of 700 W; two GPUs.
+    assert decode == pytest.approx(80 * 0.645 * 700 * 2 / 100)
+    assert watts == pytest.approx((60 * 0.9 + 80 * 0.645 + 60 * 0.11) * 700 * 2 / 100)
+    cost = fleet_cost(h100, run, 2, Money(file=None, power_usd_per_kwh=0.5, pue=1.2))
+    low, mid, high = h100.price_usd_per_hour or (0.0, 0.0, 0.0)
+    power = watts / 1000 * 1.2 * 0.5
+    assert cost.usd_per_hour == pytest.approx((4 * low + power, 4 * mid + power, 4 * high + power))
+
+
+def test_tokens_share_the_cost_of_the_fleet() -> None:
+    plan = solved(spec(candidates={"gpus": ["h100-sxm"], "methods": ["full"]}), details=False)
+    row = plan.feasible[0]
+    requests = spec().demand.requests()
+    tokens_in, tokens_out = requests.input_tokens.mean(), requests.output_tokens.mean()
+    both = (
+        row["usd_per_million_input_tokens"] * tokens_in
+        + row["usd_per_million_output_tokens"] * tokens_out
+    ) / (tokens_in + tokens_out)
+    assert row["usd_per_million_tokens"] == pytest.approx(both, rel=0.02)  # less its warm-up
+    rate = row["throughput_rps"] * (tokens_in + tokens_out)
+    assert row["usd_per_hour"] / 3600 / rate * 1e6 == pytest.approx(
+        row["usd_per_million_tokens"], rel=0.02
+    )
+    assert 0 < row["energy_j_per_token"] < row["fleet_energy_j_per_token"]
+    assert row["usd_per_hour_low"] <= row["usd_per_hour"] <= row["usd_per_hour_high"]
