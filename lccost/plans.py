@@ -41,6 +41,7 @@ def document(plan: Plan, version: str) -> dict[str, Any]:
     out["explanations"] = explanations(plan)
     out["sensitivities"] = plan.sensitivities
     out["curve"] = _rates(plan)
+    out["detailed_rank"] = plan.detailed
     out["nearest"] = None if plan.feasible else plan.nearest
     if plan.feasible:
         out["deploy"] = sentences.deploy(plan.feasible[0], spec, plan.workload)
@@ -129,7 +130,11 @@ def _print_sensitivities(plan: Plan, out: Any) -> None:
     flips = [s for s in plan.sensitivities if s["flips"]]
     steady = [s["scenario"] for s in plan.sensitivities if not s["flips"]]
     out.print()
-    out.print("Rank 1 changes with:" if flips else "Rank 1 holds under every scenario tried.")
+    rank = f"Rank {plan.detailed}"
+    if plan.detailed > 1:
+        rank += ", the first of one kind of server,"
+    stays = "stays first under every scenario tried."
+    out.print(f"{rank} changes with:" if flips else f"{rank} {stays}")
     for s in flips:
         if s["cheapest"] is None:
             out.print(f"  {s['scenario']}: nothing here holds")

@@ -210,21 +210,27 @@ def _commands(document: Document) -> tuple[str, ...]:
 def _illustrations(document: Document, held: Sequence[Row]) -> list[Illustration]:
     if not held:
         return []
-    best = held[0]
+    best = _detailed(document, held)
     load = partial(
         planning.plan_load, document["curve"], document["limits"], planning.row_name(best),
         _bound_rate(best),
     )  # fmt: skip
+    rank = best["rank"]
     return [
         Illustration(section="cost", chart="cost", title="Cost against accuracy",
                      make=partial(planning.plan_cost, held)),
         Illustration(section="cost", chart="speed", title="Speed of a user against use of a GPU",
                      make=partial(planning.plan_speed, held)),
-        Illustration(section="load", chart="load", title="Latency of rank 1 against rate",
+        Illustration(section="load", chart="load", title=f"Latency of rank {rank} against rate",
                      make=load),
         Illustration(section="memory", chart="", title="Where the memory goes",
                      make=partial(planning.plan_memory, held)),
     ]  # fmt: skip
+
+
+def _detailed(document: Document, held: Sequence[Row]) -> Row:
+    """The plan that the curve is about."""
+    return next((r for r in held if r["rank"] == document.get("detailed_rank")), held[0])
 
 
 def _bound_rate(row: Row) -> float | None:
@@ -281,7 +287,7 @@ def _scatter(
     x: tuple[str, str],
     y: tuple[str, str],
 ) -> Spec | None:
-    """One series a method and GPU, as the static picture has them."""
+    """One series a method: what else differs is said where a point is touched."""
     if not points:
         return None
     number = {id(r): n for n, r in enumerate(held)}
@@ -289,8 +295,8 @@ def _scatter(
     for a, b, row in points:
         lost = row["accuracy_drop_points"]
         accuracy = "accuracy unknown" if lost is None else f"{lost:.1f} points given up"
-        tip = f"{row['gpus']} x {row['gpu']}, rank {row['rank']}, {accuracy}"
-        name = f"{row['method_spec']} on {row['gpu']}"
+        tip = f"{row['gpus']} x {row['gpu']} {split_of(row)}, rank {row['rank']}, {accuracy}"
+        name = str(row["method_spec"])
         grouped.setdefault(name, []).append((a, b, number[id(row)], tip))
     return {
         "title": title,
@@ -318,13 +324,14 @@ def _load(document: Document, held: Sequence[Row]) -> Spec | None:
         if key in limits:
             line = [(x, limits[key], -1, "") for x in ends]
             series.append(chart_series(f"limit of {title}", "guide", line, colour=n))
-    bound = _bound_rate(held[0])
+    row = _detailed(document, held)
+    bound = _bound_rate(row)
     if bound is not None and bound <= 2 * ends[1]:
         values = [y for s in series for y in s["y"] if y]
         line = [(bound, min(values), -1, ""), (bound, max(values), -1, "")]
         series.append(chart_series("closed form: unstable beyond", "guide", line))
     return {
-        "title": "Latency of rank 1 against rate",
+        "title": f"Latency of rank {row['rank']} against rate",
         "x": {"label": "requests per second", "unit": "", "log": 0},
         "y": {"label": "latency (s)", "unit": "s", "log": 10},
         "series": series,

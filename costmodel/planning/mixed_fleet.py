@@ -89,7 +89,7 @@ def _verdict(
     # Lengths of answers may differ by method, so the load is put together by owner.
     first = next(iter(parts.values())).load
     columns = {}
-    for name in ("input_tokens", "output_tokens"):
+    for name in ("input_tokens", "output_tokens", "drain_s"):
         column = np.zeros(owner.size)
         for g, p in parts.items():
             column[owner == g] = getattr(p.load, name)

@@ -45,13 +45,17 @@ Report = Callable[[str, int], Progress]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """The answer. ``rows`` are ranked: what holds first, then what was beaten, then what is out."""
+    """The answer. ``rows`` are ranked: what holds first, then what was beaten, then what is out.
+    ``detailed``: the first rank that is no mix of servers, which the curve and the sensitivities
+    are about.
+    """
 
     spec: PlanSpec
     workload: dict[str, Any]
     rows: list[Row]
     sensitivities: list[dict[str, Any]] = field(default_factory=list)
     curve: list[dict[str, Any]] = field(default_factory=list)
+    detailed: int = 1
 
     @property
     def feasible(self) -> list[Row]:
@@ -127,9 +131,7 @@ def _with_details(
         return plan
     tasks: list[Task] = [(headroom_task, (by_row[id(r)], r["pools"])) for r in top]
     tasks += [(sensitivity_task, (by_row[id(r)], SCENARIOS)) for r in best]
-    drawn = best[0] is plan.feasible[0]
-    if drawn:
-        tasks.append((curve_task, (by_row[id(best[0])], best[0]["pools"], CURVE)))
+    tasks.append((curve_task, (by_row[id(best[0])], best[0]["pools"], CURVE)))
     results = executor.run(tasks, report("headroom and sensitivities", len(tasks)))
     for row, extra in zip(top, results, strict=False):
         row |= extra
@@ -142,7 +144,8 @@ def _with_details(
         workload=plan.workload,
         rows=plan.rows,
         sensitivities=changed,
-        curve=results[-1] if drawn else [],
+        curve=results[-1],
+        detailed=best[0]["rank"],
     )
 
 

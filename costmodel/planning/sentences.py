@@ -24,7 +24,8 @@ DEFINITIONS = (
     "share it by the seconds in which prompts and answers keep the fleet busy.",
     "J/token: joules of decode per generated token; of the fleet: all joules, prefill and idle "
     "GPUs included, hosts and cooling not.",
-    "KV use: mean share of the state pool; headroom: load that still holds, above the planned one.",
+    "KV use: mean share of the state pool; headroom: load that still holds, above the planned one, "
+    "searched for the first three plans of one kind of server.",
 )
 
 
@@ -35,7 +36,7 @@ def verdict(plan: Plan) -> str:
         usd = "" if best["usd_per_hour"] is None else f", {best['usd_per_hour']:.2f} USD/h"
         text = (
             f"{best['gpus']} x {best['gpu']} with {best['method_spec']} serve {best['model']}"
-            f"{usd}; it holds at {best['replicas']} and at {best['replicas'] + 1} replicas."
+            f"{usd}; it holds {_holds(best)}."
         )
         if best["fragile"]:
             text += (
@@ -53,6 +54,18 @@ def verdict(plan: Plan) -> str:
         f"No plan meets the objectives. Nearest: {what}{split} with {near['method_spec']} for "
         f"{near['model']}: {near['reason']}."
     )
+
+
+def _holds(row: Row) -> str:
+    if len(row["pools"]) == 1:
+        return f"at {row['replicas']} and at {row['replicas'] + 1} replicas"
+    parts = [f"{p['replicas']} x {p['gpu']}" + _role(p) for p in row["pools"]]
+    more = "of either pool" if row["pools"][0]["role"] == "prefill" else "of every kind"
+    return f"with {' and '.join(parts)}, and with one more {more}"
+
+
+def _role(pool: Row) -> str:
+    return f" for {pool['role']}" if pool["role"] in ("prefill", "decode") else ""
 
 
 def split_of(row: Row) -> str:
@@ -115,10 +128,11 @@ def gap_sentence(rows: Sequence[Row]) -> str | None:
     gaps = [r["bound_gap"] for r in rows if r["feasible"] and r["bound_gap"]]
     if not gaps:
         return None
-    best = next(r for r in rows if r["feasible"])
+    best = next(r for r in rows if r["feasible"] and r["bound_gap"])
     return (
-        f"Closed form said {best['bound_replicas']} replicas for rank 1, simulation needs "
-        f"{best['replicas']}; over all simulated plans {min(gaps):.2f} to {max(gaps):.2f} times."
+        f"Closed form said {best['bound_replicas']} replicas for rank {best['rank']}, simulation "
+        f"needs {best['replicas']}; over all simulated plans {min(gaps):.2f} to {max(gaps):.2f} "
+        "times."
     )
 
 

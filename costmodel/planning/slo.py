@@ -86,11 +86,15 @@ class Slo:
             out.append(
                 f"TTFT with queue <= {_seconds(self.ttft_base_s)} + "
                 f"{_seconds(self.ttft_s_per_1k_tokens)} per 1,000 prompt tokens for "
-                f"{self.attainment or DEFAULT_SHARE:.2%} of requests"
+                f"{_percent(self.attainment or DEFAULT_SHARE)} of requests"
             )
         if self.attainment is not None:
-            out.append(f"{self.attainment:.2%} of requests meet every limit")
+            out.append(f"{_percent(self.attainment)} of requests meet every limit")
         return out
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:g}%"
 
 
 def _seconds(value: float) -> str:

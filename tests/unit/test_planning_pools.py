@@ -51,7 +51,9 @@ def test_a_disaggregated_plan_end_to_end() -> None:
         assert row["transfer_p50_s"] > 0
 
 
-def brute_force(rates: np.ndarray, capacity: np.ndarray, usd: np.ndarray, max_gpus: int) -> float:
+def brute_force(
+    rates: np.ndarray, capacity: np.ndarray, usd: np.ndarray, gpus: np.ndarray, max_gpus: int
+) -> float:
     """Every combination of counts; whether shares exist is a linear program."""
     from itertools import product
 
@@ -62,7 +64,7 @@ def brute_force(rates: np.ndarray, capacity: np.ndarray, usd: np.ndarray, max_gp
     work = np.where(capacity > 0, rates / np.where(capacity > 0, capacity, 1), np.inf)
     for counts in product(range(max_gpus + 1), repeat=n_types):
         cost = float(np.dot(counts, usd))
-        if sum(counts) > max_gpus or cost >= best:
+        if np.dot(counts, gpus) > max_gpus or cost >= best:
             continue
         finite = np.where(np.isfinite(work), work, 0.0)
         rows = np.zeros((n_types, n_types * n_classes))
@@ -83,12 +85,15 @@ def test_the_integer_program_equals_brute_force(seed: int) -> None:
     capacity = rng.uniform(0.3, 2.0, (3, 3)) * (rng.random((3, 3)) > 0.2)
     capacity[0] = np.maximum(capacity[0], 0.4)
     usd = rng.uniform(1.0, 4.0, 3)
-    mix = cheapest_mix(rates, capacity, usd, np.ones(3), 12)
-    best = brute_force(rates, capacity, usd, 12)
+    gpus = rng.choice([1.0, 2.0, 4.0], 3)
+    usd *= gpus
+    mix = cheapest_mix(rates, capacity, usd, gpus, 12)
+    best = brute_force(rates, capacity, usd, gpus, 12)
     if mix is None:
         assert best == math.inf
     else:
         assert mix.usd_per_hour == pytest.approx(best)
+        assert np.dot(mix.counts, gpus) <= 12
         assert mix.shares.sum(axis=0) == pytest.approx(np.ones(3))
 
 
