@@ -317,7 +317,7 @@ def _load(document: Document, held: Sequence[Row]) -> Spec | None:
     limits = {x["key"]: x["limit_s"] for x in document["limits"]}
     ends = (curve[0]["rate_per_s"], curve[-1]["rate_per_s"])
     series: list[Spec] = []
-    for n, (key, title) in enumerate(planning.CURVES.items()):
+    for n, (key, title) in enumerate(planning.curve_titles(document["limits"]).items()):
         points = [(c["rate_per_s"], c.get(key), 0, "") for c in curve if c.get(key)]
         if points:
             series.append(chart_series(title, "line", points, colour=n))

@@ -84,6 +84,10 @@ class Parallel:
         room = pool + model.run.weights_bytes - self.weights_bytes(model)
         return room / self._stage_share(model) * self.cp
 
+    def gpu_bytes(self, pool: float, model: "Model") -> float:
+        """Of a pool as ``pool_bytes`` counts it, what one GPU holds."""
+        return pool * self._stage_share(model) / self.cp
+
     def weights_bytes(self, model: "Model") -> float:
         """Weights on the GPU that has most."""
         elsewhere = _expert_bytes(model) * (1.0 - 1.0 / self.ep)

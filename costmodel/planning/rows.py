@@ -100,7 +100,9 @@ def binding(screened: Screened) -> dict[str, float]:
         "kv_pool_s": bound.kv_s,
         "batch": bound.batch,
         "max_rate_per_replica_per_s": bound.rate_per_s,
-        "kv_pool_bytes": screened.parts.pool,
+        "kv_pool_bytes": screened.candidate.parallel.gpu_bytes(
+            screened.parts.pool, screened.parts.model
+        ),
         "weights_bytes": screened.candidate.parallel.weights_bytes(screened.parts.model),
         "usable_bytes": screened.parts.hardware.memory_bytes
         * screened.parts.model.options.memory_fraction,

@@ -79,12 +79,12 @@ def binding_sentences(rows: Sequence[Row]) -> list[str]:
     methods help.
     """
     out = []
-    splits: dict[tuple[str, str], tuple[str, str, int]] = {}
+    splits: dict[tuple[str, str], tuple[str, str, str]] = {}
     for r in rows:
         if r["binding"]:
-            splits.setdefault((r["model"], r["gpu"]), (r["model"], r["gpu"], r["tp"]))
+            splits.setdefault((r["model"], r["gpu"]), (r["model"], r["gpu"], split_of(r)))
     for key in splits.values():
-        group = [r for r in rows if (r["model"], r["gpu"], r["tp"]) == key and r["binding"]]
+        group = [r for r in rows if (r["model"], r["gpu"], split_of(r)) == key and r["binding"]]
         base = next((r for r in group if r["method"] == "full"), group[0])
         out.append(_binding(base, group, named=len({m for m, _ in splits}) > 1))
     return out
@@ -93,7 +93,7 @@ def binding_sentences(rows: Sequence[Row]) -> list[str]:
 def _binding(base: Row, group: Sequence[Row], *, named: bool) -> str:
     b = base["binding"]
     where = f"{base['gpu']} for {base['model']}" if named else base["gpu"]
-    where += f" tp={base['tp']}" if base["tp"] > 1 else ""
+    where += "" if split_of(base) == "tp1" else f" {split_of(base)}"
     prefill, decode, pool = b["prefill_s"], b["decode_s"], b["kv_pool_s"]
     text = (
         f"Binds on {where} with {base['method_spec']}: {base['binds']} ({prefill:.3g} s of prefill "

@@ -25,6 +25,8 @@ from costmodel.planning.search import Search, Trial
 from costmodel.planning.sensitivity import Scenario, needed_replicas
 from costmodel.planning.spec import PlanSpec
 
+#: What the curve of latency against rate always has.
+_CURVES = (("ttft", 50.0), ("ttft", 99.0), ("tpot", 95.0), ("itl", 95.0), ("e2e", 99.0))
 #: Screened candidates that a process keeps; with a million requests each holds about 100 MB.
 _KEPT_BYTES = 400e6
 
@@ -164,6 +166,8 @@ def curve_task(
 ) -> list[dict[str, Any]]:
     """Latency against rate, for the picture: whole simulations at fractions of the load."""
     search, replicas = _placed(candidate, pools)
+    asked = [(x.metric, x.percentile) for x in _plan()[0].slo.limits]
+    drawn = dict.fromkeys((*_CURVES, *asked))
     out = []
     for factor in factors:
         found = search.run(replicas, factor=factor, whole=True).found
@@ -171,10 +175,7 @@ def curve_task(
         out.append(
             {
                 "factor": factor,
-                **{
-                    f"{m}_p{p}_s": found.percentile(m, p)
-                    for m, p in (("ttft", 50), ("ttft", 99), ("tpot", 95), ("itl", 95), ("e2e", 99))
-                },
+                **{f"{m}_p{p:g}_s": found.percentile(m, p) for m, p in drawn},
             }
         )
     return out

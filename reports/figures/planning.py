@@ -35,6 +35,15 @@ CURVES = {
 _MOST_BARS = 12
 
 
+def curve_titles(limits: Sequence[Row]) -> dict[str, str]:
+    """What the curve shows: always the same, and every percentile that has a limit."""
+    more = {}
+    for x in limits:
+        queue = " (with queue)" if x["metric"] == "ttft" else ""
+        more[str(x["key"])] = f"{str(x['metric']).upper()} P{x['percentile']:g}{queue}"
+    return CURVES | more
+
+
 def row_name(row: Row) -> str:
     """A plan in a few words."""
     split = "".join(f" {k}{row[k]}" for k in ("tp", "pp", "ep", "cp") if (row.get(k) or 1) > 1)
@@ -149,7 +158,7 @@ def plan_load(
         styles = SeriesStyle()
         rates = [c["rate_per_s"] for c in curve]
         drawn: list[float] = []
-        for key, title in CURVES.items():
+        for key, title in curve_titles(limits).items():
             values = [float(c[key]) for c in curve if c.get(key) is not None]
             if len(values) < len(curve):
                 continue

@@ -424,6 +424,9 @@ def test_what_binds_in_words() -> None:
     assert "No method here saves a replica: prefill binds" in same[0]
     fewer = binding_sentences([row("full", 12), row("kivi", 6)])
     assert "kivi: 6 replicas instead of 12" in fewer[0]
+    # Replicas of another split are other replicas.
+    split = binding_sentences([row("full", 12), {**row("kivi", 3), "pp": 2}])
+    assert "instead of" not in split[0]
 
 
 # Money and energy ----------------------------------------------------------------------------

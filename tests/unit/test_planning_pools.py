@@ -10,6 +10,7 @@ from planning_cases import candidate, outcome, solved, spec
 from costmodel.planning.candidate import Parts, screen
 from costmodel.planning.disaggregated import Pair, PairSearch, screen_pair
 from costmodel.planning.mixed import cheapest_mix
+from costmodel.planning.rows import binding
 from costmodel.planning.search import backlog
 
 
@@ -154,6 +155,15 @@ def test_a_pipeline_holds_more_and_decodes_no_faster() -> None:
     assert two.steps.decode_s(8, moved) >= one.steps.decode_s(4, moved / 2)
     assert two.steps.decode_s(8, moved) < one.steps.decode_s(8, moved)
     assert two.bound.rate_per_s > 1.5 * one.bound.rate_per_s
+
+
+@pytest.mark.parametrize("split", [{}, {"pp": 2}, {"cp": 2}, {"tp": 2, "pp": 2}])
+def test_memory_of_one_gpu_is_all_there_is(split: dict[str, int]) -> None:
+    plan_spec = spec(workload={"requests": 200})
+    found = screen(candidate(**split), plan_spec, plan_spec.demand.requests())
+    of = binding(found)
+    assert of["weights_bytes"] + of["kv_pool_bytes"] <= of["usable_bytes"]
+    assert of["weights_bytes"] + of["kv_pool_bytes"] > 0.9 * of["usable_bytes"]
 
 
 def test_uneven_stages_wait_for_the_longest() -> None:
