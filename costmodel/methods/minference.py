@@ -63,6 +63,24 @@ class MInference(AbstractMethod):
     def __post_init__(self) -> None:
         check_at_least("minference", 1, kept_tokens=self.kept_tokens)
 
+    @property
+    def block_tokens(self) -> int:
+        """Tokens of a slash block; smaller where few tokens are kept."""
+        return min(int(_BLOCK), max(1, self.kept_tokens // 2))
+
+    @property
+    def kept_blocks(self) -> int:
+        """Slash blocks of a query where half of the kept tokens are in blocks."""
+        return max(1, self.kept_tokens // 2 // self.block_tokens)
+
+    def _unfused_pairs(self, prompt_tokens: Array) -> Array:
+        """Pairs of an engine without a sparse kernel: dense causal rows as long as they see no
+        more than what is kept (whole blocks of them), then the kept tokens for every row.
+        """
+        dense = float(self.kept_tokens // self.block_tokens * self.block_tokens)
+        pairs: Array = causal_pairs(dense) + (prompt_tokens - dense) * self.kept_tokens
+        return pairs
+
     def equals_full(
         self, prompt_tokens: Array, cached_tokens: Array, n_kv_layers: int | None = None
     ) -> Mask:
@@ -83,6 +101,8 @@ class MInference(AbstractMethod):
         pairs = causal_pairs(s, float(self.kept_tokens))
         reference = point.level == "reference"
         executed = causal_pairs(s, self.kept_tokens + _BLOCK) if reference else pairs
+        if point.engine.score_block_tokens and not reference:
+            executed = self._unfused_pairs(s)
         heads = point.batch * mixer.n_heads
         queries = np.minimum(_LAST_QUERIES, s)
         scores = heads * queries * s

@@ -26,7 +26,7 @@ def parse_methods(texts: Iterable[str]) -> list[MethodStack]:
     """All methods that repeated options name, in order.
 
     Raises ``UnknownNameError`` for a method or parameter that does not exist, ``ConfigError`` for a
-    value that does not fit, ``NotApplicableError`` for methods that do not compose.
+    value that does not fit. Methods that do not compose are told by ``MethodStack.refusal``.
     """
     return [stack for text in texts for stack in _parse(text)]
 

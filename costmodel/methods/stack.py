@@ -21,30 +21,36 @@ from costmodel.workload import Point
 
 @dataclass(frozen=True, slots=True)
 class MethodStack:
-    """1..n methods whose stages do not overlap; raises ``NotApplicableError`` otherwise."""
+    """1..n methods; those whose stages overlap are refused by every model (``refusal``)."""
 
     methods: tuple[AbstractMethod, ...]
 
     def __post_init__(self) -> None:
         if not self.methods:
             raise NotApplicableError("a stack needs at least one method; the plain one is full")
+        if self.conflict is None:
+            order = sorted(
+                self.methods, key=lambda m: min(map(STAGE_ORDER.index, m.STAGES), default=0)
+            )
+            object.__setattr__(self, "methods", tuple(order))
+
+    @property
+    def conflict(self) -> str | None:
+        """Why the methods do not compose, or None."""
         if len(self.methods) == 1:
-            return
+            return None
         for i, method in enumerate(self.methods):
             if not method.STAGES:
-                raise NotApplicableError(
-                    f"{method.NAME} changes nothing and composes with nothing; leave it out"
-                )
+                return f"{method.NAME} changes nothing and composes with nothing; leave it out"
             for other in self.methods[:i]:
                 shared = [s for s in STAGE_ORDER if s in method.STAGES & other.STAGES]
                 if shared:
-                    raise NotApplicableError(
+                    return (
                         f"{other.NAME} and {method.NAME} do not compose: both take the stage "
                         f"{', '.join(map(repr, shared))}. A composition needs different stages "
                         f"({', '.join(STAGE_ORDER)})"
                     )
-        order = sorted(self.methods, key=lambda m: min(STAGE_ORDER.index(s) for s in m.STAGES))
-        object.__setattr__(self, "methods", tuple(order))
+        return None
 
     # What results print ----------------------------------------------------------------------
 
@@ -82,6 +88,8 @@ class MethodStack:
 
     def refusal(self, architecture: Architecture) -> str | None:
         """Why it cannot run on this model, or None."""
+        if self.conflict is not None:
+            return self.conflict
         return next((r for m in self.methods if (r := m.refusal(architecture)) is not None), None)
 
     def equals_full(self, context_tokens: Array, architecture: Architecture | None = None) -> Mask:

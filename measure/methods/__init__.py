@@ -7,16 +7,20 @@ built from the same dataclass. There is no list to edit.
 import functools
 import importlib
 import pkgutil
+from typing import Any
 
 import torch
 
 from costmodel.errors import NotApplicableError
+from costmodel.methods.base import AbstractMethod
+from costmodel.methods.full import Full
 from costmodel.methods.stack import MethodStack
 from costmodel.mixers import AbstractMixer, Attention
 from measure.kernels import check_usable
-from measure.methods.base import AbstractLayerCache, Realisation
+from measure.methods.base import AbstractLayerCache, AbstractPromptAttention, Realisation
+from measure.methods.evicting import EvictingCache
 
-_NOT_METHODS = ("base", "buffers", "kept_tokens", "packing", "token_packed")
+_NOT_METHODS = ("base", "buffers", "evicting", "kept_tokens", "packing", "token_packed")
 
 
 @functools.cache
@@ -29,17 +33,29 @@ def runnable_names() -> tuple[str, ...]:
 
 @functools.cache
 def layer_cache_class(name: str) -> type[AbstractLayerCache]:
-    """Return the twin of a method; raises ``NotApplicableError`` where there is none."""
+    """Return the cache of a method; raises ``NotApplicableError`` where there is none."""
+    found: type[AbstractLayerCache] = _twin(name, AbstractLayerCache)
+    return found
+
+
+@functools.cache
+def prompt_attention_class(name: str) -> type[AbstractPromptAttention]:
+    """Return what attends the prompt for a method that changes nothing else."""
+    found: type[AbstractPromptAttention] = _twin(name, AbstractPromptAttention)
+    return found
+
+
+def _twin(name: str, base: Any) -> Any:
     if name not in runnable_names():
         raise NotApplicableError(
             f"{name} is priced but cannot be run here; runnable: {', '.join(runnable_names())}"
         )
     module = importlib.import_module(f"{__name__}.{name}")
     for value in vars(module).values():
-        is_twin = isinstance(value, type) and issubclass(value, AbstractLayerCache)
+        is_twin = isinstance(value, type) and issubclass(value, base)
         if is_twin and getattr(value, "NAME", None) == name:
             return value
-    raise AssertionError(f"measure/methods/{name}.py defines no twin named {name!r}")
+    raise AssertionError(f"measure/methods/{name}.py defines no {base.__name__} named {name!r}")
 
 
 def build_layer_cache(
@@ -53,7 +69,8 @@ def build_layer_cache(
     fused: bool = False,
     realisation: Realisation = "best",
 ) -> AbstractLayerCache:
-    """Return one layer's empty cache: the method's where it covers the mixer, else the plain one.
+    """Return one layer's empty cache: what the stack's methods make of it where they cover the
+    mixer, else the plain one. A method that only evicts hands what it keeps to the one that stores.
 
     ``reserve_tokens`` is the room made from the start; 0 keeps the storage exact at every step (it
     is reallocated as it grows), which is for checking bytes, not for timing. ``fused`` lets a twin
@@ -62,19 +79,31 @@ def build_layer_cache(
     """
     if fused:
         check_usable(device)
-    if len(stack.methods) != 1:
-        raise NotApplicableError(f"{stack.spec}: compositions cannot be run yet, only priced")
+    if stack.conflict is not None:
+        raise NotApplicableError(stack.conflict)
     assert isinstance(mixer, Attention)
-    method = stack.methods[0]
-    name = method.NAME if method.covers(mixer) else "full"
-    cache = layer_cache_class(name)(
-        method,
-        mixer,
-        batch=batch,
-        dtype=dtype,
-        device=device,
-        reserve_tokens=reserve_tokens,
-        realisation=realisation,
-    )
-    cache.fused = fused
+    covering = [m for m in stack.methods if m.covers(mixer)]
+    holds = next((m for m in covering if "store" in m.STAGES), None)
+    evicts = next((m for m in covering if {"evict"} == m.STAGES), None)
+    attends = next((m for m in covering if {"prefill"} == m.STAGES), None)
+
+    def built(method: AbstractMethod) -> AbstractLayerCache:
+        cache = layer_cache_class(method.NAME)(
+            method,
+            mixer,
+            batch=batch,
+            dtype=dtype,
+            device=device,
+            reserve_tokens=reserve_tokens,
+            realisation=realisation,
+        )
+        cache.fused = fused
+        return cache
+
+    cache = built(holds or Full()) if evicts is None else built(evicts)
+    if holds is not None and evicts is not None:
+        assert isinstance(cache, EvictingCache)
+        cache.hold_in(built(holds))
+    if attends is not None:
+        cache.prompt_attention = prompt_attention_class(attends.NAME)(attends)
     return cache

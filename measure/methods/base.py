@@ -24,6 +24,23 @@ from measure.parts import attend_prompt, rotate, shared_rope_table
 Realisation = Literal["reference", "best"]
 
 
+class AbstractPromptAttention(ABC):
+    """What a method that only changes attention over the prompt runs in its place."""
+
+    NAME: ClassVar[str]
+
+    def __init__(self, method: AbstractMethod) -> None:
+        self._configure(method)
+
+    @abstractmethod
+    def _configure(self, method: AbstractMethod) -> None:
+        """Read the method's parameters."""
+
+    @abstractmethod
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Q [B, N, S, H], k and v [B, K, S, H] -> [B, N, S, H], causal."""
+
+
 class AbstractLayerCache(ABC):
     """The cache of one layer, for all sequences of the batch.
 
@@ -44,6 +61,8 @@ class AbstractLayerCache(ABC):
     REALISATIONS: ClassVar[frozenset[Realisation]] = frozenset({"best"})
     #: whether it takes queries and keys as projected and turns them itself (``turned``)
     ROTATES: ClassVar[bool] = False
+    #: what attends the prompt in the place of exact attention
+    prompt_attention: AbstractPromptAttention | None = None
     #: place among the model's caches, and how many it has
     layer = 0
     n_kv_layers = 1
@@ -124,6 +143,8 @@ class AbstractLayerCache(ABC):
         if self.ROTATES:
             positions = torch.arange(q.shape[2], device=q.device)
             q, k = self.turned(q, positions), self.turned(k, positions)
+        if self.prompt_attention is not None:
+            return self.prompt_attention.attend(q, k, v)
         mixer = self.mixer
         return attend_prompt(q, k, v, window=mixer.window_tokens, chunk=mixer.chunk_tokens)
 

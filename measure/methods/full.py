@@ -46,15 +46,18 @@ class FullCache(AbstractLayerCache):
 
     def prefill(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend the prompt with what the layer's mask lets it see, and store it."""
-        out = attend_prompt(
-            q,
-            k,
-            v,
-            window=self.mixer.window_tokens,
-            chunk=self.mixer.chunk_tokens,
-            cap=self.softcap,
-            sinks=self.sinks,
-        )
+        if self.prompt_attention is not None:
+            out = self.prompt_attention.attend(q, k, v)
+        else:
+            out = attend_prompt(
+                q,
+                k,
+                v,
+                window=self.mixer.window_tokens,
+                chunk=self.mixer.chunk_tokens,
+                cap=self.softcap,
+                sinks=self.sinks,
+            )
         self.store(k, v)
         return out
 

@@ -75,7 +75,7 @@ class AttentionRunner(AbstractRunner):
         if self._query_factor is not None:
             q = q * self._query_factor
         if numerics.attention_softcap is not None or numerics.sinks:
-            if not isinstance(cache, FullCache):
+            if not isinstance(cache, FullCache) or cache.prompt_attention is not None:
                 raise NotApplicableError(
                     f"{cache.NAME}: soft caps and sinks are run with the plain cache only"
                 )

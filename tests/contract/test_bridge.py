@@ -80,13 +80,21 @@ METHODS = {
         "chunk_tokens=300",
     ],
     "kv_offload": ["kv_offload:resident_layers=1", "kv_offload:resident_layers=2"],
+    "minference": ["minference:kept_tokens=24", "minference:kept_tokens=200"],
     "quest": ["quest:page_tokens=8,keep_tokens=24", "quest:page_tokens=4,keep_tokens=4"],
     "snapkv": ["snapkv:keep_tokens=32,window_tokens=8"],
     "pyramidkv": ["pyramidkv:keep_tokens=32,window_tokens=8,beta=4"],
     "streaming_llm": ["streaming_llm:sink_tokens=4,window_tokens=28"],
     "tova": ["tova:keep_tokens=32"],
 }
+COMPOSED = [
+    "snapkv:keep_tokens=32,window_tokens=8+kivi:bits=2,group=16,residual_tokens=16",
+    "minference:kept_tokens=24+kivi:bits=4,residual_tokens=32",
+    "minference:kept_tokens=24+snapkv:keep_tokens=32,window_tokens=8+fp8_kv",
+    "snapkv:keep_tokens=32,window_tokens=8+kv_offload:resident_layers=1",
+]
 SPECS = [(name, spec) for name, specs in METHODS.items() for spec in specs]
+SPECS += [(parse_method(spec).name, spec) for spec in COMPOSED]
 #: Around groups (8, 16, 32), residuals (16, 32, 64) and the window (40), once and twice.
 CONTEXTS = (1, 15, 22, 31, 39, 62, 81, 127)
 STEPS = 3

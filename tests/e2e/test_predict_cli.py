@@ -81,6 +81,16 @@ def test_product_order_and_method_specs_paste_back() -> None:
         assert again[0]["method_spec"] == spec
 
 
+def test_methods_that_do_not_compose_are_a_row_in_a_list_and_an_error_alone() -> None:
+    table = rows(*BASE, "--method", "full,kivi+flexgen,h2o")
+    assert [r["applicable"] for r in table] == [True, False, True]
+    assert "do not compose" in table[1]["reason"]
+    assert (table[1]["method"], table[1]["ttft_s"]) == ("kivi+flexgen", None)
+    alone = run(*BASE, "--method", "kivi+flexgen")
+    assert alone.exit_code == 2
+    assert "do not compose" in alone.stderr
+
+
 def test_inapplicable_in_a_product_is_a_row_and_alone_is_an_error() -> None:
     table = rows(
         "predict",

@@ -176,7 +176,7 @@ def test_the_last_window_chooses(name, n, keep, layer):
         pooled = torch.nn.functional.pad(votes, (2, 2)).unfold(0, 5, 1).mean(-1)
         best = sorted(pooled[: n - window].topk(budget - window).indices.tolist())
         head.kept = best + list(range(n - window, n))
-        assert torch.equal(twin.keys.entries()[b, h], head.k[head.kept])
+        assert torch.equal(twin.inner.keys.entries()[b, h], head.k[head.kept])
     for t in range(n, n + 3):
         for head in slow.values():
             head.kept.append(t)

@@ -1,8 +1,9 @@
 """The text form of methods."""
 
 import pytest
+from method_points import attention, model
 
-from costmodel.errors import ConfigError, LccostError, NotApplicableError, UnknownNameError
+from costmodel.errors import ConfigError, LccostError, UnknownNameError
 from costmodel.methods import method_class, method_names
 from costmodel.methods.parse import parse_method, parse_methods
 
@@ -115,15 +116,27 @@ def test_specs(texts: list[str], specs: list[str]) -> None:
             ConfigError,
             "kivi has no preset; methods with presets: h2o, infllm, llmlingua2, streaming_llm",
         ),
-        ("kivi+flexgen", NotApplicableError, "both take the stage 'store'"),
-        ("minference+h2o", NotApplicableError, "both take the stage 'prefill'"),
-        ("full+kivi", NotApplicableError, "full changes nothing"),
     ],
 )
 def test_errors_say_what_to_do(text: str, error: type[LccostError], words: str) -> None:
     with pytest.raises(error) as caught:
         parse_methods([text])
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("kivi+flexgen", "both take the stage 'store'"),
+        ("minference+h2o", "both take the stage 'prefill'"),
+        ("full+kivi", "full changes nothing"),
+    ],
+)
+def test_what_does_not_compose_is_parsed_and_refused(text: str, words: str) -> None:
+    """In a list the others still count; the combination is a row with the reason."""
+    before, stack, after = parse_methods([f"full,{text},h2o"])
+    assert (before.spec, stack.spec, after.spec) == ("full", text, "h2o")
+    assert words in str(stack.refusal(model(attention())))
 
 
 def test_one_method_is_one_method() -> None:
