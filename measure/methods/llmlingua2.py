@@ -1,0 +1,207 @@
+"""LLMLingua-2 run for real: an XLM-RoBERTa token classifier shortens the prompt.
+
+Every token gets a probability to be kept, in chunks of 510 tokens between the two marks; the
+floor(rate S) most probable stay, in their order. (The published code averages over words and sets a
+threshold per chunk, so that it keeps about as many.) The encoder has the true sizes and random
+weights unless a folder with a checkpoint is given: which tokens stay does not change what anything
+costs. Tokens are taken as the encoder's own, modulo its vocabulary.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import ClassVar, final
+
+import torch
+from torch import Tensor
+from torch.nn.functional import (
+    embedding,
+    gelu,
+    layer_norm,
+    linear,
+    scaled_dot_product_attention,
+)
+
+from costmodel.errors import ConfigError
+from costmodel.methods.llmlingua2 import ENCODER, Encoder, LLMLingua2
+
+#: Tokens of a chunk besides its two marks; marks and padding of XLM-RoBERTa.
+_CHUNK, _START, _END, _PADDING = 510, 0, 2, 1
+#: Chunks that pass through the encoder together.
+_CHUNKS_PER_PASS = 50
+_EPS = 1e-5
+_SCALE = 0.02
+
+
+@final
+class LLMLingua2Compressor:
+    """The encoder, and the choice of tokens.
+
+    Parameters
+    ----------
+    dtype
+        16-bit type of the weights; fp32 runs keep them in bf16.
+    checkpoint
+        Folder with an ``XLMRobertaForTokenClassification`` in safetensors; None: random weights.
+    """
+
+    NAME: ClassVar[str] = "llmlingua2"
+
+    def __init__(
+        self,
+        method: LLMLingua2,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        seed: int = 0,
+        encoder: Encoder = ENCODER,
+        checkpoint: Path | None = None,
+    ) -> None:
+        self.method, self.encoder = method, encoder
+        self.dtype = torch.bfloat16 if dtype == torch.float32 else dtype
+        if checkpoint is None:
+            self.source = "XLM-RoBERTa-large, random weights"
+            self.weights = _random(encoder, self.dtype, device, seed)
+        else:
+            self.source = f"XLM-RoBERTa from {checkpoint.name}"
+            self.weights = _loaded(checkpoint, encoder, self.dtype, device)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the encoder's weights."""
+        return sum(x.untyped_storage().nbytes() for x in self.weights.values())
+
+    @torch.inference_mode()
+    def compress(self, tokens: Tensor) -> Tensor:
+        """Tokens [B, S] -> the S' = max(1, floor(rate S)) most probable of each [B, S']."""
+        n = int(self.method.prompt_tokens(float(tokens.shape[1])))
+        kept = self.probabilities(tokens).topk(n, dim=-1).indices.sort(dim=-1).values
+        return tokens.gather(1, kept)
+
+    def probabilities(self, tokens: Tensor) -> Tensor:
+        """P(keep) [B, S] in fp32 of tokens [B, S]."""
+        b, s = tokens.shape
+        whole = s // _CHUNK * _CHUNK
+        ids = tokens % self.encoder.vocab_size
+        parts = []
+        if whole:
+            chunks = ids[:, :whole].reshape(-1, _CHUNK)
+            logits = [self._encode(x) for x in chunks.split(_CHUNKS_PER_PASS)]
+            parts.append(torch.cat(logits).reshape(b, whole, 2))
+        if whole < s:
+            rest = [self._encode(x) for x in ids[:, whole:].split(_CHUNKS_PER_PASS)]
+            parts.append(torch.cat(rest))
+        return torch.cat(parts, dim=1).float().softmax(dim=-1)[..., 1]
+
+    def _encode(self, chunks: Tensor) -> Tensor:
+        """Logits [n, c, 2] of chunks [n, c], their marks left out."""
+        marks = (chunks.new_full((len(chunks), 1), x) for x in (_START, _END))
+        ids = torch.cat((next(marks), chunks, next(marks)), dim=1)
+        w, e = self.weights, self.encoder
+        # positions count from behind the padding's
+        positions = torch.arange(_PADDING + 1, _PADDING + 1 + ids.shape[1], device=ids.device)
+        x = embedding(ids, w["words"]) + w["positions"][positions] + w["types"][0]
+        x = _norm(x, w, "norm")
+        for i in range(e.n_layers):
+            qkv = linear(x, w[f"{i}.qkv"], w[f"{i}.qkv_bias"])
+            q, k, v = qkv.unflatten(-1, (3, e.n_heads, -1)).permute(2, 0, 3, 1, 4)
+            mixed = scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+            x = _norm(x + linear(mixed, w[f"{i}.out"], w[f"{i}.out_bias"]), w, f"{i}.norm")
+            hidden = gelu(linear(x, w[f"{i}.up"], w[f"{i}.up_bias"]))
+            x = _norm(x + linear(hidden, w[f"{i}.down"], w[f"{i}.down_bias"]), w, f"{i}.norm2")
+        return linear(x, w["head"], w["head_bias"])[:, 1:-1]
+
+
+def _norm(x: Tensor, w: dict[str, Tensor], name: str) -> Tensor:
+    return layer_norm(x, x.shape[-1:], w[name], w[f"{name}_bias"], _EPS)
+
+
+def _shapes(e: Encoder) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """All tensors; a bias follows each matrix and norm of a layer."""
+    d, f = e.d_model, e.d_ff
+    yield "words", (e.vocab_size, d)
+    yield "positions", (e.n_positions, d)
+    yield "types", (1, d)
+    named: list[tuple[str, tuple[int, ...]]] = [("norm", (d,))]
+    for i in range(e.n_layers):
+        named += [
+            (f"{i}.qkv", (3 * d, d)),
+            (f"{i}.out", (d, d)),
+            (f"{i}.norm", (d,)),
+            (f"{i}.up", (f, d)),
+            (f"{i}.down", (d, f)),
+            (f"{i}.norm2", (d,)),
+        ]
+    named.append(("head", (2, d)))
+    for name, shape in named:
+        yield name, shape
+        yield f"{name}_bias", shape[:1]
+
+
+def _random(
+    encoder: Encoder, dtype: torch.dtype, device: torch.device, seed: int
+) -> dict[str, Tensor]:
+    generator = torch.Generator(device=device).manual_seed(seed)
+    weights = {}
+    for name, shape in _shapes(encoder):
+        tensor = torch.empty(shape, dtype=dtype, device=device)
+        if name.endswith("_bias"):
+            weights[name] = tensor.zero_()
+        elif len(shape) == 1:
+            weights[name] = tensor.fill_(1.0)
+        else:
+            weights[name] = tensor.normal_(0.0, _SCALE, generator=generator)
+    return weights
+
+
+#: Our names -> those of transformers' XLMRobertaForTokenClassification (several are stacked).
+_NAMES = {
+    "words": ("roberta.embeddings.word_embeddings",),
+    "positions": ("roberta.embeddings.position_embeddings",),
+    "types": ("roberta.embeddings.token_type_embeddings",),
+    "norm": ("roberta.embeddings.LayerNorm",),
+    "head": ("classifier",),
+}
+_LAYER_NAMES = {
+    "qkv": ("attention.self.query", "attention.self.key", "attention.self.value"),
+    "out": ("attention.output.dense",),
+    "norm": ("attention.output.LayerNorm",),
+    "up": ("intermediate.dense",),
+    "down": ("output.dense",),
+    "norm2": ("output.LayerNorm",),
+}
+
+
+def _theirs(name: str) -> list[str]:
+    """Names in a checkpoint of one of our tensors."""
+    suffix = "bias" if name.endswith("_bias") else "weight"
+    name = name.removesuffix("_bias")
+    if name in _NAMES:
+        return [f"{x}.{suffix}" for x in _NAMES[name]]
+    layer, _, part = name.partition(".")
+    return [f"roberta.encoder.layer.{layer}.{x}.{suffix}" for x in _LAYER_NAMES[part]]
+
+
+def _loaded(
+    folder: Path, encoder: Encoder, dtype: torch.dtype, device: torch.device
+) -> dict[str, Tensor]:
+    """Weights from ``model.safetensors`` of ``folder``; never pickle."""
+    path = folder / "model.safetensors"
+    if not path.is_file():
+        raise ConfigError(f"llmlingua2: expected an encoder's model.safetensors in {folder}")
+    from safetensors import safe_open
+
+    weights = {}
+    with safe_open(path, framework="pt", device=str(device)) as file:
+        present = set(file.keys())
+        for name, shape in _shapes(encoder):
+            theirs = _theirs(name)
+            missing = [x for x in theirs if x not in present]
+            if missing:
+                raise ConfigError(f"llmlingua2: {path} has no tensor {missing[0]}")
+            tensor = torch.cat([file.get_tensor(x) for x in theirs]).to(dtype)
+            if tuple(tensor.shape) != shape:
+                raise ConfigError(
+                    f"llmlingua2: {path} has {name} of {tuple(tensor.shape)}, expected {shape}"
+                )
+            weights[name] = tensor
+    return weights
