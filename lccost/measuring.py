@@ -43,6 +43,7 @@ class Request:
     seed: int
     tp: int = 1
     weights: str | None = None
+    weight_dtype: str = "checkpoint"
 
     @property
     def form(self) -> str:
@@ -132,6 +133,7 @@ def _point(
         gpu=gpu,
         model_source=source,
         weights=request.weights,
+        weight_dtype=request.weight_dtype,
     )
 
 
@@ -153,7 +155,7 @@ def _fields(
             engine=request.engine,
             tp=request.tp,
             dtype=request.dtype or default_dtype(architecture),
-            weight_dtype="checkpoint",
+            weight_dtype=request.weight_dtype,
             batch=batch,
             context_tokens=context,
             output_tokens=request.output_tokens,

@@ -10,8 +10,8 @@ one new token per step in place; recurrent mixers keep a fixed state. Weights ar
 given: dimensions decide cost, values do not. Prefill takes the whole prompt at once.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from measure.mixers.base import AbstractRunner, LayerState, Shape
 from measure.mlps import MLPRunner
 from measure.numerics import Numerics, Rope, numerics_of
 from measure.parts import Rotary, Tensors, rms, rope_table, softcap
+from measure.weight_formats import PackedMatrix, packed
 
 __all__ = [
     "TORCH_DTYPES",
@@ -52,9 +53,10 @@ class LayerWeights:
     mlp: Tensors
 
     def tensors(self) -> Iterator[Tensor]:
-        """All of them."""
+        """All of them, the parts of packed matrices too."""
         for part in (self.norms, self.mixer, self.mlp):
-            yield from part.values()
+            for value in part.values():
+                yield from value.tensors() if isinstance(value, PackedMatrix) else (value,)
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -181,6 +183,34 @@ def random_tensor(shape: Shape, dtype: torch.dtype, generator: torch.Generator) 
             return tensor.uniform_(1.0, 16.0, generator=generator).log_()
         case "step":  # softplus gives step sizes around 0.01
             return tensor.uniform_(-6.0, -3.0, generator=generator)
+
+
+def pack_weights(
+    architecture: Architecture,
+    weights: Weights,
+    weight_dtype: str,
+    *,
+    numerics: Numerics | None = None,
+) -> Weights:
+    """The same weights with the matrices of mixers and MLPs in ``weight_dtype``."""
+    numerics = numerics or numerics_of(architecture.family)
+    d = architecture.d_model
+
+    def part(tensors: Tensors, shapes: Mapping[str, Shape]) -> Tensors:
+        return {
+            name: packed(tensor, weight_dtype) if shapes[name].packable else tensor
+            for name, tensor in tensors.items()
+        }
+
+    layers = [
+        replace(
+            layer,
+            mixer=part(layer.mixer, {} if block.mixer is None else block.mixer.shapes(d)),
+            mlp=part(layer.mlp, {} if block.mlp is None else block.mlp.shapes(d)),
+        )
+        for block, layer in zip(blocks_of(architecture, numerics), weights.layers, strict=True)
+    ]
+    return replace(weights, layers=tuple(layers))
 
 
 class Decoder:

@@ -6,13 +6,14 @@ per token, and a step reads only the experts it visits.
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, sigmoid
+from torch.nn.functional import sigmoid
 
 from costmodel.errors import NotApplicableError
 from costmodel.mlps import MLP, DenseMLP, MoE
 from measure.mixers.base import Shape, Shapes
 from measure.numerics import Numerics, Routing
 from measure.parts import ACTIVATIONS, Tensors
+from measure.weight_formats import linear
 
 #: GPT-OSS: clamp of gate and up, and the factor inside its sigmoid.
 _CLAMP, _ALPHA = 7.0, 1.702
@@ -34,13 +35,15 @@ class MLPRunner:
         for matrix in self.mlp.linears(d_model):
             own = matrix.name.startswith(("router", "shared"))
             name = matrix.name if own else prefix + matrix.name
-            shapes[name] = Shape((matrix.n_out, matrix.n_in))
+            shapes[name] = Shape.of(matrix)
             if matrix.bias:
                 shapes[f"{name}_bias"] = Shape((matrix.n_out,), "zeros")
         if isinstance(self.mlp, MoE):
             for matrix in self.mlp.expert_linears(d_model):
                 n = matrix.copies
-                shapes[matrix.name] = Shape((n, matrix.n_out, matrix.n_in))
+                shapes[matrix.name] = Shape(
+                    (n, matrix.n_out, matrix.n_in), packable=matrix.quantisable
+                )
                 if matrix.bias:
                     shapes[f"{matrix.name}_bias"] = Shape((n, matrix.n_out), "zeros")
         return shapes

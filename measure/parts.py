@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from measure.numerics import Rope
 
-Tensors = Mapping[str, Tensor]
+#: Tensors by name; matrices may be packed (``measure.weight_formats``).
+Tensors = Mapping[str, Any]
 #: Cosines and signed sines [positions, rotary elements].
 Rotary = tuple[Tensor, Tensor]
 #: Queries whose scores are alive at once where no fused kernel knows their mask. The cost model

@@ -12,6 +12,8 @@ from costmodel.methods.stack import MethodStack
 from costmodel.results import key_fields
 from measure.devices.names import cuda_index, is_device_name
 
+#: Formats of weights that can be run, besides the plain ones.
+PACKED_WEIGHT_DTYPES = ("int8", "int4")
 ENGINES = ("torch", "lccost", "transformers")
 Realisation = Literal["reference", "best"]
 #: The level a realisation is compared with.
@@ -37,6 +39,7 @@ class MeasurePoint:
     gpu              name or path of the hardware profile that predicts this point
     model_source     what ``costmodel.registry.load_config`` finds the config under
     weights          folder of a local checkpoint (safetensors); None: random weights
+    weight_dtype     "checkpoint" (or ``dtype``): plain; "int8" or "int4": matrices packed so
     """
 
     architecture: Architecture
@@ -45,6 +48,7 @@ class MeasurePoint:
     batch: int = 1
     output_tokens: int = 32
     dtype: str = "bf16"
+    weight_dtype: str = "checkpoint"
     layers: int | None = None
     device: str = "cpu"
     engine: str = "torch"
@@ -62,6 +66,15 @@ class MeasurePoint:
                 raise ConfigError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if self.dtype not in ("fp32", "bf16", "fp16"):
             raise ConfigError(f"dtype: expected fp32, bf16 or fp16, got {self.dtype!r}")
+        if self.weight_dtype not in ("checkpoint", self.dtype, *PACKED_WEIGHT_DTYPES):
+            raise NotApplicableError(
+                f"weight dtype: can be run as checkpoint, {self.dtype}, "
+                f"{' or '.join(PACKED_WEIGHT_DTYPES)}, got {self.weight_dtype!r}"
+            )
+        if self.packs_weights and (self.tp > 1 or self.engine == "transformers"):
+            raise NotApplicableError(
+                f"weight dtype: {self.weight_dtype} is run with tp 1 on --engine torch or lccost"
+            )
         total = self.architecture.n_layers
         if self.layers is not None and not 1 <= self.layers <= total:
             raise ConfigError(
@@ -88,6 +101,16 @@ class MeasurePoint:
             )
 
     @property
+    def packs_weights(self) -> bool:
+        """Whether matrices are held in fewer bits than the compute type."""
+        return self.weight_dtype in PACKED_WEIGHT_DTYPES
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens that reach the model; fewer than the context where the prompt is compressed."""
+        return int(self.stack.prompt_tokens(float(self.context_tokens)))
+
+    @property
     def executed(self) -> Architecture:
         """The layers that are run; embedding, final norm and head stay whole."""
         if self.layers is None:
@@ -106,7 +129,7 @@ class MeasurePoint:
                 engine=self.engine,
                 tp=self.tp,
                 dtype=self.dtype,
-                weight_dtype="checkpoint",
+                weight_dtype=self.weight_dtype,
                 batch=self.batch,
                 context_tokens=self.context_tokens,
                 output_tokens=self.output_tokens,

@@ -18,7 +18,8 @@ from costmodel.architecture import Architecture
 from costmodel.errors import MeasurementError
 from costmodel.registry import load_config
 from measure.checkpoints import weights_from_state
-from measure.engine import TORCH_DTYPES, Decoder, Weights, random_weights
+from measure.engine import TORCH_DTYPES, Decoder, Weights, pack_weights, random_weights
+from measure.methods import prompt_compressor
 from measure.methods.base import AbstractLayerCache
 from measure.mixers import build_cache
 from measure.mixers.base import LayerState
@@ -95,7 +96,13 @@ def numerics_of_point(point: MeasurePoint) -> Numerics:
 def weights_of(point: MeasurePoint, device: torch.device) -> Weights:
     """Weights of a point; the last ones are kept, for the next point of the same model."""
     return _weights(
-        point.executed, numerics_of_point(point), point.dtype, device, point.seed, point.weights
+        point.executed,
+        numerics_of_point(point),
+        point.dtype,
+        point.weight_dtype if point.packs_weights else None,
+        device,
+        point.seed,
+        point.weights,
     )
 
 
@@ -104,16 +111,19 @@ def _weights(
     model: Architecture,
     numerics: Numerics,
     dtype: str,
+    packed: str | None,
     device: torch.device,
     seed: int,
     folder: str | None,
 ) -> Weights:
     if folder is None:
-        return random_weights(model, TORCH_DTYPES[dtype], device, seed, numerics=numerics)
-    from measure.checkpoint_files import load_state
+        weights = random_weights(model, TORCH_DTYPES[dtype], device, seed, numerics=numerics)
+    else:
+        from measure.checkpoint_files import load_state
 
-    state = load_state(folder, TORCH_DTYPES[dtype], device, model.n_layers)
-    return weights_from_state(model, state)
+        state = load_state(folder, TORCH_DTYPES[dtype], device, model.n_layers)
+        weights = weights_from_state(model, state)
+    return weights if packed is None else pack_weights(model, weights, packed, numerics=numerics)
 
 
 class TorchSession:
@@ -137,6 +147,9 @@ class TorchSession:
             device=device,
         )
         self.token = self.prompt[:, -1:]
+        self.compressor = prompt_compressor(
+            point.stack, dtype=self.dtype, device=device, seed=point.seed
+        )
 
     def _model(self) -> Architecture:
         """What this process holds of the model."""
@@ -150,14 +163,14 @@ class TorchSession:
 
     @property
     def weights_bytes(self) -> int:
-        """Bytes of all weights."""
-        return self.weights.nbytes
+        """Bytes of all weights, those of a prompt compressor too."""
+        return self.weights.nbytes + (0 if self.compressor is None else self.compressor.nbytes)
 
     def state_bytes(self) -> tuple[int, int]:
         """One layer is alive at a time."""
         total = on_host = 0
         for cache in self._new_caches(reserve_tokens=0):
-            cache.fill(self.point.context_tokens, self.point.seed)
+            cache.fill(self.point.prompt_tokens, self.point.seed)
             if cache.storage_bytes != cache.held_bytes:
                 raise MeasurementError(
                     f"{self.point.stack.spec}: expected no spare room in an exact cache, got "
@@ -170,7 +183,7 @@ class TorchSession:
 
     def prepare(self) -> None:
         """Room for the prompt and the output."""
-        self.caches = self._new_caches(self.point.context_tokens + self.point.output_tokens)
+        self.caches = self._new_caches(self.point.prompt_tokens + self.point.output_tokens)
 
     @property
     def allocated_bytes(self) -> int:
@@ -183,13 +196,14 @@ class TorchSession:
             cache.clear()
 
     def prefill(self) -> None:
-        """The whole prompt at once."""
-        self.logits = self.decoder.prefill(self.prompt, self.caches)
+        """The whole prompt at once, compressed before where a method does so."""
+        prompt = self.prompt if self.compressor is None else self.compressor.compress(self.prompt)
+        self.logits = self.decoder.prefill(prompt, self.caches)
 
     def fill(self) -> None:
         """Random keys and values, layer by layer."""
         for cache in self.caches:
-            cache.fill(self.point.context_tokens, self.point.seed)
+            cache.fill(self.point.prompt_tokens, self.point.seed)
 
     def mark(self) -> None:
         """Snapshots of all caches."""
@@ -205,8 +219,8 @@ class TorchSession:
             cache.restore(snapshot)
 
     def details(self) -> dict[str, Any]:
-        """Nothing more."""
-        return {}
+        """What compressed the prompt, if anything did."""
+        return {} if self.compressor is None else {"prompt_encoder": self.compressor.source}
 
     def _new_caches(self, reserve_tokens: int) -> list[LayerState]:
         point = self.point

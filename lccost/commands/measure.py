@@ -126,6 +126,13 @@ Examples:
     help="Local checkpoint (safetensors) instead of random weights.",
 )
 @click.option(
+    "--weight-dtype",
+    type=click.Choice(("checkpoint", "bf16", "fp16", "int8", "int4")),
+    default="checkpoint",
+    show_default=True,
+    help="How matrices are held: int8 per channel, int4 in groups of 128.",
+)
+@click.option(
     "--energy",
     type=click.FloatRange(0),
     default=5.0,
@@ -182,6 +189,7 @@ def measure(
     timeout: float,
     tp: int,
     weights: Path | None,
+    weight_dtype: str,
     energy: float,
     seconds: float,
     max_prefill: float | None,
@@ -228,6 +236,7 @@ def measure(
             seed=seed,
             tp=tp,
             weights=None if weights is None else str(weights),
+            weight_dtype=weight_dtype,
         ),
         output=output,
         resume=resume,

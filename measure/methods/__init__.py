@@ -7,18 +7,22 @@ built from the same dataclass. There is no list to edit.
 import functools
 import importlib
 import pkgutil
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from costmodel.errors import NotApplicableError
 from costmodel.methods.base import AbstractMethod
 from costmodel.methods.full import Full
+from costmodel.methods.llmlingua2 import LLMLingua2
 from costmodel.methods.stack import MethodStack
 from costmodel.mixers import AbstractMixer, Attention
 from measure.kernels import check_usable
 from measure.methods.base import AbstractLayerCache, AbstractPromptAttention, Realisation
 from measure.methods.evicting import EvictingCache
+
+if TYPE_CHECKING:
+    from measure.methods.llmlingua2 import LLMLingua2Compressor
 
 _NOT_METHODS = ("base", "buffers", "evicting", "kept_tokens", "packing", "token_packed")
 
@@ -56,6 +60,18 @@ def _twin(name: str, base: Any) -> Any:
         if is_twin and getattr(value, "NAME", None) == name:
             return value
     raise AssertionError(f"measure/methods/{name}.py defines no {base.__name__} named {name!r}")
+
+
+def prompt_compressor(
+    stack: MethodStack, *, dtype: torch.dtype, device: torch.device, seed: int = 0
+) -> "LLMLingua2Compressor | None":
+    """Return what shortens the prompt before the model sees it, if a method of the stack does."""
+    for method in stack.methods:
+        if isinstance(method, LLMLingua2) and method.kept_rate < 1:
+            from measure.methods.llmlingua2 import LLMLingua2Compressor
+
+            return LLMLingua2Compressor(method, dtype=dtype, device=device, seed=seed)
+    return None
 
 
 def build_layer_cache(

@@ -48,6 +48,16 @@ def dequantise(words: Tensor, scale: Tensor, zero: Tensor, bits: int, group: int
     return codes.mul_(scale.unsqueeze(-1)).add_(zero.unsqueeze(-1)).flatten(-2)
 
 
+def pack_nibbles(codes: Tensor) -> Tensor:
+    """Codes of 4 bits [..., n], a byte each, as bytes [..., ceil(n / 2)]."""
+    return _pack(pad(codes, (0, codes.shape[-1] % 2)), 4)
+
+
+def unpack_nibbles(data: Tensor, dtype: torch.dtype) -> Tensor:
+    """Invert ``pack_nibbles``, in ``dtype``; an odd count comes back one longer."""
+    return _unpack_bytes(data, 4, dtype)
+
+
 def pack_words(codes: Tensor, bits: int) -> Tensor:
     """Codes [..., n], a byte each, as int32 words [..., ceil(n bits / 32)].
 

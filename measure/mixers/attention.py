@@ -4,7 +4,6 @@ The cache attends (``measure.methods``); the plain one knows windows, chunks, si
 """
 
 from torch import Tensor
-from torch.nn.functional import linear
 
 from costmodel.errors import NotApplicableError
 from costmodel.mixers import Attention
@@ -13,6 +12,7 @@ from measure.methods.full import FullCache
 from measure.mixers.base import AbstractRunner, Shape, Shapes
 from measure.numerics import Numerics
 from measure.parts import Rotary, Tensors, rms, rotate
+from measure.weight_formats import linear
 
 
 class AttentionRunner(AbstractRunner):
@@ -38,8 +38,8 @@ class AttentionRunner(AbstractRunner):
         mixer = self.mixer
         qkv, o = mixer.linears(d_model)
         shapes: Shapes = {
-            "qkv": Shape((qkv.n_out, qkv.n_in)),
-            "o": Shape((o.n_out, o.n_in)),
+            "qkv": Shape.of(qkv),
+            "o": Shape.of(o),
         }
         for name, matrix in (("qkv", qkv), ("o", o)):
             if matrix.bias:

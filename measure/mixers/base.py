@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv1d
 
+from costmodel.mixers import Linear
 from measure.numerics import Numerics, Rope
 from measure.parts import Rotary, Tensors
 
@@ -26,10 +27,16 @@ Init = Literal["matrix", "ones", "zeros", "log_decay", "step"]
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Shape of a tensor and how its random values are drawn."""
+    """Shape of a tensor, how its random values are drawn, and whether weight formats pack it."""
 
     sizes: tuple[int, ...]
     init: Init = "matrix"
+    packable: bool = False
+
+    @classmethod
+    def of(cls, matrix: Linear) -> "Shape":
+        """One copy of a matrix."""
+        return cls((matrix.n_out, matrix.n_in), packable=matrix.quantisable)
 
 
 Shapes = dict[str, Shape]

@@ -8,12 +8,13 @@ whose decays are at most one. A step is three matmuls with the state.
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, pad, silu, softplus
+from torch.nn.functional import pad, silu, softplus
 
 from costmodel.mixers.delta import CHUNK_TOKENS, DeltaRule
 from measure.mixers.base import FixedState, RecurrentRunner, Shape, Shapes
 from measure.numerics import Numerics
 from measure.parts import Rotary, Tensors, rms
+from measure.weight_formats import linear
 
 #: KDA's elementwise scores grow with the chunk squared times the key size.
 _KDA_CHUNK_TOKENS = 16
@@ -32,7 +33,7 @@ class DeltaRunner(RecurrentRunner):
         m = self.mixer
         n_bias = m.n_value_heads if m.form == "gdn" else m.d_key
         return {
-            **{x.name: Shape((x.n_out, x.n_in)) for x in m.linears(d_model)},
+            **{x.name: Shape.of(x) for x in m.linears(d_model)},
             "conv": Shape((m.conv_channels, 1, m.conv_kernel)),
             "a_log": Shape((m.n_value_heads,), "log_decay"),
             "dt_bias": Shape((n_bias,), "step"),

@@ -5,12 +5,13 @@ A prompt runs in pieces, each an associative scan; a step is elementwise with on
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, silu, softplus
+from torch.nn.functional import silu, softplus
 
 from costmodel.mixers.mamba import Mamba
 from measure.mixers.base import FixedState, Init, RecurrentRunner, Shape, Shapes, linear_scan
 from measure.numerics import Numerics
 from measure.parts import Rotary, Tensors, rms
+from measure.weight_formats import linear
 
 #: Tokens scanned together: bounds the hidden states [B, tokens, E, N] in fp32.
 PIECE_TOKENS = 64
@@ -27,7 +28,7 @@ class MambaRunner(RecurrentRunner):
         m = self.mixer
         shapes: Shapes = {}
         for matrix in m.linears(d_model):
-            shapes[matrix.name] = Shape((matrix.n_out, matrix.n_in))
+            shapes[matrix.name] = Shape.of(matrix)
             if matrix.bias:
                 kind: Init = "step" if matrix.name == "dt_proj" else "zeros"
                 shapes[f"{matrix.name}_bias"] = Shape((matrix.n_out,), kind)

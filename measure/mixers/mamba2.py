@@ -6,12 +6,13 @@ A prompt is padded to whole chunks with tokens of step size 0, which leave the s
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, pad, silu, softplus
+from torch.nn.functional import pad, silu, softplus
 
 from costmodel.mixers.mamba2 import Mamba2
 from measure.mixers.base import FixedState, RecurrentRunner, Shape, Shapes
 from measure.numerics import Numerics
 from measure.parts import Rotary, Tensors
+from measure.weight_formats import linear
 
 
 class Mamba2Runner(RecurrentRunner):
@@ -25,7 +26,7 @@ class Mamba2Runner(RecurrentRunner):
         m = self.mixer
         shapes: Shapes = {}
         for matrix in m.linears(d_model):
-            shapes[matrix.name] = Shape((matrix.n_out, matrix.n_in))
+            shapes[matrix.name] = Shape.of(matrix)
             if matrix.bias:
                 shapes[f"{matrix.name}_bias"] = Shape((matrix.n_out,), "zeros")
         shapes |= {

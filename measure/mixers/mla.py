@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 
 from costmodel.errors import NotApplicableError
 from costmodel.mixers.mla import MLA
@@ -16,6 +16,7 @@ from measure.methods.buffers import GrowingBuffer
 from measure.mixers.base import AbstractRunner, Shape, Shapes
 from measure.numerics import Numerics
 from measure.parts import Rotary, Tensors, rms, rotate
+from measure.weight_formats import dense, linear
 
 
 class LatentCache:
@@ -94,7 +95,7 @@ class MLARunner(AbstractRunner):
         """Projections as ``linears`` names them, and two norms."""
         shapes: Shapes = {}
         for matrix in self.mixer.linears(d_model):
-            shapes[matrix.name] = Shape((matrix.n_out, matrix.n_in))
+            shapes[matrix.name] = Shape.of(matrix)
             if matrix.bias:
                 shapes[f"{matrix.name}_bias"] = Shape((matrix.n_out,), "zeros")
         if self.mixer.q_lora_rank:
@@ -145,7 +146,9 @@ class MLARunner(AbstractRunner):
 
     def _absorbed(self, q: Tensor, q_turned: Tensor, held: Tensor, w: Tensors) -> Tensor:
         m = self.mixer
-        up = w["kv_b_proj"].view(m.n_heads, m.qk_nope_head_dim + m.v_head_dim, m.kv_lora_rank)
+        up = dense(w["kv_b_proj"], q.dtype).view(
+            m.n_heads, m.qk_nope_head_dim + m.v_head_dim, m.kv_lora_rank
+        )
         k_up, v_up = up.split((m.qk_nope_head_dim, m.v_head_dim), dim=1)
         queries = torch.cat((torch.matmul(q, k_up), q_turned), dim=-1)  # [B, N, 1, r + p]
         keys = held.squeeze(1)  # [B, T, r + p]: one KV head, the heads are its queries

@@ -6,12 +6,13 @@ before it. A prompt is a few associative scans, one after another; a step is ele
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, softplus
+from torch.nn.functional import softplus
 
 from costmodel.mixers.rglru import RGLRU
 from measure.mixers.base import FixedState, RecurrentRunner, Shape, Shapes, scan_pieces
 from measure.numerics import Numerics
 from measure.parts import ACTIVATIONS, Rotary, Tensors
+from measure.weight_formats import linear
 
 #: The constant c of arXiv 2402.19427.
 _DECAY_SCALE = 8.0
@@ -29,9 +30,9 @@ class RGLRURunner(RecurrentRunner):
         m = self.mixer
         w, block = m.width, m.width // m.n_blocks
         return {
-            "xy": Shape((2 * w, d_model)),
+            "xy": Shape((2 * w, d_model), packable=True),
             "xy_bias": Shape((2 * w,), "zeros"),
-            "out": Shape((d_model, w)),
+            "out": Shape((d_model, w), packable=True),
             "out_bias": Shape((d_model,), "zeros"),
             "conv": Shape((w, 1, m.conv_kernel)),
             "conv_bias": Shape((w,), "zeros"),

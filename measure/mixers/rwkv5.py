@@ -7,12 +7,13 @@ channel mixing is run as its MLP, with ``measure.mlps``' plain form.
 
 import torch
 from torch import Tensor
-from torch.nn.functional import group_norm, linear, pad, silu
+from torch.nn.functional import group_norm, pad, silu
 
 from costmodel.mixers.rwkv5 import RWKV5
 from measure.mixers.base import FixedState, RecurrentRunner, Shape, Shapes
 from measure.numerics import Numerics
 from measure.parts import Rotary, Tensors
+from measure.weight_formats import linear
 
 #: Tokens per chunk: bounds the scores' elementwise part, c^2 per channel.
 CHUNK_TOKENS = 16
@@ -35,7 +36,7 @@ class RWKV5Runner(RecurrentRunner):
         m = self.mixer
         inner = m.n_heads * m.head_dim
         return {
-            **{x.name: Shape((x.n_out, x.n_in)) for x in m.linears(d_model)},
+            **{x.name: Shape.of(x) for x in m.linears(d_model)},
             "mix": Shape((4, d_model), "ones"),
             "decay": Shape((inner,), "step"),
             "bonus": Shape((inner,), "zeros"),

@@ -169,7 +169,8 @@ def host_bytes(caches) -> int:
 
 
 def test_every_twin_is_covered():
-    assert set(METHODS) == set(runnable_names())
+    # LLMLingua-2 shortens the prompt and holds nothing: test_measure_llmlingua2
+    assert set(METHODS) == set(runnable_names()) - {"llmlingua2"}
 
 
 @pytest.mark.parametrize(("name", "spec"), SPECS, ids=[s for _, s in SPECS])
