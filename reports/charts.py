@@ -114,10 +114,10 @@ def scatter_chart(
     drawn = [
         chart_series(
             "exact" if not off else f"{off:+.0%}".replace("%", " %"),
-            "guide",
+            "guide" if off else "roof",
             [(low, low * (1 + off), -1, ""), (high, high * (1 + off), -1, "")],
         )
-        for off in (0.0, 0.1, -0.1, 0.2, -0.2)
+        for off in (0.0, 0.2, -0.2, 0.1, -0.1)
     ]
     grouped: dict[tuple[str, str], list[tuple[float, float, int, str]]] = {}
     for e in errors:

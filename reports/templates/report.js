@@ -253,17 +253,26 @@
       return ticks;
     }
 
-    // Roofs and limits say what they are at their right end.
+    // Roofs, limits and bands say what they are at their right end.
     drawRoofNames(u) {
-      const context = u.ctx, ratio = uPlot.pxRatio, taken = [];
+      const context = u.ctx, ratio = uPlot.pxRatio, taken = [], ends = [];
       context.save();
       context.font = `${11 * ratio}px system-ui, sans-serif`;
       context.fillStyle = style("--muted");
       context.textAlign = "right";
       for (const s of this.spec.series) {
         const last = s.y.length - 1;
-        const isFlat = ["roof", "faint", "guide"].includes(s.role) && last > 0 && s.y[last] === s.y[last - 1];
-        if (!isFlat || this.hidden.has(s.label)) continue;
+        if (!["roof", "faint", "guide"].includes(s.role) || last < 1 || this.hidden.has(s.label)) continue;
+        if (s.y[last] !== s.y[last - 1]) {
+          // A slanting line has room behind its end.
+          const end = u.valToPos(s.y[last], "y", true) + 3 * ratio;
+          if (ends.some((other) => Math.abs(other - end) < 11 * ratio)) continue;
+          ends.push(end);
+          context.textAlign = "left";
+          context.fillText(s.label, u.valToPos(s.x[last], "x", true) + 4 * ratio, end);
+          context.textAlign = "right";
+          continue;
+        }
         const right = Math.min(u.bbox.left + u.bbox.width - 4 * ratio, u.valToPos(s.x[last], "x", true));
         const y = u.valToPos(s.y[last], "y", true) - 4 * ratio;
         if (y < u.bbox.top || y > u.bbox.top + u.bbox.height) continue;
