@@ -1,0 +1,48 @@
+"""Packed codes as 16-bit floats for tensor cores, two at a time and without arithmetic.
+
+A 16-bit word holds 16 / bits codes. Code j is shifted to the top of a half's mantissa; and-or with
+the exponent of 1.0 makes the half ``1 + code / 2^e`` with e = 2 or 4, an exact number. That is one
+``lop3`` for the two words of a register, and a shift that other codes share: 12 instructions for
+16 codes of 2 bits, 7 for 8 codes of 4. Scales and zero points never touch the codes: they are
+multiplied into the other operand, and what the 1 adds is taken off by the accumulator's start:
+
+    sum a s (code) = 2^e [ sum a s (1 + code / 2^e) - sum a s ]
+
+The plain form (``ASM`` false) is for the interpreter and for fp32 caches.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.constexpr_function
+def shift_of(bits, j):
+    """How far code j of a word moves left (negative: right), to lie in mantissa bits 6 to 9."""
+    if bits == 2:
+        return (8, 4, 4, 0, 0, -4, -4, -6)[j]
+    return (6, 2, -2, -6)[j]
+
+
+@triton.constexpr_function
+def scale_of(bits, j):
+    """2^e of code j."""
+    return 1 << (10 - bits * j - shift_of(bits, j))
+
+
+@triton.constexpr_function
+def ptx_of(bits, j):
+    """Shift and and-or on a register of two words."""
+    shift = shift_of(bits, j)
+    mask = ((1 << bits) - 1) << (bits * j + shift)
+    operation = "shl.b32" if shift > 0 else "shr.u32"
+    move = f"{operation} t, $1, {abs(shift)};" if shift else "mov.b32 t, $1;"
+    return f"{{ .reg .b32 t; {move} lop3.b32 $0, t, {mask * 0x10001:#x}, 0x3C003C00, 0xEA; }}"
+
+
+@triton.jit
+def fractions(words, BITS: tl.constexpr, J: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
+    """``1 + code / 2^e`` of code J of every 16-bit word."""
+    if ASM:
+        return tl.inline_asm_elementwise(ptx_of(BITS, J), "=r,r", [words], tl.float16, True, 2)
+    code = (words.to(tl.int32) >> (BITS * J)) & ((1 << BITS) - 1)
+    return (1.0 + code.to(tl.float32) / scale_of(BITS, J)).to(DTYPE)
