@@ -46,3 +46,24 @@ def fractions(words, BITS: tl.constexpr, J: tl.constexpr, DTYPE: tl.constexpr, A
         return tl.inline_asm_elementwise(ptx_of(BITS, J), "=r,r", [words], tl.float16, True, 2)
     code = (words.to(tl.int32) >> (BITS * J)) & ((1 << BITS) - 1)
     return (1.0 + code.to(tl.float32) / scale_of(BITS, J)).to(DTYPE)
+
+
+@triton.constexpr_function
+def e4m3_ptx(j):
+    """The instructions that make halves of byte j of two words: sign, and 7 bits to 13..7."""
+    sign, move = ("$1", "shr.u32 t, $1, 1;") if j else ("u", "shl.b32 u, $1, 8; shl.b32 t, $1, 7;")
+    keep = f"and.b32 t, t, 0x3F803F80; lop3.b32 $0, {sign}, 0x80008000, t, 0xEA;"
+    return f"{{ .reg .b32 t, u; {move} {keep} }}"
+
+
+@triton.jit
+def e4m3_halves(words, J: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
+    """Byte J of every word, an e4m3 number, times 2^-8: the exponent's bias is left as it is.
+
+    Exact, subnormals included; NaN, which caches never hold, becomes 480 2^-8.
+    """
+    if ASM:
+        return tl.inline_asm_elementwise(e4m3_ptx(J), "=r,r", [words], tl.float16, True, 2)
+    byte = words.to(tl.int32) >> (8 * J)
+    half = ((byte & 0x80) << 8) | ((byte & 0x7F) << 7)
+    return half.to(tl.int16).to(tl.float16, bitcast=True).to(DTYPE)

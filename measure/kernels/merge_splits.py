@@ -39,9 +39,9 @@ def _kernel(acc_ptr, m_ptr, l_ptr, out_ptr, lse_ptr, n_splits, H: tl.constexpr, 
         part = tl.load(l_ptr + at)
         weight = tl.where(part > 0, tl.exp2(tl.load(m_ptr + at) - largest), 0.0)
         total += weight * part
-        acc = tl.load(acc_ptr + at * H + h)
         # An empty split may have left nothing at all behind.
-        out += tl.where(part > 0, weight * acc, 0.0)
+        left = tl.zeros((H,), tl.float32) + part > 0
+        out += weight * tl.load(acc_ptr + at * H + h, mask=left, other=0.0)
     tl.store(out_ptr + row * H + h, (out / total).to(out_ptr.dtype.element_ty))
     if LSE:
         tl.store(lse_ptr + row, largest + tl.log2(total))

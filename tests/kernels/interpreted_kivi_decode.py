@@ -1,0 +1,99 @@
+"""Attention over KIVI caches, interpreted, against unpacked attention in fp32."""
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from measure.kernels import interpreted
+from measure.kernels._splits import Partials
+from measure.kernels.kivi_decode import EXTRA_PARTS, kivi_decode, reference
+from measure.methods.packing import quantise
+
+assert interpreted()
+
+
+def packed(x, bits, group, room):
+    """Quantise [..., n], and put entries of axis 2 into a larger buffer of garbage."""
+    parts = []
+    for part in quantise(x, bits, group):
+        buffer = part.new_full((*part.shape[:2], room, *part.shape[3:]), 77)
+        buffer[:, :, : part.shape[2]] = part
+        parts.append(buffer)
+    return tuple(parts)
+
+
+def case(n_tokens, *, batch=1, heads=2, kv_heads=1, size=64, bits=2, group=32, r=32,
+         dtype=torch.float32, splits=2, ring_start=0, seed=0):  # fmt: skip
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    k, v = (draw(batch, kv_heads, n_tokens, size) * 2 + 1 for _ in "kv")
+    q, k_new, v_new = draw(batch, heads, 1, size), *(draw(batch, kv_heads, 1, size) for _ in "kv")
+    n_blocks, n_values = n_tokens // r, max(0, n_tokens - r)
+    blocks = k[:, :, : n_blocks * r].unflatten(2, (n_blocks, r)).transpose(-1, -2)
+    keys = packed(blocks.contiguous(), bits, group, n_blocks + 1)
+    values = packed(v[:, :, :n_values], bits, group, n_values + 3)
+    room = min(r, n_tokens + 1)
+    recent_keys, recent_values = (draw(batch, kv_heads, room, size) for _ in "kv")
+    recent_keys[:, :, : n_tokens - n_blocks * r] = k[:, :, n_blocks * r :]
+    for t in range(n_values, n_tokens):
+        recent_values[:, :, (t - ring_start) % r] = v[:, :, t]
+    common = dict(bits=bits, group=group, ring_start=ring_start)
+    tensors = (q, k_new, v_new, keys, values, recent_keys, recent_values)
+    lengths = torch.full((batch,), n_tokens)
+    partials = Partials.empty(batch * heads, splits + EXTRA_PARTS, size, q.device)
+    found = kivi_decode(*tensors, lengths, partials, residual=r, **common)
+    return found, reference(*tensors, n_tokens=n_tokens, **common)
+
+
+def close(found, expected, tolerance):
+    assert found.shape == expected.shape
+    torch.testing.assert_close(found.float(), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("n_tokens", [0, 1, 31, 32, 33, 63, 64, 65, 97, 160])
+@pytest.mark.parametrize("bits", [2, 4])
+def test_every_boundary(n_tokens, bits):
+    close(*case(n_tokens, bits=bits), 2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bits", [2, 4])
+def test_halves(dtype, bits):
+    # Products are rounded to halves once each; the output is rounded to the type.
+    close(*case(130, bits=bits, dtype=dtype, heads=4), 2e-2)
+
+
+@pytest.mark.parametrize("size", [64, 128, 256])
+def test_head_sizes_and_whole_residual(size):
+    close(*case(300, size=size, r=128, heads=4, kv_heads=2, ring_start=44), 2e-5)
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    n_tokens=st.integers(0, 150),
+    batch=st.integers(1, 2),
+    heads=st.sampled_from([(1, 1), (2, 1), (3, 1), (4, 2), (8, 1)]),
+    group=st.sampled_from([16, 32]),
+    r=st.sampled_from([32, 64]),
+    bits=st.sampled_from([2, 4]),
+    splits=st.integers(1, 5),
+    ring_start=st.integers(0, 31),
+    seed=st.integers(0, 2**31),
+)
+@example(150, 1, (8, 1), 16, 64, 2, 1, 31, 0)
+def test_anything(n_tokens, batch, heads, group, r, bits, splits, ring_start, seed):
+    found, expected = case(
+        n_tokens, batch=batch, heads=heads[0], kv_heads=heads[1], group=group, r=r, bits=bits,
+        splits=splits, ring_start=ring_start if n_tokens >= r else 0, seed=seed,
+    )  # fmt: skip
+    close(found, expected, 2e-5)
+
+
+def test_sequences_of_different_lengths():
+    # The lengths are read on the device: one buffer, two sequences of which one is shorter.
+    both, _ = case(96, batch=2)
+    assert both.shape == (2, 2, 1, 64)
