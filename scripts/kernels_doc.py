@@ -57,13 +57,13 @@ def row(case: "CompileCase", architecture: int, used: "Resources") -> str:
 
 def section(name: str) -> str:
     """Compile a kernel's cases; its section of the page."""
-    from measure.kernels._compile import ARCHITECTURES, compile_case, compile_cases
+    from measure.kernels._compile import compile_case, compile_cases
 
     doc = ast.get_docstring(ast.parse((FOLDER / f"{name}.py").read_text("utf-8"))) or ""
     rows = "".join(
         row(case, architecture, compile_case(case, architecture).resources)
         for case in compile_cases(name)
-        for architecture in ARCHITECTURES
+        for architecture in case.architectures
     )
     return f"## {name}\n\n<!-- {digest(name)} -->\n\n{doc}\n\n{COLUMNS}{rows}\n"
 

@@ -34,6 +34,9 @@ class CompileCase:
     signature   type of every run-time argument: "*bf16", "*i32", "i32", "fp32", ...
     constants   value of every ``tl.constexpr`` argument
     aligned     integer arguments known to be multiples of 16; pointers always are
+    max_spilled_bytes   stack that a thread may use, where it was looked at: outside the main loop,
+                        or a few of its thousands of instructions
+    architectures       compute capabilities it is compiled for in the tests
     """
 
     name: str
@@ -43,6 +46,8 @@ class CompileCase:
     num_warps: int = 4
     num_stages: int = 3
     aligned: tuple[str, ...] = ()
+    max_spilled_bytes: int = 0
+    architectures: tuple[int, ...] = ARCHITECTURES
 
 
 def typed(names: Mapping[str, str]) -> dict[str, str]:

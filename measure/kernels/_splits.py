@@ -55,7 +55,7 @@ class Partials:
 
     acc: Tensor
     m: Tensor
-    l: Tensor  # noqa: E741  the field's letter
+    l: Tensor
 
     @classmethod
     def empty(cls, rows: int, splits: int, size: int, device: torch.device) -> "Partials":

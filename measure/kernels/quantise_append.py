@@ -178,7 +178,9 @@ def _token_kernel(
     if BITS == 16:
         tl.store(place + token * H + h, x)
     elif BITS == 8:
-        tl.store(place + token * H + h, _e4m3(tl.div_rn(x.to(tl.float32), tl.load(scales) + 0.0 * h)))
+        tl.store(
+            place + token * H + h, _e4m3(tl.div_rn(x.to(tl.float32), tl.load(scales) + 0.0 * h))
+        )
     else:
         _pack_token(
             x.to(tl.float32), place + token * (H * BITS // 16), scales + token * (H // GROUP),

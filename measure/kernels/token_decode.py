@@ -6,7 +6,7 @@ program behind the splits takes the new token, and ``merge_splits`` adds everyth
     16 bits   score = k . q,  out = sum p v, on tensor cores with the cache as first operand
     8 bits    e4m3 bytes become halves times 2^-8 (``_unpack``); 2^8 and the layer's scale ride on q
               and on the merged values
-    2, 4      x = 1 + code / 2^e; the columns of the second operand are q's channel groups, g x group:
+    2, 4      x = 1 + code / 2^e; the second operand has q's channel groups as columns, g x group:
               score = sum over groups of scale ( x . (2^e q) - sum 2^e q ) + zero sum q
               and the values as in ``kivi_decode``
 
@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from measure.kernels import interpreted
-from measure.kernels._compile import CompileCase
+from measure.kernels._compile import ARCHITECTURES, CompileCase
 from measure.kernels._packed import packed_values, store_sums
 from measure.kernels._splits import Partials
 from measure.kernels._tiles import dot_type, log2_scale, padded_group, warps_for
@@ -119,7 +119,7 @@ def _kernel(
                 q = q.to(DTYPE)
             queries = queries + (q,)
         m = tl.full((GP,), float("-inf"), tl.float32)
-        l = tl.zeros((GP,), tl.float32)  # noqa: E741
+        l = tl.zeros((GP,), tl.float32)
         out = ()
         for j in tl.static_range(CODES):
             out = out + (tl.zeros((W, GP), tl.float32),)
@@ -153,7 +153,7 @@ def _kernel(
             alpha = tl.exp2(m - largest)
             m = largest
             e = tl.exp2(s - m[None, :])
-            l = l * alpha + tl.sum(e, 0)  # noqa: E741
+            l = l * alpha + tl.sum(e, 0)
             p = e.to(DTYPE)
             kept = ()
             if BITS < 8:
@@ -169,9 +169,7 @@ def _kernel(
                 )
                 for j in tl.static_range(CODES):
                     x = _elements(words, BITS, j, DTYPE, ASM)
-                    kept = kept + (
-                        tl.dot(x, p, out[j] * alpha[None, :], input_precision="ieee"),
-                    )
+                    kept = kept + (tl.dot(x, p, out[j] * alpha[None, :], input_precision="ieee"),)
             out = kept
         if BITS == 8:
             scaled = ()
@@ -247,12 +245,20 @@ def token_decode(
 
 def fuses(bits: int, group: int, head_dim: int) -> bool:
     """Whether a cache of this form can be read: whole groups, and 16 words of a head at least."""
-    whole = bits >= 8 or head_dim % group == 0 and group % (16 // bits) == 0
+    whole = bits >= 8 or (head_dim % group == 0 and group % (16 // bits) == 0)
     power = head_dim & (head_dim - 1) == 0 and (bits >= 8 or group & (group - 1) == 0)
     return whole and power and head_dim * bits // 16 >= 16
 
 
-def _case(bits: int, size: int, heads: int, group: int, stored: str, scale: str) -> CompileCase:
+def _case(
+    bits: int,
+    size: int,
+    heads: int,
+    group: int,
+    stored: str,
+    scale: str,
+    architectures: tuple[int, ...] = (90,),
+) -> CompileCase:
     groups = size // group if bits < 8 else 1
     return CompileCase(
         name=f"{bits} bits, H {size}, {heads} query heads a KV head",
@@ -279,11 +285,12 @@ def _case(bits: int, size: int, heads: int, group: int, stored: str, scale: str)
         num_warps=warps_for(size),
         num_stages=2,
         aligned=("capacity",),
+        architectures=architectures,
     )
 
 
 COMPILE_CASES = (
-    _case(16, 128, 4, 0, "*bf16", "*bf16"),
+    _case(16, 128, 4, 0, "*bf16", "*bf16", ARCHITECTURES),
     _case(8, 128, 4, 0, "*i16", "*fp32"),
     _case(4, 128, 4, 64, "*i16", "*bf16"),
 )

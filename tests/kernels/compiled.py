@@ -7,7 +7,6 @@ import pytest
 
 from measure.kernels import interpreted, kernel_names
 from measure.kernels._compile import (
-    ARCHITECTURES,
     SHARED_LIMIT_BYTES,
     THREAD_REGISTERS,
     compile_case,
@@ -19,19 +18,25 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import kernels_doc  # noqa: E402
 
 assert not interpreted()
-CASES = [(name, case) for name in kernel_names() for case in compile_cases(name)]
+CASES = [
+    (name, case, architecture)
+    for name in kernel_names()
+    for case in compile_cases(name)
+    for architecture in case.architectures
+]
 PAGE = kernels_doc.PAGE.read_text("utf-8")
 
 
 def test_every_kernel_has_a_case() -> None:
-    assert {name for name, _ in CASES} == set(kernel_names())
+    assert {name for name, _, _ in CASES} == set(kernel_names())
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize(("name", "case"), CASES, ids=lambda x: x if isinstance(x, str) else x.name)
-def test_compiles_without_spills_and_fits(name, case, architecture) -> None:
+@pytest.mark.parametrize(
+    ("name", "case", "architecture"), CASES, ids=lambda x: getattr(x, "name", str(x))
+)
+def test_compiles_and_fits(name, case, architecture) -> None:
     used = compile_case(case, architecture).resources
-    assert used.spilled_bytes == 0
+    assert used.spilled_bytes <= case.max_spilled_bytes
     assert 0 < used.registers <= THREAD_REGISTERS
     assert used.shared_bytes <= SHARED_LIMIT_BYTES[architecture]
     assert used.resident_blocks >= 1

@@ -66,7 +66,9 @@ def test_kivi_from_the_first_token_on(bits, r, group, batch, dtype, scale, seed)
         expected = reference_block(k[:, :, block * r : (block + 1) * r], bits, group)
         for found, part in zip(keys, expected, strict=True):
             assert torch.equal(found[:, :, block : block + 1], part)
-    for found, part in zip(values, reference_token(v[:, :, : n - r], bits, group, None)):
+    for found, part in zip(
+        values, reference_token(v[:, :, : n - r], bits, group, None), strict=True
+    ):
         part = part.view(found.dtype)
         assert torch.equal(found[:, :, : n - r], part)
         assert not found[:, :, n - r :].any()
