@@ -169,11 +169,14 @@ def _fields(
     }
 
 
-def run(request: Request, *, output: Path, resume: bool, rules: Rules) -> list[dict[str, Any]]:
+def run(
+    request: Request, *, output: Path, resume: bool, rules: Rules, executor: str = "local"
+) -> list[dict[str, Any]]:
     """Measure everything; each record carries the prediction of its own point."""
     require_torch()
     require_engine(request)
-    require_device(request)
+    if executor == "local":  # otherwise the nodes have the devices
+        require_device(request)
     if not output.parent.is_dir():
         raise ConfigError(f"the folder {output.parent} does not exist")
     hardware = load_hardware(request.gpu) if request.gpu else None
@@ -194,6 +197,7 @@ def run(request: Request, *, output: Path, resume: bool, rules: Rules) -> list[d
         resume=resume,
         rules=rules,
         refused=refused,
+        executor=executor,
     )
 
 

@@ -20,12 +20,13 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 from costmodel.errors import LccostError
+from costmodel.executors import Task, open_executor
 from costmodel.units import format_seconds
 from measure.environment import available_memory_bytes, fingerprint, worker_variables
 from measure.isolation import Outcome, Worker
 from measure.observation_options import MEMORY_FRACTION, How
 from measure.points import MeasurePoint, record_key
-from measure.progress import progress
+from measure.progress import Report, progress
 from measure.store import RecordStore
 
 SCHEMA_VERSION = "1"
@@ -91,6 +92,7 @@ def run_sweep(
     resume: bool = False,
     rules: Rules | None = None,
     refused: Iterable[Refusal] = (),
+    executor: str = "local",
 ) -> list[dict[str, Any]]:
     """Measure all points into ``output``.
 
@@ -102,6 +104,10 @@ def run_sweep(
         Keep the file and run only what is not finished in this environment; otherwise start over.
     refused
         Combinations that do not exist; each becomes a row that says why.
+    executor
+        ``local``: one point after another on this machine. ``ray`` or ``ray://HOST:PORT``: on the
+        nodes of a Ray cluster, every point with the processors and GPUs it needs to itself; a
+        point finished on any node is then finished.
 
     Returns
     -------
@@ -111,28 +117,76 @@ def run_sweep(
     """
     points, rules = list(points), rules or Rules()
     store = RecordStore(output, fresh=not resume)
-    environments = {place(p): fingerprint(worker_variables(p.threads), p.device) for p in points}
-    with progress("measure", len(points)) as report, Workers(rules) as workers:
-        for point in points:
-            key, environment = point.record_key, environments[place(point)]
-            if key in store.finished_keys(environment["id"]):
-                report(f"{describe(point)}: measured before")
-                continue
-            record = measure(
-                point,
-                predict_point=predict_point,
-                rules=rules,
-                environment=environment,
-                workers=workers,
-            )
-            store.append(record, unless_finished=True)
-            report(f"{describe(point)}: {_result_line(record)}")
+    with progress("measure", len(points)) as report:
+        if executor == "local":
+            _here(points, store, predict_point, rules, report)
+        else:
+            on_cluster(executor, points, store, predict_point, rules, report)
     rows = [refusal.record() for refusal in refused]
     for row in rows:
         store.append(row, unless_finished=True)
     # The latest attempt of a point stands.
     records = {r["record_key"]: r for r in store.records() if "record_key" in r}
     return [records[p.record_key] for p in points] + rows
+
+
+def _here(
+    points: list[MeasurePoint],
+    store: RecordStore,
+    predict_point: Predict | None,
+    rules: Rules,
+    report: Report,
+) -> None:
+    """One point after another on this machine."""
+    environments = {place(p): fingerprint(worker_variables(p.threads), p.device) for p in points}
+    with Workers(rules) as workers:
+        for point in points:
+            environment = environments[place(point)]
+            if point.record_key in store.finished_keys(environment["id"]):
+                report(f"{describe(point)}: measured before")
+                continue
+            record = measure(
+                point,
+                predicted_of(point, predict_point),
+                rules,
+                environment=environment,
+                workers=workers,
+            )
+            store.append(record, unless_finished=True)
+            report(f"{describe(point)}: {result_line(record)}")
+
+
+def on_cluster(
+    kind: str,
+    points: list[MeasurePoint],
+    store: RecordStore,
+    predict_point: Predict | None,
+    rules: Rules,
+    report: Report,
+) -> None:
+    """Every point as a task of a cluster; records are written here, as they come."""
+    finished = store.finished_keys()
+    todo = [p for p in points if p.record_key not in finished]
+    for point in points:
+        if point.record_key in finished:
+            report(f"{describe(point)}: measured before")
+    if not todo:
+        return
+
+    def done(index: int, record: Mapping[str, Any]) -> None:
+        store.append(record, unless_finished=True)
+        report(f"{describe(todo[index])}: {result_line(record)}")
+
+    tasks: list[Task] = [(measure, (p, predicted_of(p, predict_point), rules)) for p in todo]
+    gpus = max(p.tp if p.device != "cpu" else 0 for p in todo)
+    cpus = max(p.threads * (p.tp if p.device == "cpu" else 1) for p in todo)
+    cluster = open_executor(kind, (no_setup, ()), num_cpus=cpus, num_gpus=gpus)
+    with cluster as opened:
+        opened.run(tasks, lambda n: None, done)
+
+
+def no_setup() -> None:
+    """Processes of a cluster need nothing before their first point."""
 
 
 def place(point: MeasurePoint) -> tuple[str, int]:
@@ -185,28 +239,37 @@ class Workers:
         self._worker = None
 
 
+#: A prediction, or None; and why there is none.
+Prediction = tuple[dict[str, Any] | None, str]
+
+
 def measure(
     point: MeasurePoint,
-    *,
-    predict_point: Predict | None = None,
+    prediction: Prediction = (None, ""),
     rules: Rules | None = None,
+    *,
     environment: Mapping[str, Any] | None = None,
     workers: Workers | None = None,
 ) -> dict[str, Any]:
     """Measure one point in a fresh process; the record says how it went and never raises for it."""
     rules = rules or Rules()
-    if workers is None:
-        with Workers(rules) as own:
-            return measure(
-                point,
-                predict_point=predict_point,
-                rules=rules,
-                environment=environment,
-                workers=own,
-            )
+    environment = environment or fingerprint(worker_variables(point.threads), point.device)
+    if workers is not None:
+        return _record(point, prediction, rules, environment, workers)
+    with Workers(rules) as own:
+        return _record(point, prediction, rules, environment, own)
+
+
+def _record(
+    point: MeasurePoint,
+    prediction: Prediction,
+    rules: Rules,
+    environment: Mapping[str, Any],
+    workers: Workers,
+) -> dict[str, Any]:
     started = datetime.now(UTC)
     clock = time.monotonic()
-    predicted, note = _predicted(point, predict_point)
+    predicted, note = prediction
     observed = None
     if not rules.force and point.device == "cpu":
         observed = _does_not_fit(predicted, ranks=point.tp)
@@ -226,9 +289,7 @@ def measure(
         **_whole_model(point, observed, predicted),
         "attempts": attempts,
         "isolation": rules.isolation,
-        "environment": dict(
-            environment or fingerprint(worker_variables(point.threads), point.device)
-        ),
+        "environment": dict(environment),
         "started": started.isoformat(timespec="seconds"),
         "elapsed_s": round(time.monotonic() - clock, 3),
         "predicted": predicted,
@@ -308,9 +369,8 @@ def describe(point: MeasurePoint) -> str:
     )
 
 
-def _predicted(
-    point: MeasurePoint, predict_point: Predict | None
-) -> tuple[dict[str, Any] | None, str]:
+def predicted_of(point: MeasurePoint, predict_point: Predict | None) -> Prediction:
+    """What is predicted of a point, or a note of why nothing is."""
     if predict_point is None:
         return None, ""
     try:
@@ -344,7 +404,8 @@ def _as_row(outcome: Outcome) -> dict[str, Any]:
     return {"status": outcome.status, "message": outcome.message, **more}
 
 
-def _result_line(record: Mapping[str, Any]) -> str:
+def result_line(record: Mapping[str, Any]) -> str:
+    """Say in one line how a point went."""
     if record["tpot_s"] is None:
         return f"{record['status']}: {record['message']}"
     ttft = record["ttft_s"]

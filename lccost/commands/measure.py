@@ -119,6 +119,13 @@ Examples:
     help="Processes that share the model, one GPU each (Gloo on a CPU).",
 )
 @click.option(
+    "--executor",
+    default="local",
+    show_default=True,
+    metavar="local|ray|ray://HOST:PORT",
+    help="One point after another here, or on the nodes of a Ray cluster.",
+)
+@click.option(
     "--weights",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     default=None,
@@ -188,6 +195,7 @@ def measure(
     resume: bool,
     timeout: float,
     tp: int,
+    executor: str,
     weights: Path | None,
     weight_dtype: str,
     energy: float,
@@ -241,6 +249,7 @@ def measure(
         output=output,
         resume=resume,
         rules=rules,
+        executor=executor,
     )
     results = ("ok", "noisy", "skipped_oom_predicted")
     records = [r for r in records if r["status"] != "not_applicable"]

@@ -17,7 +17,7 @@ from measure.engine import Decoder
 from measure.parallel.ranks import launch
 from measure.parallel.shards import share_of
 from measure.points import MeasurePoint
-from measure.runner import Rules
+from measure.runner import Rules, predicted_of
 from measure.runner import measure as measure_point
 
 torch.set_num_threads(1)
@@ -41,7 +41,7 @@ def test_a_point_over_two_ranks_holds_what_is_predicted():
         context_tokens=40, batch=2, output_tokens=4, tp=2,
     )  # fmt: skip
     predict = predictor(load_hardware("h100-sxm"), {whole.name: whole})
-    found = measure_point(point, predict_point=predict, rules=Rules())
+    found = measure_point(point, predicted_of(point, predict), Rules())
     assert found["status"] in ("ok", "noisy"), found["message"]
     predicted = found["predicted"]
     assert len(found["ranks"]) == 2

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from costmodel import executors
 from costmodel.errors import ConfigError
-from costmodel.planning.executors import Inline, Processes, open_executor
+from costmodel.planning.executors import Processes, open_executor
 from costmodel.planning.requests import Requests
 from costmodel.planning.spec import PlanSpec, plan_from_table
 
@@ -71,8 +72,8 @@ def test_processes_that_always_die_are_an_error(plan: tuple[PlanSpec, Requests])
 
 def test_which_executor(plan: tuple[PlanSpec, Requests]) -> None:
     with open_executor("local", *plan, workers=1) as one:
-        assert isinstance(one, Inline)
+        assert isinstance(one, executors.Inline)
     with open_executor("local", *plan, workers=2) as two:
-        assert isinstance(two, Processes)
+        assert isinstance(two, executors.Processes)
     with pytest.raises(ConfigError, match="expected local, ray"):
         open_executor("slurm", *plan)
