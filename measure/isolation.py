@@ -32,8 +32,9 @@ _GRACE_S = 10.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """How a call ended: ``value`` for "ok", else ``message`` says what happened (and ``value`` is
-    ``{"is_missing": True}`` where a package or a device was).
+    """How a call ended: ``value`` for "ok", else ``message`` says what happened. Where the call
+    refused its point (an ``LccostError``: the process is as good as before) ``value`` is a dict,
+    ``{"is_missing": True}`` where a package or a device was.
     """
 
     status: Status

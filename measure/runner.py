@@ -50,7 +50,7 @@ class Rules:
     force       also start points that are predicted not to fit
     retries     how often a noisy point is run again; the steadier run stands
     isolation   "point": every point in a process of its own; "model": points of one model share
-                one until a point fails
+                one until a point crashes, hangs or runs out of memory
     how         budgets and limits of the observation itself
     """
 
@@ -229,7 +229,8 @@ class Workers:
             "measure.observation:observe" if point.tp == 1 else "measure.parallel.ranks:observe"
         )
         outcome = worker.call(function, (point, how), timeout_s=self.rules.timeout_s)
-        if self.rules.isolation == "point" or outcome.status != "ok":
+        # a point that was refused leaves the process as it was
+        if self.rules.isolation == "point" or outcome.value is None:
             self._end()
         return outcome
 

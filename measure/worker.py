@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from costmodel.errors import LccostError, MissingExtraError
+from costmodel.errors import LccostError, MissingExtraError, NotApplicableError
 from measure.environment import available_memory_bytes
 
 _PR_SET_PDEATHSIG = 1
@@ -56,8 +56,11 @@ def call(
         return "oom", None, str(error) or "out of memory"
     except MissingExtraError as error:
         return "error", {"is_missing": True}, str(error)
+    except NotApplicableError as error:
+        refusal = {"status": "not_applicable", "applicable": False, "reason": str(error)}
+        return "error", refusal, str(error)
     except LccostError as error:
-        return "error", None, str(error)
+        return "error", {}, str(error)
     except RuntimeError as error:
         text = str(error)
         oom = any(word in text.lower() for word in _OOM_WORDS)

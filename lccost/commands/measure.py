@@ -7,6 +7,7 @@ import click
 from lccost.commands.common import (
     EXIT_MISSING,
     EXIT_RUN_FAILED,
+    EXIT_USAGE,
     CommaList,
     CommandError,
     Count,
@@ -252,10 +253,12 @@ def measure(
         executor=executor,
     )
     results = ("ok", "noisy", "skipped_oom_predicted")
-    records = [r for r in records if r["status"] != "not_applicable"]
-    failed = [r for r in records if r["status"] not in results]
+    possible = [r for r in records if r["status"] != "not_applicable"]
+    failed = [r for r in possible if r["status"] not in results]
     click.echo(f"{len(records)} records in {output}; next: lccost compare {output}", err=True)
-    if failed and len(failed) == len(records):
+    if not possible:
+        raise CommandError(records[0]["message"], EXIT_USAGE)
+    if failed and len(failed) == len(possible):
         raise CommandError(
             f"no point was measured; the first: {failed[0]['status']}: {failed[0]['message']}",
             EXIT_MISSING if failed[0].get("is_missing") else EXIT_RUN_FAILED,
