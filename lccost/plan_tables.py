@@ -8,7 +8,7 @@ from rich import box
 from rich.table import Table
 
 from costmodel.planning.plan import Plan
-from costmodel.planning.sentences import split_of
+from costmodel.planning.sentences import limit_title, split_of
 from costmodel.units import format_seconds
 
 Row = dict[str, Any]
@@ -50,14 +50,8 @@ def _accuracy(row: Row) -> str:
 def _headroom(row: Row) -> str:
     if row["headroom"] is None:
         return ""
-    first = f" ({title_of(row['breaks_first'])})" if row["breaks_first"] else ""
+    first = f" ({limit_title(row['breaks_first'])})" if row["breaks_first"] else ""
     return f"+{row['headroom']:.0%}{first}"
-
-
-def title_of(key: str) -> str:
-    """``ttft_p99_s`` as people read it."""
-    metric, _, rest = key.removesuffix("_s").partition("_p")
-    return f"{metric.upper()} P{rest}" if rest[:1].isdigit() else key.replace("_", " ")
 
 
 def _columns(plan: Plan) -> list[Column]:
@@ -78,7 +72,7 @@ def _columns(plan: Plan) -> list[Column]:
         Column(title="J/token", text=_number("energy_j_per_token", ".3g"), optional=4),
         Column(title="fleet J/token", text=_number("fleet_energy_j_per_token", ".3g"), optional=7),
         *(
-            Column(title=title_of(k), text=_seconds(k), optional=0 if k in asked else 6)
+            Column(title=limit_title(k), text=_seconds(k), optional=0 if k in asked else 6)
             for k in keys
         ),
         Column(title="goodput", text=_number("goodput_rps", ".2f"), optional=5),

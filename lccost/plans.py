@@ -65,7 +65,14 @@ def _plain(value: Any) -> Any:
 def explanations(plan: Plan) -> list[str]:
     """Why the answer is what it is."""
     out = sentences.binding_sentences(plan.rows)
-    out += filter(None, (sentences.gap_sentence(plan.rows), sentences.tail_sentence(plan.workload)))
+    out += filter(
+        None,
+        (
+            sentences.edge_sentence(plan.rows),
+            sentences.gap_sentence(plan.rows),
+            sentences.tail_sentence(plan.workload),
+        ),
+    )
     if plan.feasible:
         promise = sentences.realised_sentence(plan.feasible[0])
         out += [promise] if promise else []

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 from costmodel.errors import MissingExtraError
-from costmodel.planning.sentences import split_of
+from costmodel.planning.sentences import limit_title, split_of
 from costmodel.units import format_seconds
 from reports.charts import MOST_SERIES, Colours, chart_series
 from reports.figures import planning
@@ -42,7 +42,8 @@ _COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("kv_occupancy", "KV use", "share"),
     ("headroom", "headroom", "share"),
     ("max_rate_per_s", "most req/s", "number"),
-    ("breaks_first", "breaks first", "text"),
+    ("breaks_first", "breaks first", "limit"),
+    ("fewer_breaks", "one fewer breaks", "limit"),
     ("usd_per_million_tokens", "US$/Mtok", "number"),
     ("usd_per_million_input_tokens", "in", "number"),
     ("usd_per_million_output_tokens", "out", "number"),
@@ -115,7 +116,7 @@ def ranked_table(rows: Sequence[Row], limits: Sequence[Row] = ()) -> Table:
 
 
 #: Kinds of columns that are words.
-_WORDS = ("text", "split")
+_WORDS = ("text", "split", "limit")
 
 
 def _percentile(limit: Row) -> str:
@@ -124,7 +125,10 @@ def _percentile(limit: Row) -> str:
 
 
 def _value(row: Row, name: str, kind: str) -> Any:
-    return split_of(row) if kind == "split" else row.get(name)
+    value = row.get(name)
+    if kind == "limit":
+        return None if value is None else limit_title(str(value))
+    return split_of(row) if kind == "split" else value
 
 
 def _text(row: Row, name: str, kind: str) -> str:

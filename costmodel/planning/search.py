@@ -137,6 +137,19 @@ class Search:
         """Whether every objective is met."""
         return self.trial(replicas).holds
 
+    def breaks_with_fewer(self, replicas: int) -> str | None:
+        """What breaks with one replica fewer; None where that was below the closed form, or was
+        not tried.
+        """
+        trial = self.trials.get(replicas - 1)
+        if trial is None or trial.holds:
+            return None
+        if trial.broken is not None:
+            return trial.broken.key
+        # Stopped early, for its first tokens alone.
+        late = [x for x in self.spec.slo.limits if x.metric == "ttft"]
+        return max(late, key=lambda x: x.percentile).key if late else "ttft_per_1k_share"
+
     def fewest(self, start: int, most: int) -> int | None:
         """Fewest replicas up to ``most`` that hold, with one more too; None when there are none."""
         start = max(1, start)

@@ -107,15 +107,43 @@ def _binding(base: Row, group: Sequence[Row], *, named: bool) -> str:
         best = [m for m, n in fewer.items() if n == least]
         text += f" {', '.join(best)}: {least} replicas instead of {own}."
     elif len(group) > 1 and own is not None:
-        text += " No method here saves a replica"
-        if base["binds"] == "prefill":
-            text += (
-                ": prefill binds, and only fewer prompt tokens (prompt compression, a prefix "
-                "cache) or sparse prefill would move it."
-            )
+        others = {r["binds"] for r in group if r is not base}
+        if base["binds"] not in others and len(others) == 1:
+            text += f" No method here saves a replica: with them {others.pop()} binds."
         else:
-            text += "."
+            text += f" No method here saves a replica: {_MOVERS[base['binds']]}."
     return text
+
+
+#: What would make a replica do more, by what binds it.
+_MOVERS = {
+    "prefill": "prefill binds, and only fewer prompt tokens (prompt compression, a prefix cache) "
+    "or sparse prefill would move it",
+    "decode": "decode binds, and only fewer bytes a step (a smaller cache, smaller weights) or "
+    "more bandwidth would move it",
+    "KV pool": "the pool binds, and only a smaller cache, smaller weights or more memory a replica "
+    "(tensor parallelism, a larger GPU) would move it",
+}
+
+
+def edge_sentence(rows: Sequence[Row]) -> str | None:
+    """What decides how many replicas the best plan needs."""
+    row = next((r for r in rows if r["feasible"]), None)
+    if row is None or len(row["pools"]) != 1 or row["replicas"] < 2:
+        return None
+    if row["fewer_breaks"] is not None:
+        return f"One replica fewer breaks {limit_title(row['fewer_breaks'])}: latency decides."
+    if row["replicas"] == row["bound_replicas"]:
+        return "One replica fewer cannot carry the load at all: throughput decides."
+    return None
+
+
+def limit_title(key: str) -> str:
+    """``ttft_p99_s`` as people read it."""
+    metric, _, rest = key.removesuffix("_s").partition("_p")
+    if rest[:1].isdigit():
+        return f"{metric.upper()} P{rest.replace('_', '.')}"
+    return {"ttft_per_1k_share": "TTFT per 1k tokens", "backlog_s": "the queue"}.get(key, key)
 
 
 def _replicas(row: Row) -> int | None:

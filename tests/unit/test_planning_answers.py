@@ -20,7 +20,13 @@ from costmodel.planning.metrics import checks, goodput_rps, intervals, measured,
 from costmodel.planning.money import fleet_cost, fleet_watts
 from costmodel.planning.rows import KEYS
 from costmodel.planning.sensitivity import sensitivities
-from costmodel.planning.sentences import binding_sentences, deploy, realised_sentence, verdict
+from costmodel.planning.sentences import (
+    binding_sentences,
+    deploy,
+    edge_sentence,
+    realised_sentence,
+    verdict,
+)
 from costmodel.planning.slo import Limit, Slo
 from costmodel.planning.spec import AccuracyFloor, Money
 from costmodel.planning.steps import StepTable
@@ -424,9 +430,29 @@ def test_what_binds_in_words() -> None:
     assert "No method here saves a replica: prefill binds" in same[0]
     fewer = binding_sentences([row("full", 12), row("kivi", 6)])
     assert "kivi: 6 replicas instead of 12" in fewer[0]
+    next_one = binding_sentences([{**row("full", 3), "binds": "KV pool"}, row("kivi", 3)])
+    assert "No method here saves a replica: with them prefill binds." in next_one[0]
     # Replicas of another split are other replicas.
     split = binding_sentences([row("full", 12), {**row("kivi", 3), "pp": 2}])
     assert "instead of" not in split[0]
+
+
+def test_what_decides_the_number_of_replicas() -> None:
+    def said(**changes: object) -> str | None:
+        values = {"feasible": True, "replicas": 3, "bound_replicas": 2, "fewer_breaks": None}
+        return edge_sentence([plan_row(**{**values, **changes})])
+
+    assert said(fewer_breaks="itl_p95_s") == "One replica fewer breaks ITL P95: latency decides."
+    assert "throughput decides" in (said(bound_replicas=3) or "")
+    assert said(replicas=1, bound_replicas=1) is None
+    # In a plan: first tokens in 0.25 s take more replicas than the load does.
+    tight = spec(
+        slo={"ttft_p95_s": 0.25, "ttft_p99_s": 60}, workload={"rate_per_s": 30},
+        candidates={"gpus": ["h100-sxm"], "methods": ["full"]},
+    )  # fmt: skip
+    row = solved(tight, details=False).feasible[0]
+    assert row["replicas"] > row["bound_replicas"]
+    assert row["fewer_breaks"] == "ttft_p95_s"
 
 
 # Money and energy ----------------------------------------------------------------------------
