@@ -103,7 +103,8 @@ class PlanSpec:
 
 
 def read_plan(path: Path | None, overrides: Sequence[tuple[str, Any]] = ()) -> PlanSpec:
-    """Read a file (or start from nothing) and lay ``section.key`` overrides over it.
+    """Read a file (or start from nothing) and lay ``section.key`` overrides over it (None takes a
+    key out).
 
     Raises one ``ConfigError`` with every problem and, where the key stands in the file, its line.
     """
@@ -124,7 +125,10 @@ def read_plan(path: Path | None, overrides: Sequence[tuple[str, Any]] = ()) -> P
         rows = table.setdefault(section, {})
         if not isinstance(rows, dict):
             raise ConfigError(f"{where}: {section}: expected a table, got {short(rows)}")
-        rows[name] = value
+        if value is None:
+            rows.pop(name, None)
+        else:
+            rows[name] = value
     found = plan_from_table(table, where, folder, raw)
     return replace(found, own_workload=path is not None and not _of_workload(overrides))
 

@@ -31,6 +31,13 @@ Examples:
   lccost plan plan.toml --output plan.json && lccost plan plan.json --set candidates.max_gpus=16
 """
 
+#: option -> keys of the plan file that go with that kind of demand alone
+_DEMANDS = {
+    "trace": ("trace",),
+    "rate": ("rate_per_s",),
+    "concurrency": ("concurrency",),
+    "users": ("users", "active_fraction", "requests_per_minute", "peak_factor"),
+}
 #: ending of the output file -> function that makes it
 _PAGES = {".html": "html", ".xlsx": "xlsx"}
 #: ending of the output file -> format of the text in it
@@ -176,9 +183,8 @@ def read_spec(file: Path | None, options: dict[str, Any]) -> Any:
     """The plan file, the options laid over it, checked together."""
     from costmodel.planning.spec import parse_override, plan_from_table, read_plan
 
-    overrides: list[tuple[str, Any]] = [
-        (key, options[name]) for name, key in _KEYS.items() if options[name] is not None
-    ]
+    overrides: list[tuple[str, Any]] = [(f"workload.{key}", None) for key in _replaced(options)]
+    overrides += [(key, options[name]) for name, key in _KEYS.items() if options[name] is not None]
     for key in ("input_tokens", "output_tokens"):
         if options[key] is not None:
             overrides.append(parse_override(f"workload.{key}={options[key]}"))
@@ -215,10 +221,26 @@ def read_plan_file(file: Path) -> Any:
     return read_plan(file)
 
 
+def _replaced(options: dict[str, Any]) -> list[str]:
+    """Keys of the file's own demand, where the options name another one."""
+    if not any(options[name] is not None for name in _DEMANDS):
+        return []
+    gone = [key for keys in _DEMANDS.values() for key in keys]
+    if options["trace"] is not None:
+        gone += ["input_tokens", "output_tokens", "requests", "arrivals"]
+    if options["concurrency"] is not None:
+        gone.append("arrivals")
+    return gone
+
+
 def _lay_over(table: dict[str, Any], overrides: list[tuple[str, Any]]) -> None:
     for key, value in overrides:
         section, _, name = key.partition(".")
-        table.setdefault(section, {})[name] = value
+        rows = table.setdefault(section, {})
+        if value is None:
+            rows.pop(name, None)
+        else:
+            rows[name] = value
 
 
 def _whole(name: str, text: str) -> int:

@@ -46,6 +46,28 @@ def test_init_then_plan(tmp_path: Path) -> None:
     assert set(json.loads(lines[0])) == {"timestamp", "input_length", "output_length"}
 
 
+@pytest.mark.parametrize(
+    ("demand", "said"),
+    [
+        (["--trace", str(TRACE)], "1,000 requests"),
+        (["--concurrency", "8", "--requests", "50"], "50 requests"),
+        (["--rate", "9", "--requests", "60"], "60 requests"),
+        (["--users", "90", "--set", "workload.requests_per_minute=2"], "6,000 requests"),
+    ],
+)
+def test_a_demand_named_as_an_option_replaces_that_of_the_file(
+    tmp_path: Path, demand: list[str], said: str
+) -> None:
+    file = tmp_path / "plan.toml"
+    assert run("init", str(file)).exit_code == 0
+    done = run("plan", str(file), *demand, "--validate-only")
+    assert done.exit_code == 0, done.output
+    assert said in done.stdout
+    both = run("plan", str(file), "--rate", "3", "--concurrency", "4", "--validate-only")
+    assert both.exit_code == 2
+    assert "exactly one of" in both.stderr
+
+
 def test_json_follows_the_contract_and_runs_again(tmp_path: Path) -> None:
     file = tmp_path / "plan.json"
     done = run("plan", *SMALL, "--output", str(file))
