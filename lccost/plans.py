@@ -41,6 +41,7 @@ def document(plan: Plan, version: str) -> dict[str, Any]:
     out["explanations"] = explanations(plan)
     out["sensitivities"] = plan.sensitivities
     out["curve"] = _rates(plan)
+    out["curve_axis"] = "sessions" if plan.spec.demand.is_closed else "requests per second"
     out["detailed_rank"] = plan.detailed
     out["nearest"] = None if plan.feasible else plan.nearest
     if plan.feasible:

@@ -217,7 +217,7 @@ def _illustrations(document: Document, held: Sequence[Row]) -> list[Illustration
     best = _detailed(document, held)
     load = partial(
         planning.plan_load, document["curve"], document["limits"], planning.row_name(best),
-        _bound_rate(best),
+        _bound_rate(document, best), axis=_axis(document),
     )  # fmt: skip
     rank = best["rank"]
     return [
@@ -237,8 +237,13 @@ def _detailed(document: Document, held: Sequence[Row]) -> Row:
     return next((r for r in held if r["rank"] == document.get("detailed_rank")), held[0])
 
 
-def _bound_rate(row: Row) -> float | None:
-    b = row.get("binding")
+def _axis(document: Document) -> str:
+    return str(document.get("curve_axis", "requests per second"))
+
+
+def _bound_rate(document: Document, row: Row) -> float | None:
+    """Rate at which the plan is no longer stable; a closed loop is always."""
+    b = None if _axis(document) == "sessions" else row.get("binding")
     return None if not b else float(b["max_rate_per_replica_per_s"] * row["replicas"])
 
 
@@ -329,14 +334,14 @@ def _load(document: Document, held: Sequence[Row]) -> Spec | None:
             line = [(x, limits[key], -1, "") for x in ends]
             series.append(chart_series(f"limit of {title}", "guide", line, colour=n))
     row = _detailed(document, held)
-    bound = _bound_rate(row)
+    bound = _bound_rate(document, row)
     if bound is not None and bound <= 2 * ends[1]:
         values = [y for s in series for y in s["y"] if y]
         line = [(bound, min(values), -1, ""), (bound, max(values), -1, "")]
         series.append(chart_series("closed form: unstable beyond", "guide", line))
     return {
         "title": f"Latency of rank {row['rank']} against rate",
-        "x": {"label": "requests per second", "unit": "", "log": 0},
+        "x": {"label": _axis(document), "unit": "", "log": 0},
         "y": {"label": "latency (s)", "unit": "s", "log": 10},
         "series": series,
     }

@@ -147,6 +147,7 @@ def plan_load(
     name: str,
     bound: float | None = None,
     *,
+    axis: str = "requests per second",
     size: tuple[float, float] = WIDE,
 ) -> "Figure":
     """Latency percentiles of one plan against the rate, with its limits and its closed form."""
@@ -177,7 +178,7 @@ def plan_load(
         log_ticks(axes.yaxis, span, most=9)
         format_axis(axes.yaxis, format_seconds)
         axes.set_xlim(left=0.0)
-        axes.set_xlabel("requests per second")
+        axes.set_xlabel(axis)
         axes.set_ylabel("seconds (dashed: the limit)")
         title_of(axes, f"Latency against rate: {safe_text(name, 80)}")
         legend_below(figure, handles_of([axes]).values())
