@@ -62,7 +62,7 @@ def simulation(requests: Requests, spec: PlanSpec, replicas: int) -> None:
     candidate = Candidate(
         model="llama-3.1-8b", method="full", level="ideal", gpu="h100-sxm", engine=None, tp=1
     )
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), cpu_s()
     parts = screen(candidate, spec, requests).parts
     assert parts is not None
     screened = time.perf_counter()
@@ -77,20 +77,27 @@ def simulation(requests: Requests, spec: PlanSpec, replicas: int) -> None:
         f"{requests.size:>9,} requests, {replicas} replicas: tables and loads "
         f"{screened - start:.2f} s, simulation and verdict {ran - screened:.2f} s "
         f"({events:,} events), percentiles {done - ran:.2f} s, TTFT P99 {p99:.1f} s, peak "
-        f"{peak:.2f} GiB"
+        f"{peak:.2f} GiB, {cpu_s() - cpu:.1f} s of CPU in all"
     )
 
 
+def cpu_s() -> float:
+    """Of this process and of workers that have ended."""
+    both = (resource.getrusage(w) for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(u.ru_utime + u.ru_stime for u in both)
+
+
 def whole_plan(spec: PlanSpec, requests: Requests, workers: int) -> None:
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), cpu_s()
     with open_executor("local", spec, requests, workers) as executor:
         plan = make_plan(spec, requests, executor, lambda label, n: lambda done: None)
-    seconds = time.perf_counter() - start
+    seconds, cpu = time.perf_counter() - start, cpu_s() - cpu
     simulated = sum(r["answered_by"] == "simulated" for r in plan.rows)
     best = plan.feasible[0]
     print(
         f"plan of {len(plan.rows)} candidates ({simulated} simulated, the others beaten by their "
-        f"closed form) with details on {workers} processes: {seconds:.1f} s; rank 1 is "
+        f"closed form) with details on {workers} processes: {seconds:.1f} s, {cpu:.1f} s of CPU; "
+        "rank 1 is "
         f"{best['gpus']} x {best['gpu']} with {best['method_spec']}"
     )
 
