@@ -24,6 +24,9 @@ class RecordStore:
 
     def __init__(self, path: str | os.PathLike[str], *, fresh: bool = False) -> None:
         self.path = Path(path)
+        #: how far the file was read for ``finished_keys``, and what was finished there
+        self._read_bytes = 0
+        self._finished: set[tuple[str, str | None]] = set()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if fresh:
             with self._locked() as fd:
@@ -51,33 +54,48 @@ class RecordStore:
 
     def records(self) -> list[dict[str, Any]]:
         """Return all whole records, in order; raises ``ConfigError`` for a broken line."""
-        try:
-            data = self.path.read_bytes()
-        except FileNotFoundError:
-            return []
-        whole, _, _torn = data.rpartition(b"\n")
-        found = []
-        for number, line in enumerate(whole.split(b"\n"), start=1):
-            if not line.strip():
-                continue
-            try:
-                found.append(json.loads(line))
-            except ValueError as error:
-                raise ConfigError(f"{self.path}:{number}: not a JSON record: {error}") from None
-        return found
+        return [record for record, _ in self._from(0)]
 
     def finished_keys(self, environment_id: str | None = None) -> set[str]:
         """Keys of points that need not be run again.
 
-        With ``environment_id`` only what was measured in that very environment counts.
+        With ``environment_id`` only what was measured in that very environment counts. Only what
+        was added since the last call is read.
         """
+        if self.path.exists() and self.path.stat().st_size < self._read_bytes:  # started over
+            self._read_bytes = 0
+            self._finished.clear()
+        for record, end in self._from(self._read_bytes):
+            self._read_bytes = end
+            if record.get("status") in FINISHED and "record_key" in record:
+                environment = (record.get("environment") or {}).get("id")
+                self._finished.add((record["record_key"], environment))
         return {
-            record["record_key"]
-            for record in self.records()
-            if record.get("status") in FINISHED
-            and "record_key" in record
-            and environment_id in (None, (record.get("environment") or {}).get("id"))
+            key
+            for key, environment in self._finished
+            # what does not exist anywhere has no environment
+            if environment_id is None or environment in (None, environment_id)
         }
+
+    def _from(self, start: int) -> Iterator[tuple[dict[str, Any], int]]:
+        """Whole records from a line's first byte on, each with the byte behind it."""
+        try:
+            with self.path.open("rb") as file:
+                file.seek(start)
+                data = file.read()
+        except FileNotFoundError:
+            return
+        whole, _, _torn = data.rpartition(b"\n")
+        end = start
+        for line in whole.split(b"\n"):
+            end += len(line) + 1
+            if not line.strip():
+                continue
+            try:
+                yield json.loads(line), end
+            except ValueError as error:
+                number = self.path.read_bytes()[:end].count(b"\n")
+                raise ConfigError(f"{self.path}:{number}: not a JSON record: {error}") from None
 
     @contextmanager
     def _locked(self) -> Iterator[int]:
