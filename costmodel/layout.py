@@ -104,7 +104,10 @@ class Execution:
 
 
 def prefill_operations(run: Execution, point: Point) -> Operations:
-    """The pass over ``point.prompt_tokens`` (what reaches the model after prompt compression)."""
+    """The pass over ``point.prompt_tokens`` (what reaches the model after prompt compression).
+
+    The LM head is the last operation.
+    """
     point = replace(point, fed_tokens=run.stack.fed_tokens(point))
     return _pass(run, point, tokens=point.batch * point.prompt_tokens, decode=False)
 
@@ -133,7 +136,10 @@ def mixing_operations(run: Execution, point: Point, *, decode: bool) -> Operatio
 
 
 def step_operations(run: Execution, point: Point) -> Operations:
-    """A decode step without ``mixing_operations``: what depends on the batch alone."""
+    """A decode step without ``mixing_operations``: what depends on the batch alone.
+
+    The LM head is the last operation.
+    """
     return (*token_operations(run, point, point.batch), _head(run, point))
 
 

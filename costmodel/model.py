@@ -39,8 +39,14 @@ from costmodel.workload import Point
 
 _LAUNCH = BOUNDS.index("launch")
 
-#: Metrics, bounds and shares of the bases of one chunk.
-Evaluated = tuple[dict[str, Array], dict[str, NDArray[np.intp]], dict[str, float]]
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Evaluated:
+    """Metrics of some points, what binds their passes (index into ``BOUNDS``), shares of bases."""
+
+    values: dict[str, Array]
+    bounds: dict[str, NDArray[np.intp]]
+    bases: dict[str, float]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -161,8 +167,10 @@ class Model:
         whole = operations
         if self.options.tp > 1:
             whole = step_operations(self.sharded(1).run, point)
+        head = busy_of(operations[-1:], self.run.hardware, self.engine)
         return Step(
-            busy=busy_of(operations, self.run.hardware, self.engine),
+            busy=busy_of(operations[:-1], self.run.hardware, self.engine) + head,
+            head=head,
             flops=total(whole, _flops),
             counted_flops=total(whole, _counted),
             peak_s=peak_s(whole, self.run.hardware),
@@ -184,7 +192,9 @@ class Model:
             whole_prefill = whole.prefill(batch, context, output)
             whole_decode = mixing_operations(whole.run, point, decode=True)
         memory = memory_of(self.run, point, output, prefill, last, step.transient_bytes)
-        ttft = self.times(prefill, decode=False)
+        # The head sees one token of every sequence, in a prompt as in a step: it is priced already.
+        body = busy_of(prefill[:-1], hardware, self.engine) + step.head
+        ttft = self._pass_time(body, decode=False)
         tpot = self._pass_time(busy_of(decode, hardware, self.engine) + step.busy, decode=True)
         tpot_last = self._pass_time(busy_of(last, hardware, self.engine) + step.busy, decode=True)
         prefill_bytes, decode_bytes = hbm_bytes(prefill), hbm_bytes(decode) + step.hbm_bytes
@@ -230,8 +240,11 @@ class Model:
             "usd_per_million_output_tokens": self._usd_per_million(tokens_per_s),
             "extrapolated": np.maximum(ttft.extrapolated, tpot.extrapolated),
         }
-        bound = {"prefill_bound": ttft.bound(), "decode_bound": tpot.bound()}
-        return values, bound, basis.shares(ttft.bases, tpot.bases)
+        return Evaluated(
+            values,
+            {"prefill_bound": ttft.bound(), "decode_bound": tpot.bound()},
+            basis.shares(ttft.bases, tpot.bases),
+        )
 
     @property
     def capacity_bytes(self) -> float:
@@ -252,6 +265,7 @@ class Step:
     """
 
     busy: Busy
+    head: Busy  # of the busy time, that of the LM head
     flops: Array
     counted_flops: Array
     peak_s: Array
@@ -264,6 +278,7 @@ class Step:
         share = index.size / max(1, np.size(self.busy.mid_s))
         return Step(
             busy=self.busy.take(index, share),
+            head=self.head.take(index, share),
             **{
                 name: np.broadcast_to(getattr(self, name), np.shape(self.busy.mid_s))[index]
                 for name in _STEP_AMOUNTS

@@ -101,6 +101,13 @@ class Operation:
 Operations = tuple[Operation, ...]
 
 
+def some(amount: Array) -> bool:
+    """Whether any entry is not zero; amounts mostly are not, so the first one is asked first."""
+    if isinstance(amount, np.ndarray) and amount.size:
+        return bool(amount.flat[0]) or bool(amount.any())
+    return bool(np.any(amount))
+
+
 def causal_pairs(n_queries: Array, window_tokens: Array | None = None) -> Array:
     """Query-key pairs of causal attention over a prompt: S(S+1)/2, or with a window W
     (each query sees itself and W-1 before it): a ramp up to W, then flat.

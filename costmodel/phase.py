@@ -15,7 +15,7 @@ from costmodel.engines import Engine
 from costmodel.hardware import HardwareProfile
 from costmodel.kernels import KernelTime, time_operation
 from costmodel.layout import total
-from costmodel.operation import Array, Operation, Operations
+from costmodel.operation import Array, Operation, Operations, some
 from costmodel.workload import Level
 
 #: What can bind a pass, in the order of ``PhaseTime.parts``.
@@ -207,7 +207,7 @@ def _split(op: Operation, t: KernelTime) -> tuple[Array, Array, Array]:
     side, otherwise by the bytes moved.
     """
     moved = op.moved_bytes
-    if not np.any(moved):
+    if not some(moved):
         return t.compute_s, 0.0, 0.0
     compute_binds = t.compute_s > t.memory_s
     busy = np.where(compute_binds, 0.0, t.memory_s) / np.maximum(moved, 1e-300)
@@ -219,7 +219,7 @@ def peak_s(operations: Operations, hardware: HardwareProfile) -> Array:
     """Seconds of the useful FLOPs at the datasheet peaks of their compute types."""
     by_dtype: dict[str, Array] = {}
     for op in operations:
-        if np.any(op.flops):
+        if some(op.flops):
             by_dtype[op.dtype] = by_dtype.get(op.dtype, 0.0) + op.count * op.flops
     seconds: Array = np.float64(0.0)
     for dtype, flops in by_dtype.items():

@@ -131,10 +131,13 @@ class Family:
         """
         outside: Array = np.float64(0.0)
         for name, (least, most) in self.ranges.items():
-            if name in shape:
-                value = np.asarray(shape[name], dtype=np.float64)
-                far = (value < least / FAR) | (value > most * FAR)
-                outside = np.maximum(outside, np.where(far, 1.0, 0.0))
+            if name not in shape:
+                continue
+            value = np.asarray(shape[name], dtype=np.float64)
+            if not value.size or (value.min() >= least / FAR and value.max() <= most * FAR):
+                continue
+            far = np.logical_or(value < least / FAR, value > most * FAR)
+            outside = np.maximum(outside, far)
         return outside
 
 

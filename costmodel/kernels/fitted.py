@@ -16,7 +16,7 @@ from costmodel.in_situ import InSitu
 from costmodel.kernels.families import Family, load_family
 from costmodel.kernels.moe import grouped_product_time_s
 from costmodel.kernels.prior import KernelTime, prior_time
-from costmodel.operation import Array, Operation, causal_pairs
+from costmodel.operation import Array, Operation, causal_pairs, some
 
 #: Which points something holds for.
 Mask = NDArray[np.bool_] | np.bool_ | bool
@@ -130,12 +130,13 @@ def _kernel_time(
             basis=family.basis,
             extrapolated=extrapolated,
         )
-    compute = operation.flops / hardware.peak(operation.dtype) if np.any(operation.flops) else 0.0
+    compute = operation.flops / hardware.peak(operation.dtype) if some(operation.flops) else 0.0
     memory = operation.moved_bytes / hardware.hbm_bytes_per_s
     floor = np.maximum(compute, operation.hbm_bytes / hardware.hbm_bytes_per_s)
     scale = (mid - launch) / np.maximum(np.maximum(compute, memory), 1e-300)
     if in_situ is None:
         compute, memory = compute * scale, memory * scale
+        mid = np.maximum(mid, floor)
     else:
         compute = compute * (scale * in_situ.compute_factor)
         memory = memory * (scale * in_situ.memory_factor(operation.kind))
@@ -143,8 +144,8 @@ def _kernel_time(
     low, high = _factors(family, mid, in_situ)
     return KernelTime(
         low_s=np.maximum(mid * low, floor),
-        mid_s=np.maximum(mid, floor),
-        high_s=np.maximum(mid * high, floor),
+        mid_s=mid,
+        high_s=mid * high,
         compute_s=compute,
         memory_s=memory,
         launch_s=launch,
@@ -167,6 +168,10 @@ def _close(a: Array, b: Array) -> Mask:
     return near
 
 
+def _first(amount: Array) -> float:
+    return float(np.asarray(amount).flat[0])
+
+
 def _variant(operation: Operation, elements: Array) -> str | None:
     """bf16 or fp8 where the weights are stored as they are multiplied; else None."""
     stored = np.asarray(operation.weight_bytes) / np.maximum(elements, 1.0)
@@ -179,10 +184,11 @@ def _variant(operation: Operation, elements: Array) -> str | None:
 
 def _gemm(operation: Operation) -> Asked | None:
     shape = operation.shape
-    if not {"m", "n", "k"} <= shape.keys() or np.any(operation.workspace_bytes):
+    if not {"m", "n", "k"} <= shape.keys() or some(operation.workspace_bytes):
         return None
     m, n, k = shape["m"], shape["n"], shape["k"]
-    if not np.all(_close(operation.flops, 2.0 * np.asarray(m) * n * k)):
+    # A product in all points or in none: both sides are proportional to the rows.
+    if not _close(_first(operation.flops), 2.0 * _first(m) * n * k):
         return None
     variant = _variant(operation, np.asarray(n) * k)
     if variant is None:
@@ -205,7 +211,7 @@ def _moe(operation: Operation) -> Asked | None:
 def _decode(operation: Operation) -> Asked | None:
     shape = operation.shape
     needed = {"batch", "kv_len", "n_heads", "n_kv_heads", "head_dim", "v_head_dim", "kv_bytes"}
-    if not needed <= shape.keys() or np.any(operation.workspace_bytes):
+    if not needed <= shape.keys() or some(operation.workspace_bytes):
         return None
     width = np.asarray(shape["head_dim"]) + shape["v_head_dim"]
     elements = np.asarray(shape["batch"]) * shape["kv_len"] * shape["n_kv_heads"] * width
@@ -232,7 +238,7 @@ def _prefill(operation: Operation) -> Asked | None:
         "v_head_dim",
         "pairs",
     }
-    if not needed <= shape.keys() or np.any(operation.workspace_bytes):
+    if not needed <= shape.keys() or some(operation.workspace_bytes):
         return None
     q, window = np.asarray(shape["q_len"]), np.asarray(shape.get("window_tokens", np.inf))
     expected = causal_pairs(q, None if np.all(np.isinf(window)) else window)

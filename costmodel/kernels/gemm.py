@@ -25,6 +25,7 @@ Form after the wave-quantisation and tile analysis of NVIDIA's "Matrix Multiplic
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from costmodel.hardware import HardwareProfile
 from costmodel.kernels.kinds import KernelKind, Shape, Work, peak_of
@@ -43,6 +44,8 @@ from costmodel.kernels.physics import (
 )
 from costmodel.operation import Array
 
+Floats = NDArray[np.float64]
+
 #: Tiles of C that are tried, rows by columns.
 TILES = ((64, 64), (64, 128), (128, 128), (128, 256))
 #: Fewest k elements a split keeps, and the most splits.
@@ -52,6 +55,8 @@ MAX_SPLITS = 16.0
 BURST_S = 3e-4
 #: Copies of the weights that the published tables rotate through (six layers per captured graph).
 REPLAYED_COPIES = 6.0
+#: Waves of the largest tile beyond which the others are not tried.
+MANY_WAVES = 32.0
 #: Bytes moved per element by the activation quantiser: read 2, write 1.
 QUANTISE_BYTES = 3.0
 #: Rows and columns of a tile as the raster counts them.
@@ -187,29 +192,58 @@ def _compute_s(
     stream = p.stream_bytes_per_s * clock_ratio(device)
     reduce_s = m * n * (8.0 / (2.0 * device.hbm_bytes_per_s))
     most_splits = np.minimum(k / MIN_SPLIT_K, MAX_SPLITS)
-    best: Array = np.float64(np.inf)
-    for rows, columns in TILES:
-        tiles = np.ceil(m / rows) * np.ceil(n / columns)
-        per_k = np.maximum(
-            2.0 * rows * columns * sms / rate, (np.minimum(m, rows) + columns) * (width / stream)
-        )
-        loop = per_k * k
-        x = tiles / sms
-        seconds = waves(x, p.wave_rounding) * (loop + p.tile_s)
-        few = x <= 0.5  # the product fills at most half the SMs: K may be split
-        if np.any(few):
-            shape = np.shape(seconds)
-            loop_few, x_few, reduce_few, most_few = (
-                np.broadcast_to(v, shape)[few] for v in (loop, x, reduce_s, most_splits)
-            )
-            splits = np.floor(np.minimum(1.0 / x_few, most_few))
-            splits = np.exp2(np.floor(np.log2(np.maximum(splits, 1.0))))
-            split = loop_few / splits + (p.tile_s + p.split_s) + splits * reduce_few
-            whole = seconds[few]
-            seconds = np.asarray(seconds)
-            seconds[few] = np.where(splits > 1.0, np.minimum(whole, split), whole)
-        best = np.minimum(best, seconds)
+    parts = (m, n, k, rate, reduce_s, most_splits)
+    largest, x = _tile_s(p, TILES[-1], parts, sms, width / stream)
+    best: Floats = np.array(largest)
+    # Over many waves of the largest tile a smaller one has nothing to gain.
+    few = np.asarray(x <= MANY_WAVES)
+    if not few.any():
+        return best
+    if few.all():
+        for tile in TILES[:-1]:
+            np.minimum(best, _tile_s(p, tile, parts, sms, width / stream)[0], out=best)
+        return best
+    shape = few.shape
+    some = tuple(np.broadcast_to(v, shape)[few] if np.ndim(v) else v for v in parts)
+    least: Array = best[few]
+    for tile in TILES[:-1]:
+        least = np.minimum(least, _tile_s(p, tile, some, sms, width / stream)[0])
+    best[few] = least
     return best
+
+
+def _tile_s(
+    p: GemmParameters,
+    tile: tuple[int, int],
+    parts: tuple[Array, ...],
+    sms: float,
+    stream_s_per_element: float,
+) -> tuple[Array, Array]:
+    """(seconds, tiles per SM) with one tile of the menu, its k range split where that is faster."""
+    m, n, k, rate, reduce_s, most_splits = parts
+    rows, columns = tile
+    tiles = np.ceil(m / rows) * np.ceil(n / columns)
+    per_k = np.maximum(
+        (2.0 * rows * columns * sms) / rate,
+        (np.minimum(m, rows) + columns) * stream_s_per_element,
+    )
+    loop = per_k * k
+    x = tiles / sms
+    seconds: Array = waves(x, p.wave_rounding) * (loop + p.tile_s)
+    few = x <= 0.5  # the product fills at most half the SMs: K may be split
+    if not np.any(few):
+        return seconds, x
+    shape = np.shape(seconds)
+    loop_few, x_few, reduce_few, most_few = (
+        np.broadcast_to(v, shape)[few] for v in (loop, x, reduce_s, most_splits)
+    )
+    splits = np.floor(np.minimum(1.0 / x_few, most_few))
+    splits = np.exp2(np.floor(np.log2(np.maximum(splits, 1.0))))
+    split = loop_few / splits + (p.tile_s + p.split_s) + splits * reduce_few
+    whole = np.asarray(seconds)[few]
+    seconds = np.asarray(seconds)
+    seconds[few] = np.where(splits > 1.0, np.minimum(whole, split), whole)
+    return seconds, x
 
 
 def _time(

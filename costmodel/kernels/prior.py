@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from costmodel.hardware import HardwareProfile
-from costmodel.operation import Array, Operation
+from costmodel.operation import Array, Operation, some
 
 #: (low, mid, high): optimistic, typical, pessimistic.
 Triple = tuple[float, float, float]
@@ -133,7 +133,7 @@ def timed_flops(operation: Operation) -> Array:
     """FLOPs a kernel spends time on. Flash-style attention skips the masked half of the square that
     a FLOP counter sees; everything else runs what it counts.
     """
-    if operation.kind == "prefill_attention" and np.any(operation.flops):
+    if operation.kind == "prefill_attention" and some(operation.flops):
         return operation.flops
     return operation.counted_flops
 
@@ -161,11 +161,11 @@ def prior_time(operation: Operation, hardware: HardwareProfile) -> KernelTime:
         return _host_link(operation, hardware)
     prior = PRIORS.get(operation.name) or PRIORS[operation.kind]
     flops = timed_flops(operation)
-    compute = flops / _peak(operation, hardware) if np.any(flops) else 0.0
+    compute = flops / _peak(operation, hardware) if some(flops) else 0.0
     vector = operation.vector_flops / vector_peak(hardware)
     memory = operation.moved_bytes / hardware.hbm_bytes_per_s
     launches = operation.launches
-    has_vector = bool(np.any(vector))
+    has_vector = some(vector)
 
     def busy(i: int) -> tuple[Array, Array]:
         work = compute / prior.compute_fraction[i]

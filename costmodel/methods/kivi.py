@@ -105,7 +105,7 @@ class Kivi(AbstractMethod):
         t = np.asarray(tokens, dtype=np.float64)
         r = float(self.residual_tokens)
         held = np.minimum(t, mixer.limit_tokens)
-        rk = np.mod(t, r)
+        rk = t - r * np.floor(t / r)  # exact for whole numbers, and faster than a remainder
         nk = np.minimum(t - rk, np.ceil(np.maximum(held - rk, 0.0) / r) * r)
         rv = np.minimum(held, r)
         return nk, rk, held - rv, rv
