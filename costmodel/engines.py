@@ -7,6 +7,7 @@ kernel families in the hardware profile.
 
 import functools
 import tomllib
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from importlib import resources
 from typing import Any, Literal
@@ -60,6 +61,10 @@ class Engine:
     sources: tuple[str, ...] = ()
 
 
+#: Engine whose rules hold for one that only a calibration names.
+OWN_RULES = "vllm"
+
+
 @functools.cache
 def _table() -> dict[str, Any]:
     text = resources.files("costmodel").joinpath("data/engines.toml").read_text("utf-8")
@@ -88,3 +93,14 @@ def load_engine(name: str) -> Engine:
 def in_passes(engine: Engine) -> Engine:
     """The same engine, its operations timed by fitted kernels as they run inside passes."""
     return replace(engine, kernels=engine.name, in_situ=in_situ())
+
+
+def engine_of(name: str, own: Collection[str] = ()) -> Engine:
+    """The engine of that name, or one that only a profile's own families know (``own``): its
+    memory is kept by vLLM's rules.
+    """
+    key = name.strip().lower()
+    if key in own and key not in _table():
+        rules = load_engine(OWN_RULES)
+        return replace(rules, name=key, title=f"{key}, memory by the rules of {rules.name}")
+    return load_engine(name)

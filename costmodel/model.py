@@ -7,9 +7,10 @@ from numpy.typing import NDArray
 
 from costmodel import basis
 from costmodel.architecture import Architecture
-from costmodel.engines import Engine, in_passes, load_engine
+from costmodel.engines import Engine, engine_of, in_passes
 from costmodel.errors import ConfigError, NotApplicableError
 from costmodel.hardware import HardwareProfile
+from costmodel.kernels.families import own_engines
 from costmodel.layout import (
     Execution,
     decode_operations,
@@ -80,7 +81,8 @@ class Model:
         if refusal:
             raise NotApplicableError(refusal)
         named = options.engine
-        engine = load_engine(default_engine(hardware, options.level) if named is None else named)
+        name = default_engine(hardware, options.level) if named is None else named
+        engine = engine_of(name, own_engines(hardware))
         if not hardware.is_cpu:  # a CPU has the prior, or curves of its own
             engine = in_passes(engine)
         return cls(

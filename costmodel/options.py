@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from costmodel.architecture import Architecture
 from costmodel.errors import ConfigError
 from costmodel.hardware import HardwareProfile
+from costmodel.kernels.families import own_engines
 from costmodel.workload import Level
 
 
@@ -34,7 +35,10 @@ def default_dtype(architecture: Architecture) -> str:
 
 
 def default_engine(hardware: HardwareProfile, level: Level) -> str:
-    """Who executes when nobody is named."""
+    """Who executes when nobody is named: the only engine a profile was calibrated with, if any."""
     if hardware.is_cpu:
         return "torch"
+    own = own_engines(hardware)
+    if len(own) == 1 and level == "ideal":
+        return own[0]
     return "vllm" if level == "ideal" else "transformers"

@@ -11,9 +11,10 @@ from typing import Any, TypeVar
 import numpy as np
 
 from costmodel.architecture import Architecture
-from costmodel.engines import load_engine
+from costmodel.engines import engine_of
 from costmodel.errors import ConfigError, LccostError, NotApplicableError
 from costmodel.hardware import HardwareProfile, load_hardware
+from costmodel.kernels.families import own_engines
 from costmodel.methods.parse import parse_methods
 from costmodel.methods.stack import MethodStack
 from costmodel.mlps import MoE
@@ -56,11 +57,13 @@ class Sweep:
         assume: str | None = None,
     ) -> "Sweep":
         """Load everything by name; raises ``LccostError`` for what does not exist."""
+        hardware = _distinct("GPU", [load_hardware(g) for g in gpus])
         if options.get("engine") is not None:
-            options = {**options, "engine": load_engine(options["engine"]).name}
+            own = {name for h in hardware for name in own_engines(h)}
+            options = {**options, "engine": engine_of(options["engine"], own).name}
         return cls(
             architectures=_distinct("model", [load_architecture(m, assume=assume) for m in models]),
-            hardware=_distinct("GPU", [load_hardware(g) for g in gpus]),
+            hardware=hardware,
             stacks=tuple(dict.fromkeys(parse_methods(methods))),
             contexts=tuple(contexts),
             batches=tuple(batches),

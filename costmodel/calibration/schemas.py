@@ -10,9 +10,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from costmodel.errors import ConfigError, UnknownNameError
-from costmodel.hardware import resolve_gpu
+from costmodel.hardware import HardwareProfile, normalised, resolve_gpu
 
 Record = Mapping[str, str]
+#: Longest name of an engine or kernel.
+MAX_NAME = 100
 #: (kind, variant, hardware, engine, kernel), shape, seconds
 Row = tuple[tuple[str, str, str, str, str], dict[str, float], float]
 #: (kind, variant), shape
@@ -35,21 +37,32 @@ class Schema:
     shape_of: Callable[[Record], Read]
     kernel: str = "kernel"
 
-    def read(self, record: Record, device: str | None) -> Row:
-        """Return one record as (family, shape, seconds)."""
+    def read(self, record: Record, profile: HardwareProfile | None = None) -> Row:
+        """Return one record as (family, shape, seconds); ``profile``: the device it is asked of."""
         kind, variant, shape = self.shape_of(record)
         microseconds = number(record, "latency_us")
         if microseconds <= 0:
             raise ConfigError(f"latency_us: expected a time above 0, got {microseconds:g}")
-        hardware = device or _hardware(record)
-        engine = text(record, "framework").lower()  # "": a library any engine calls, such as NCCL
-        kernel = text(record, self.kernel).lower()
+        hardware = _hardware(record, profile)
+        engine = name(record, "framework")  # "": a library any engine calls, such as NCCL
+        kernel = name(record, self.kernel)
+        if "/" in engine:
+            raise ConfigError(f"framework: expected a name without '/', got {engine!r}")
         return (kind, variant, hardware, engine, kernel), shape, microseconds * 1e-6
 
 
 def text(record: Record, column: str) -> str:
     """Return a cell, stripped; "" where the column is absent."""
     return (record.get(column) or "").strip()
+
+
+def name(record: Record, column: str) -> str:
+    """Read a name in lower case: printable, of moderate length."""
+    cell = text(record, column).lower()
+    if not cell.isprintable() or len(cell) > MAX_NAME:
+        shown = ascii(cell[:40])
+        raise ConfigError(f"{column}: expected up to {MAX_NAME} printable characters, got {shown}")
+    return cell
 
 
 def number(record: Record, column: str, default: float | None = None) -> float:
@@ -74,16 +87,29 @@ def count(record: Record, column: str, default: float | None = None) -> float:
     return value
 
 
-def _hardware(record: Record) -> str:
-    for column in ("hw", "device"):
-        name = text(record, column)
-        if name:
-            try:
-                return resolve_gpu(name)
-            except UnknownNameError:
-                continue
+def _hardware(record: Record, profile: HardwareProfile | None) -> str:
+    """The device a row names; a row that names none is of the profile's."""
+    spellings = [cell for cell in (text(record, c) for c in ("hw", "device")) if cell]
+    found = ""
+    for spelling in spellings:
+        if profile is not None and normalised(spelling) in (
+            normalised(profile.name),
+            normalised(profile.title),
+        ):
+            return profile.name
+        try:
+            found = found or resolve_gpu(spelling)
+        except UnknownNameError:
+            continue
+    if profile is not None:
+        if not spellings or found == profile.name:
+            return profile.name
+        shown = ", ".join(spellings)[:80]
+        raise ConfigError(f"measured on {shown!r}, which is not {profile.name}")
+    if found:
+        return found
     raise ConfigError(
-        f"no known GPU in hw={text(record, 'hw')!r}, device={text(record, 'device')!r}"
+        f"no known GPU in hw={text(record, 'hw')[:80]!r}, device={text(record, 'device')[:80]!r}"
     )
 
 

@@ -22,12 +22,16 @@ from costmodel.kernels.physics import cache_bytes, cache_bytes_per_s
 #: A call can be this much faster than the physical limit before its row is called impossible
 #: (clock boost above the datasheet clock, rounding).
 LIMIT_TOLERANCE = 0.95
-#: A call this much slower than any launch cost plus a tenth of the roofline rates is doubtful.
-DOUBTFUL_FACTOR = 300.0
-#: A family of which more rows than this share are impossible is left out as a whole.
+#: A call this many times slower than its roofline and a start of ``USUAL_START_S`` is doubtful: a
+#: wrong unit makes it a thousand times, the slowest of 6,000 published calls took 90 times.
+DOUBTFUL_FACTOR = 100.0
+USUAL_START_S = 2e-5
+#: No kernel starts and ends sooner.
+SHORTEST_S = 5e-7
+#: A family of which more rows than this share are impossible or doubtful is left out as a whole.
 MOST_IMPOSSIBLE = 0.2
-#: Launch cost no measured kernel exceeds by itself.
-LONGEST_LAUNCH_S = 2e-3
+#: Larger files are no tables of kernels.
+MAX_FILE_BYTES = 200_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,40 +84,76 @@ class Table:
         return sum(len(rows) for rows in self.families)
 
 
-def read_table(path: str | Path, *, kind: str | None = None, device: str | None = None) -> Table:
+def read_table(
+    path: str | Path, *, kind: str | None = None, profile: HardwareProfile | None = None
+) -> Table:
     """Read one CSV file.
 
-    ``kind`` says which schema to use where the columns fit several; ``device`` names the GPU of
-    every row (else the table's own column does). Raises ``ConfigError`` when the file cannot be
-    read at all or no schema fits its columns; bad rows are in ``rejected``.
+    ``kind`` says which schema to use where the columns fit several; ``profile`` is the device of
+    every row that names it or names none (else the table's own column decides, among the bundled
+    profiles). Raises ``ConfigError`` when the file cannot be read at all or no schema fits its
+    columns; bad rows are in ``rejected``.
     """
-    try:
-        with open(path, encoding="utf-8", newline="") as file:
-            records = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ConfigError(f"{path}: cannot be read as a CSV table: {error}") from error
-    if not records:
-        raise ConfigError(f"{path}: the table has no rows")
-    schema = find_schema(records[0], kind, str(path))
+    header, records = _records(path)
+    schema = find_schema(header, kind, str(path))
     grouped: dict[FamilyKey, list[tuple[int, dict[str, float], float]]] = {}
     rejected: list[Rejected] = []
-    for line, record in enumerate(records, start=2):
+    for line, record in records:
+        if None in record:
+            rejected.append(Rejected(line, f"expected {len(header)} cells, got more"))
+            continue
         try:
-            key, shape, seconds = schema.read(record, device)
+            key, shape, seconds = schema.read(record, profile)
         except ConfigError as error:
             rejected.append(Rejected(line, str(error)))
             continue
         grouped.setdefault(FamilyKey(*key), []).append((line, shape, seconds))
     families = []
     for family, items in sorted(grouped.items(), key=lambda kv: str(kv[0])):
-        rows, bad = checked(_rows(family, items))
+        rows, bad = checked(_rows(family, items), profile)
         rejected += bad
         if len(rows):
             families.append(rows)
-    sources = sorted({(r.get("source") or "").split(":")[0] for r in records} - {""})
+    sources = sorted({(r.get("source") or "").split(":")[0] for _, r in records} - {""})
     return Table(
         str(path), tuple(families), tuple(sorted(rejected, key=_by_line)), "; ".join(sources)
     )
+
+
+def only_device(path: str | Path, kind: str | None = None) -> str:
+    """The GPU that all rows of a table name; ``ConfigError`` where there is not exactly one."""
+    table = read_table(path, kind=kind)
+    names = sorted({rows.key.hardware for rows in table.families})
+    if len(names) != 1:
+        found = f"rows of {', '.join(names)}" if names else "no row of a known GPU"
+        first = f" (line {table.rejected[0].line}: {table.rejected[0].reason})"
+        raise ConfigError(
+            f"{path}: expected measurements of one GPU, found {found}"
+            f"{first if table.rejected and not names else ''}; name it with --gpu"
+        )
+    return names[0]
+
+
+def _records(path: str | Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
+    """(columns, rows with the line they end on); cells that a row lacks are empty."""
+    try:
+        if Path(path).stat().st_size > MAX_FILE_BYTES:
+            raise ConfigError(f"{path}: expected a table of at most {MAX_FILE_BYTES:,} bytes")
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, restval="")
+            header = [name.strip() for name in reader.fieldnames or []]
+            twice = sorted({name for name in header if header.count(name) > 1})
+            if twice:
+                raise ConfigError(
+                    f"{path}: expected every column once, got twice: {', '.join(twice)[:200]}"
+                )
+            reader.fieldnames = header
+            records = [(reader.line_num, record) for record in reader]
+    except (OSError, UnicodeDecodeError, csv.Error, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read as a CSV table: {error}") from error
+    if not records:
+        raise ConfigError(f"{path}: the table has no rows")
+    return header, records
 
 
 def find_schema(columns: Iterable[str], kind: str | None, where: str) -> Schema:
@@ -153,8 +193,7 @@ def checked(rows: Rows, device: HardwareProfile | None = None) -> tuple[Rows, li
     """Split off the rows no device could have run, and those whose unit must be wrong.
 
     A replayed row may beat DRAM with what the cache holds, but not the peak FLOP rate nor the
-    cache's rate. A time hundreds of times above launch cost plus slow roofline rates is taken
-    for a unit error (ns or ms).
+    cache's rate. A time a hundred times what the work needs is taken for a unit error.
     """
     hardware = device or load_hardware(rows.key.hardware)
     kind = kernel_kind(rows.key.kind)
@@ -167,8 +206,9 @@ def checked(rows: Rows, device: HardwareProfile | None = None) -> tuple[Rows, li
         np.maximum(from_dram, n_bytes / cache_bytes_per_s(hardware)),
     )
     roofline = kind.roofline_s(hardware, rows.shape, rows.key.variant)
+    fastest = np.maximum(fastest, SHORTEST_S)
     too_fast = rows.observed_s < LIMIT_TOLERANCE * fastest
-    too_slow = rows.observed_s > DOUBTFUL_FACTOR * roofline + 50 * LONGEST_LAUNCH_S
+    too_slow = rows.observed_s > DOUBTFUL_FACTOR * (roofline + USUAL_START_S)
     bad = [
         Rejected(
             int(line),
@@ -182,18 +222,18 @@ def checked(rows: Rows, device: HardwareProfile | None = None) -> tuple[Rows, li
     bad += [
         Rejected(
             int(line),
-            f"doubtful: {seconds:.4g} s is hundreds of times what the work needs "
+            f"doubtful: {seconds:.4g} s is over a hundred times what the work needs "
             "(is the unit microseconds?)",
         )
         for line, seconds in zip(rows.lines[too_slow], rows.observed_s[too_slow], strict=True)
     ]
-    if too_fast.mean() > MOST_IMPOSSIBLE:
+    wrong = too_fast | too_slow
+    if wrong.mean() > MOST_IMPOSSIBLE:
         # So many cannot be slips of single rows: the columns do not describe these calls.
         reason = (
-            f"{int(too_fast.sum())} of {len(rows)} rows of {rows.key.kernel!r} on {hardware.name} "
-            "are impossibly fast: their columns do not describe what ran"
+            f"{int(wrong.sum())} of {len(rows)} rows of {rows.key.kernel!r} on {hardware.name} "
+            "are impossible or doubtful: their columns do not describe what ran"
         )
-        rest = rows.lines[~(too_fast | too_slow)]
-        bad += [Rejected(int(line), reason) for line in rest]
+        bad += [Rejected(int(line), reason) for line in rows.lines[~wrong]]
         return rows.where(np.zeros(len(rows), dtype=np.bool_)), bad
-    return rows.where(~(too_fast | too_slow)), bad
+    return rows.where(~wrong), bad

@@ -42,8 +42,11 @@ _PLACES = {
 #: other engine's family of the same GPU errs by 1.5 times a family's own error, that of another
 #: generation by 3 times; another GPU of the same generation was published as 1.3 to 1.6 times.
 WIDER_ENGINE = 1.5
-#: A shape this many times outside the rows of a family is extrapolation.
+#: A shape this many times outside the rows of a family that ships is extrapolation: fits of the
+#: smaller half of the tables predict calls 4 to 64 times larger with the error of other small ones.
 FAR = 4.0
+#: The same for families of a user's own, of which nothing of the kind is known.
+NOT_FAR = 1.0
 WIDER_SAME_GENERATION = 1.5
 WIDER_OTHER_GENERATION = 3.0
 
@@ -81,6 +84,7 @@ class Family:
 
     basis       "calibrated" on this very GPU and engine, else "transferred"
     distance    0 same GPU, 1 same generation, 2 another generation
+    far         a shape this many times outside the ranges is extrapolation
     widened     how much the logarithm of the interval was stretched for that and for the engine
     ranges      shapes covered by the rows: column -> (least, most)
     held_out    error on unseen rows, in percent: mape, median, p90, bias, roofline_mape, n
@@ -101,6 +105,7 @@ class Family:
     basis: Basis = "calibrated"
     distance: int = 0
     widened: float = 1.0
+    far: float = FAR
 
     def time_s(
         self, device: HardwareProfile, shape: Mapping[str, Array], *, cold: bool = True
@@ -124,19 +129,17 @@ class Family:
         return share * low, share * high
 
     def extrapolated(self, shape: Mapping[str, Array]) -> Array:
-        """1.0 where a shape lies far outside what the rows covered, else 0.0.
-
-        Far is a factor of ``FAR``: fits of the smaller half of the tables predict the calls 4 to
-        64 times larger with the error they have on other small ones.
-        """
+        """1.0 where a shape lies ``far`` times or more outside what the rows covered, else 0.0."""
         outside: Array = np.float64(0.0)
         for name, (least, most) in self.ranges.items():
             if name not in shape:
                 continue
             value = np.asarray(shape[name], dtype=np.float64)
-            if not value.size or (value.min() >= least / FAR and value.max() <= most * FAR):
+            if not value.size or (
+                value.min() >= least / self.far and value.max() <= most * self.far
+            ):
                 continue
-            far = np.logical_or(value < least / FAR, value > most * FAR)
+            far = np.logical_or(value < least / self.far, value > most * self.far)
             outside = np.maximum(outside, far)
         return outside
 
@@ -277,24 +280,37 @@ def _kernel_distance(family: Family, kernel: str) -> int:
     return 1 if kernel_class(family.kernel) == kernel_class(kernel) else 2
 
 
+#: What the keys of the least and the largest value of a shape start with.
+ENDS = ("least_", "most_")
+
+
+def own_engines(hardware: HardwareProfile) -> list[str]:
+    """Engines whose kernels a profile's own families are."""
+    named = (name.split("/", 3) for name in hardware.families)
+    return sorted({parts[2] for parts in named if len(parts) > 2 and parts[2]})
+
+
 def _own_families(kind: str, hardware: HardwareProfile) -> list[Family]:
-    """Families a profile carries: ``[families."<kind>/<variant>"]``, plain numbers."""
+    """Families a profile carries: ``[families."<kind>/<variant>[/<engine>[/<kernel>]]"]``, plain
+    numbers.
+    """
     out = []
     for name, numbers in hardware.families.items():
-        own_kind, _, variant = name.partition("/")
+        own_kind, variant, engine, kernel = (*name.split("/", 3), "", "", "")[:4]
         if own_kind != kind:
             continue
-        ranges: dict[str, tuple[float, float]] = {}
-        for key, value in numbers.items():
-            if key.startswith("least_") and f"most_{key[6:]}" in numbers:
-                ranges[key[6:]] = (value, numbers[f"most_{key[6:]}"])
+        ranges = {
+            key.removeprefix(ENDS[0]): (value, numbers[key.replace(*ENDS, 1)])
+            for key, value in numbers.items()
+            if key.startswith(ENDS[0]) and key.replace(*ENDS, 1) in numbers
+        }
         model = kernel_kind(kind)
         out.append(
             Family(
                 kind=model,
                 variant=variant,
-                kernel="",
-                engine="",
+                kernel=kernel,
+                engine=engine,
                 hardware=hardware.name,
                 generation=hardware.generation,
                 parameters=model.build(numbers),
@@ -309,6 +325,7 @@ def _own_families(kind: str, hardware: HardwareProfile) -> list[Family]:
                     if k.startswith("held_out_")
                 },
                 source=hardware.calibration.get("table", "calibration of this profile"),
+                far=NOT_FAR,
             )
         )
     return out

@@ -1,21 +1,42 @@
 """``lccost calibrate``."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from lccost.commands.common import handle_errors
+from lccost.commands.common import EXIT_USAGE, CommandError, handle_errors, write_atomic
+
+if TYPE_CHECKING:
+    from costmodel.calibration.profile import Calibration
 
 EXAMPLES = """
 \b
 Examples:
   lccost calibrate --device cpu --quick --output this-cpu.toml
   lccost predict --model ./config.json --gpu this-cpu.toml --context 2k
+  lccost calibrate --table gemm.csv --gpu h100-sxm --output my-h100.toml
+  lccost calibrate --table my-kernels.csv --gpu my-gpu.toml --output my-gpu-calibrated.toml
 """
+#: Rows left out that are named one by one.
+SHOWN_ROWS = 1000
 
 
 @click.command(epilog=EXAMPLES)
-@click.option("--device", default="cpu", show_default=True, help="What to measure.")
+@click.option("--device", default=None, help="What to measure [default: cpu, without --table].")
+@click.option(
+    "--table",
+    type=click.Path(path_type=Path),
+    default=None,
+    help="CSV of measured kernels to fit instead (columns: docs/model.md).",
+)
+@click.option(
+    "--gpu",
+    default=None,
+    help="With --table: the GPU they ran on, a profile or a .toml of your own "
+    "[default: the one the table names].",
+)
+@click.option("--kind", default=None, help="With --table: kind, where its columns fit several.")
 @click.option("--quick", is_flag=True, help="About 20 s instead of up to 2 minutes.")
 @click.option(
     "--threads",
@@ -31,12 +52,44 @@ Examples:
     help="Profile to write; --gpu accepts it everywhere.",
 )
 @handle_errors
-def calibrate(device: str, quick: bool, threads: int, output: Path) -> None:
-    """Measure this device once and write a hardware profile of it.
+def calibrate(
+    device: str | None,
+    table: Path | None,
+    gpu: str | None,
+    kind: str | None,
+    quick: bool,
+    threads: int,
+    output: Path,
+) -> None:
+    """Measure this device, or read a table of its kernels, and write a profile of it.
 
-    Matmuls, attention, streaming and dispatch with cold buffers, as curves of efficiency over size:
-    predictions with the profile are about this very device, and say so (basis calibrated).
+    --device: matmuls, attention, streaming and dispatch with cold buffers, as curves of efficiency
+    over size: predictions with the profile are about this very device.
+
+    --table: the physical parameters of every kernel family in a table of measured times, fitted
+    robustly and judged on rows left out. Rows that cannot be right are named and left out.
+
+    Predictions with either say so (basis calibrated).
     """
+    if table is None:
+        if gpu is not None or kind is not None:
+            raise CommandError("--gpu and --kind go with --table", EXIT_USAGE)
+        _measure(device or "cpu", quick, threads, output)
+        return
+    if device is not None or quick:
+        raise CommandError("--table goes without --device and --quick: nothing runs", EXIT_USAGE)
+    from costmodel.calibration.profile import calibrate_table
+    from costmodel.calibration.tables import only_device
+    from costmodel.hardware import load_hardware
+
+    base = load_hardware(gpu if gpu is not None else only_device(table, kind))
+    found = calibrate_table(table, base, kind=kind)
+    write_atomic(output, found.text)
+    _report(table, found)
+    click.echo(f"wrote {output}; use it with --gpu {output}", err=True)
+
+
+def _measure(device: str, quick: bool, threads: int, output: Path) -> None:
     from lccost.measuring import require_torch
     from measure.calibrate import calibrate as run
 
@@ -44,3 +97,25 @@ def calibrate(device: str, quick: bool, threads: int, output: Path) -> None:
 
     path = run(device=device, quick=quick, threads=threads, output=output)
     click.echo(f"wrote {path}; use it with --gpu {path}", err=True)
+
+
+def _report(table: Path, found: "Calibration") -> None:
+    """What was fitted, and every row that was not, on standard error."""
+    for row in found.rejected[:SHOWN_ROWS]:
+        click.echo(f"{table}:{row.line}: left out: {row.reason}", err=True)
+    if len(found.rejected) > SHOWN_ROWS:
+        click.echo(f"... and {len(found.rejected) - SHOWN_ROWS:,} more rows left out", err=True)
+    for rows in found.too_few:
+        click.echo(
+            f"left out: {rows.key.kernel or rows.key.kind} of {rows.key.engine or 'any engine'} "
+            f"{rows.key.variant}: only {len(rows)} good rows",
+            err=True,
+        )
+    for c in found.families:
+        name = " ".join(filter(None, (c.key.kind, c.key.variant, c.key.engine, c.key.kernel)))
+        h = c.held_out
+        click.echo(
+            f"{name}: {c.n_rows} rows; unseen rows off by {h['mape']:.1f} % (median "
+            f"{h['median']:.1f}, p90 {h['p90']:.1f}, bias {h['bias']:+.1f})",
+            err=True,
+        )

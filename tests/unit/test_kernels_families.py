@@ -81,7 +81,7 @@ def test_a_profile_with_its_own_family_answers_itself() -> None:
     f = family("gemm", "vllm", mine, variant="bf16")
     assert (f.n_rows, f.basis, f.parameters.bandwidth_fraction) == (77, "calibrated", 0.5)
     assert f.interval == Interval((), (0.9,), (1.2,))
-    assert f.extrapolated({"m": np.array([0.2, 64.0, 16384.0, 16385.0])}).tolist() == [1, 0, 0, 1]
+    assert f.extrapolated({"m": np.array([0.9, 1.0, 4096.0, 4097.0])}).tolist() == [1, 0, 0, 1]
 
 
 def test_a_variant_nobody_fitted_has_no_family() -> None:
