@@ -24,6 +24,8 @@ from measure.kernels._compile import CompileCase, typed
 
 #: Tokens of a tile within a chunk, and state columns of one program.
 _TOKENS, _COLUMNS = 64, 64
+#: Tiles in flight where outputs are made: a third would leave one block per multiprocessor.
+_STAGES = 2
 
 
 @triton.jit
@@ -179,7 +181,7 @@ def ssd_scan(
         totals, states, state, chunks, CHUNK=chunk_tokens, SIZE=p * n, BLOCK=block, num_warps=4
     )
     chunk_outputs_kernel[(chunk_tokens // tokens, chunks, units)](
-        x, b, c, totals, states, y, n_tokens, heads, groups, **shape
+        x, b, c, totals, states, y, n_tokens, heads, groups, num_stages=_STAGES, **shape
     )
     return y
 
@@ -212,6 +214,7 @@ def _cases(p: int, n: int) -> tuple[CompileCase, ...]:
             kernel=chunk_outputs_kernel,
             signature=typed({floats: "x b c totals states y", "i32": sizes}),
             constants=shape,
+            num_stages=_STAGES,
         ),
     )
 
