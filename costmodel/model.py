@@ -35,7 +35,7 @@ from costmodel.phase import (
     pass_time,
     peak_s,
 )
-from costmodel.power import decode_power_w
+from costmodel.power import step_power_w
 from costmodel.workload import Point
 
 _LAUNCH = BOUNDS.index("launch")
@@ -204,9 +204,15 @@ class Model:
         tokens_per_s = batch * output / (ttft.mid_s + (output - 1) * mean_tpot)
         capacity = self.capacity_bytes
         room = np.maximum(capacity - memory.weights_bytes, 1.0)
-        power = decode_power_w(hardware, memory.state_allocated_bytes / room)
         bandwidth = hardware.hbm_bytes_per_s
         peak_decode_s = peak_s(whole_decode, hardware) + step.peak_s
+        power = step_power_w(
+            hardware,
+            tensor_share=peak_decode_s / tp / tpot.mid_s,
+            weight_share=step.hbm_bytes / bandwidth / tpot.mid_s,
+            kv_share=hbm_bytes(decode) / bandwidth / tpot.mid_s,
+            pool_share=memory.state_allocated_bytes / room,
+        )
         values: dict[str, Array] = {
             "weights_bytes": memory.weights_bytes,
             "state_bytes": memory.state_bytes,

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from costmodel.architecture import Architecture
 from costmodel.hardware import HardwareProfile
 from costmodel.methods.stack import MethodStack
+from costmodel.power import power_basis
 from costmodel.quality import accuracy
 from costmodel.workload import Level, Workload
 
@@ -112,6 +113,7 @@ KEYS = (
     "min_gpus",
     "tokens_per_s",
     "energy_j_per_token",
+    "energy_basis",
     "usd_per_million_output_tokens",
     "accuracy_drop_points",
     "accuracy_source",
@@ -192,6 +194,7 @@ class Prediction:
             row["decode_bound"] = str(decode_bound[i])
             row["applicable"] = True
             row["basis"] = self.basis
+            row["energy_basis"] = power_basis(self.hardware)
             row["equals_full"] = bool(
                 np.all(self.method.equals_full(float(context[i]), self.architecture))
             )

@@ -1,8 +1,8 @@
 """Watts and dollars of a fleet.
 
-Power: decode follows ``costmodel.power``; a prefilling GPU draws about 0.90 of its TDP and an idle
-one about 0.11 (80 W of 700 W on H100 and H200 hosts, as other planners take them). Rent usually
-includes power: a power price adds to it only where the user names one.
+Power follows ``costmodel.power``: decode under load by how full the KV pool is, prefill and idleness
+as shares of the TDP. Rent usually includes power: a power price adds to it only where the user names
+one.
 """
 
 from collections.abc import Sequence
@@ -11,10 +11,7 @@ from dataclasses import dataclass
 from costmodel.hardware import HardwareProfile
 from costmodel.planning.fleet import Outcome
 from costmodel.planning.spec import Money
-from costmodel.power import decode_power_w
-
-PREFILL_FRACTION = 0.90
-IDLE_FRACTION = 0.11
+from costmodel.power import IDLE_FRACTION, PREFILL_FRACTION, serving_power_w
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +54,7 @@ def fleet_watts(
         return None
     total = outcome.span_s * outcome.replicas
     idle = max(0.0, total - outcome.prefill_s - outcome.decode_s)
-    decode_w = decode_power_w(hardware, outcome.kv_occupancy)
+    decode_w = serving_power_w(hardware, outcome.kv_occupancy)
     assert decode_w is not None
     decode = outcome.decode_s * float(decode_w)
     prefill = outcome.prefill_s * PREFILL_FRACTION * hardware.tdp_w

@@ -15,7 +15,16 @@ from costmodel.serving.engine_times import (
     facts_of,
     known_engines,
 )
-from costmodel.serving.fit import Table, engine_table, fit, judge, read_runs
+from costmodel.serving.fit import (
+    Kin,
+    Table,
+    engine_table,
+    engines_of,
+    fit,
+    judge,
+    leave_out,
+    read_runs,
+)
 from costmodel.serving.parameters import default_parameters
 from costmodel.validation import kv_methods, latency_throughput, serving
 from costmodel.validation.result import Block
@@ -25,8 +34,9 @@ from costmodel.validation.table import Record, read_table
 HEAD = """\
 # Engines, fitted by `python -m costmodel.serving`; do not edit.
 # Parameters: docstring of costmodel/serving/engine_times.py. held_out_percent: errors on runs that
-# no fit had seen (both halves of 4 seeded splits by a hash of the shape columns), by class of
-# metric, with the factors (low, high) that held 81 % of them. The parameters are of all runs.
+# no fit had seen (both halves of 4 seeded splits by a hash of the shape columns; for "any": all runs
+# of an engine by a fit to the others), by class of metric. coverage: of intervals that came from
+# other runs. low, high: factors that held 82 % of unseen runs, and more where they are few. The parameters are of all runs.
 """
 #: Tables with runs of engines: name, how a row is read, how its value is.
 TABLES: tuple[tuple[str, Callable[..., object], Callable[[Record, Block], float]], ...] = (
@@ -45,12 +55,25 @@ def main() -> None:
     tables, sources = read_tables(arguments.data)
     lines = [HEAD + "".join(f"# {s}\n" for s in sources)]
     lines += [f'fitted = "{datetime.date.today().isoformat()}"', ""]
-    for name in (*known_engines(), POOLED):
-        times = EngineTimes(name=name, parameters=default_parameters(), facts=facts_of(name))
-        runs = read_runs(tables, times, everyone=name == POOLED)
+    runs_of = {
+        name: read_runs(
+            tables,
+            EngineTimes(name=name, parameters=default_parameters(), facts=facts_of(name)),
+            everyone=name == POOLED,
+        )
+        for name in (*known_engines(), POOLED)
+    }
+    kin = Kin([r for n, runs in runs_of.items() if facts_of(n).kin for r in runs])
+    for name, runs in runs_of.items():
         if not runs:
             continue
-        fitted = engine_table(fit(runs), judge(runs))
+        if name == POOLED:
+            fitted = engine_table(fit(runs), leave_out(runs, engines_of, "engine"), runs)
+        elif facts_of(name).kin:
+            start = kin.without("nothing", lambda r: r.mask)
+            fitted = engine_table(fit(runs, kin=start), judge(runs, kin), runs)
+        else:
+            fitted = engine_table(fit(runs), judge(runs), runs)
         lines.append(f"[engine.{toml_value(name)}]")
         lines += [f"{key} = {toml_value(value)}" for key, value in fitted.items()]
         lines.append("")

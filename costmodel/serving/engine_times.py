@@ -35,6 +35,9 @@ from costmodel.serving.served import Parts, Served
 
 #: Engine whose parameters stand for any other: fitted on the runs of all engines together.
 POOLED = "any"
+#: How much the logarithm of an interval widens on a GPU the engine has no runs of: errors on a GPU
+#: left out of the fit are 1.1 to 1.9 times those on unseen runs of a known one (docs/accuracy.md).
+WIDER_OTHER_GPU = 1.6
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -61,6 +64,7 @@ class EngineTimes:
 
     low, high   factors that held 80 to 95 % of such runs, by class of metric ("tpot_dense", ...)
     held_out    errors on them in percent, by the same classes
+    gpus        of the runs; on any other the parameters are transferred
     """
 
     name: str
@@ -70,23 +74,19 @@ class EngineTimes:
     low: Mapping[str, float] = field(default_factory=dict)
     high: Mapping[str, float] = field(default_factory=dict)
     held_out: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    basis: Literal["calibrated", "transferred"] = "calibrated"
+    gpus: frozenset[str] = frozenset()
 
-    def step_s(
-        self, served: Served, sequences: Array, tokens: Array, *, version: str = ""
-    ) -> Array:
+    def step_s(self, served: Served, sequences: Array, tokens: Array) -> Array:
         """Seconds of a decode step that nothing interferes with."""
-        seconds = step_from(self.parameters, served, served.step(sequences, tokens))
-        return np.maximum(seconds, self.host_floor_s(served, sequences, version))
+        return step_from(self.parameters, served, served.step(sequences, tokens))
 
     def prompt_s(self, served: Served, tokens: Array, prompts: Array = 1.0) -> Array:
         """Seconds from the start of a prefill of ``prompts`` prompts a rank to its first token."""
-        return prompt_from(self.parameters, served, self.prompt_parts(served, tokens, prompts))
+        return prompt_from(self.parameters, served, served.prefill(tokens, prompts))
 
-    def tpot_s(self, served: Served, load: Load, *, version: str = "") -> Array:
+    def tpot_s(self, served: Served, load: Load) -> Array:
         """Seconds per output token under continuous batching. Shape: that of the load."""
-        seconds = tpot_from(self.parameters, served, self.terms(served, load))
-        return np.maximum(seconds, self.host_floor_s(served, load.concurrency, version))
+        return tpot_from(self.parameters, served, self.terms(served, load))
 
     def terms(self, served: Served, load: Load) -> "Terms":
         """Parts of the step and of a prompt at the load, limited to what fits in memory."""
@@ -101,41 +101,27 @@ class EngineTimes:
         others = np.maximum(here / served.deployment.dp - 1.0, 0.0)
         return Terms(
             step=served.step(here, load.mean_tokens),
-            prompt=self.prompt_parts(served, prompt),
+            prompt=served.prefill(prompt),
             prompts_per_token=others / output,
         )
 
-    def prompt_parts(self, served: Served, tokens: Array, prompts: Array = 1.0) -> Parts:
-        """Parts of a prefill, attention slowed down where the engine's kernel is."""
-        parts = served.prefill(tokens, prompts)
-        slow = self.facts.latent_prefill.get(served.run.hardware.generation, 1.0)
-        if slow == 1.0 or not served.has_latent_attention:
-            return parts
-        return Parts(
-            **{f.name: getattr(parts, f.name) for f in fields(Parts) if f.name != "attention_s"},
-            attention_s=slow * parts.attention_s,
-        )
+    def basis(self, gpu: str) -> Literal["calibrated", "transferred"]:
+        """Calibrated where runs of this engine on this GPU were fitted."""
+        return "calibrated" if gpu in self.gpus and self.name != POOLED else "transferred"
 
-    def interval(self, kind: str, mid: Array) -> tuple[Array, Array]:
+    def interval(self, kind: str, mid: Array, gpu: str) -> tuple[Array, Array]:
         """(low, high) around a time of a class of metric; NaN where none was judged.
 
-        A class the engine has no runs of takes the interval of all engines.
+        A class the engine has no runs of takes the interval of all engines; a GPU it has none of
+        widens the interval.
         """
         own = kind in self.low
         table = self if own else load_engine_times(POOLED)
         if kind not in table.low:
             unknown = np.full(np.shape(mid), np.nan)
             return unknown, unknown
-        return mid * table.low[kind], mid * table.high[kind]
-
-    def host_floor_s(self, served: Served, sequences: Array, version: str) -> Array:
-        """Least seconds per step where a version does not replay captured graphs.
-
-        A single request is replayed from a graph even there.
-        """
-        host = self.facts.uncaptured.get(version.strip().lower(), 0.0)
-        floor: Array = np.where(np.asarray(sequences) > 1.0, host * served.n_layers, 0.0)
-        return floor
+        wider = WIDER_OTHER_GPU if own and gpu not in self.gpus and self.gpus else 1.0
+        return mid * table.low[kind] ** wider, mid * table.high[kind] ** wider
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -230,5 +216,5 @@ def load_engine_times(name: str) -> EngineTimes:
         low={k: v["low"] for k, v in row["held_out_percent"].items()},
         high={k: v["high"] for k, v in row["held_out_percent"].items()},
         held_out=row["held_out_percent"],
-        basis="calibrated" if own else "transferred",
+        gpus=frozenset(row["gpus"]) if own else frozenset(),
     )

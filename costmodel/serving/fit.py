@@ -3,16 +3,21 @@
     minimise  sum rho(log(predicted / observed)) + scatter^2 sum ((log x - log prior) / spread)^2
 
 over the logarithms of the parameters x; rho is the soft L1 loss, so a run that the columns do not
-explain pulls little. Rows are split into halves by a hash of their shape columns and a seed: rows
-of the same run cannot be on both sides. Each half is predicted by a fit of the other; from these
-predictions come the errors and the intervals. The parameters written are of all rows.
+explain pulls little. Engines that serve under load are kin: their prior is the fit to the runs of
+all of them together, with ``KIN_SPREAD`` of the spread, so that what an engine's own runs do not
+show (another GPU, another class of model) is what its kin do there.
+
+Judging leaves out a set of rows, everywhere: half of them by a hash of their shape columns and a
+seed (rows of the same run cannot be on both sides), all of one GPU, of one model, or of one engine.
+They are predicted by fits that had seen none of them, and their intervals come from predictions of
+the other rows by fits that had seen neither. The parameters written are of all rows.
 
 scipy is imported here only, when a fit runs.
 """
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +26,7 @@ from numpy.typing import NDArray
 from costmodel.errors import LccostError, MissingExtraError
 from costmodel.serving.engine_times import EngineTimes, facts_of
 from costmodel.serving.metrics import metric, roofline_s
-from costmodel.serving.parameters import PRIORS, Parameters
+from costmodel.serving.parameters import PRIORS, Parameters, default_parameters
 from costmodel.validation.cases import Case, Row, load_of, served_case
 from costmodel.validation.devices import Devices
 from costmodel.validation.end_to_end import grouped_rows, metric_class
@@ -34,11 +39,13 @@ Bools = NDArray[np.bool_]
 #: Scale of the robust loss, in the logarithm; weight of the priors.
 SCATTER = 0.08
 PRIOR_WEIGHT = 0.1
+#: Share of a prior's spread that is left once kin have been fitted.
+KIN_SPREAD = 0.5
 JUDGING_SEEDS = (0, 1, 2, 3)
 #: Rows below the datasheet roofline of the shape they state are not fitted.
 LIMIT_TOLERANCE = 0.95
 #: Share of unseen rows that an interval holds, and the rows a class needs for one of its own.
-COVERED_SHARE = 0.81
+COVERED_SHARE = 0.82
 INTERVAL_ROWS = 20
 #: Labels that are fitted though they are not in the overall figures.
 _FITTED_LABELS = frozenset({"output_throughput", "max_throughput"})
@@ -75,7 +82,6 @@ class Runs:
     model: str
     metric_class: str
     seconds: Callable[[Parameters], Any]
-    floor_s: Floats
     observed_s: Floats
     roofline_s: Floats
     prompt_tokens: Floats
@@ -85,7 +91,7 @@ class Runs:
     def predicted_s(self, parameters: Parameters, mask: Bools) -> Floats:
         """Predictions of the rows that a mask and the runs' own both select."""
         seconds = np.broadcast_to(self.seconds(parameters), self.observed_s.shape)
-        out: Floats = np.maximum(seconds, self.floor_s)[mask & self.mask]
+        out: Floats = seconds[mask & self.mask]
         return out
 
 
@@ -134,9 +140,6 @@ def _runs(
     load = load_of(rows)
     observed = np.array([table.observed(table.records[r.index], r.label) for r in rows])
     shape = observed.shape
-    floor = np.zeros(shape)
-    if kind == "tpot":
-        floor = np.asarray(times.host_floor_s(served, load.concurrency, case.version))
     stated = np.broadcast_to(roofline_s(kind, served, load), shape)
     return Runs(
         engine=case.engine,
@@ -144,7 +147,6 @@ def _runs(
         model=served.architecture.name,
         metric_class=metric_class(kind, served),
         seconds=metric(kind, times, served, load),
-        floor_s=np.broadcast_to(floor, shape),
         observed_s=observed,
         roofline_s=stated,
         prompt_tokens=np.array([r.input_tokens for r in rows]),
@@ -153,15 +155,23 @@ def _runs(
     )
 
 
-def fit(runs: Sequence[Runs], masks: Sequence[Bools] | None = None) -> Parameters:
-    """Parameters that fit the runs (of which ``masks`` select rows) best."""
+def fit(
+    runs: Sequence[Runs],
+    masks: Sequence[Bools] | None = None,
+    *,
+    kin: Parameters | None = None,
+) -> Parameters:
+    """Parameters that fit the runs (of which ``masks`` select rows) best.
+
+    ``kin``: what kin of the engine were fitted to; takes the prior's place.
+    """
     try:
         from scipy.optimize import least_squares
     except ImportError as error:
         raise MissingExtraError("fitting needs scipy: pip install 'lccost[plan]'") from error
     names = list(PRIORS)
-    log_prior = np.log([PRIORS[n][0] for n in names])
-    spread = np.array([PRIORS[n][1] for n in names])
+    log_prior = np.log([PRIORS[n][0] if kin is None else getattr(kin, n) for n in names])
+    spread = np.array([PRIORS[n][1] for n in names]) * (1.0 if kin is None else KIN_SPREAD)
     chosen = [r.mask for r in runs] if masks is None else masks
     log_observed = [np.log(r.observed_s[m & r.mask]) for r, m in zip(runs, chosen, strict=True)]
 
@@ -177,14 +187,87 @@ def fit(runs: Sequence[Runs], masks: Sequence[Bools] | None = None) -> Parameter
     return Parameters(**dict(zip(names, np.exp(best.x).tolist(), strict=True)))
 
 
+Labels = Callable[[Runs], NDArray[np.str_]]
+
+
+class Kin:
+    """The runs of engines that are kin, and the fits to them without some of their rows."""
+
+    def __init__(self, runs: Sequence[Runs]) -> None:
+        self.runs = runs
+        self._fits: dict[str, Parameters] = {}
+
+    def without(self, name: str, masks: Callable[[Runs], Bools]) -> Parameters:
+        """The fit to the rows that ``masks`` keeps; ``name`` says which these are."""
+        if name not in self._fits:
+            self._fits[name] = fit(self.runs, [masks(r) for r in self.runs])
+        return self._fits[name]
+
+
+def halves_of(seed: int) -> Labels:
+    """Which half of a seeded split each row is in."""
+    return lambda r: np.array(["a" if in_first_half(k, seed) else "b" for k in r.keys])
+
+
+def gpus_of(runs: Runs) -> NDArray[np.str_]:
+    """The GPU of each row."""
+    return np.full(runs.mask.shape, runs.hardware)
+
+
+def models_of(runs: Runs) -> NDArray[np.str_]:
+    """The model of each row."""
+    return np.full(runs.mask.shape, runs.model)
+
+
+def engines_of(runs: Runs) -> NDArray[np.str_]:
+    """The engine of each row."""
+    return np.full(runs.mask.shape, runs.engine)
+
+
+def held_out(
+    runs: Sequence[Runs],
+    labels: Labels,
+    name: str,
+    kin: Kin | None = None,
+    within: Callable[[Runs], Bools] = lambda r: r.mask,
+) -> list[Floats]:
+    """Predictions of every row by a fit to the rows of other labels; NaN where ``within`` has none.
+
+    ``name`` tells this labelling of the rows (and ``within``) from others.
+    """
+    own = [labels(r) for r in runs]
+    inside = [within(r) & r.mask for r in runs]
+    out = [np.full(r.observed_s.shape, np.nan) for r in runs]
+    for label in sorted({x for k, m in zip(own, inside, strict=True) for x in k[m].tolist()}):
+        masks = [m & (k != label) for k, m in zip(own, inside, strict=True)]
+
+        def kept(r: Runs, label: str = label) -> Bools:
+            return within(r) & (labels(r) != label)
+
+        start = kin.without(f"{name}:{label}", kept) if kin is not None else None
+        parameters = start or default_parameters()
+        if any(m.any() for m in masks):
+            parameters = fit(runs, masks, kin=start)
+        for seconds, r, k, m in zip(out, runs, own, inside, strict=True):
+            left_out = m & (k == label)
+            seconds[left_out] = r.predicted_s(parameters, left_out)
+    return out
+
+
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Judged:
-    """Predictions of every run by fits that had not seen it; one row per judging seed."""
+    """Predictions of every run by fits that had not seen it; one row per judging seed.
+
+    inside, width   whether the run lies in the interval that came from other runs, and
+                    (high - low) / mid of it; NaN where none was made
+    """
 
     predicted_s: Floats
     observed_s: Floats
     roofline_s: Floats
     metric_class: NDArray[np.str_]
+    inside: NDArray[Any]
+    width: Floats
 
     def where(self, mask: Bools) -> "Judged":
         """The runs a mask selects."""
@@ -193,25 +276,63 @@ class Judged:
             observed_s=self.observed_s[mask],
             roofline_s=self.roofline_s[mask],
             metric_class=self.metric_class[mask],
+            inside=self.inside[:, mask],
+            width=self.width[:, mask],
         )
 
 
-def judge(runs: Sequence[Runs], seeds: Sequence[int] = JUDGING_SEEDS) -> Judged:
-    """Predict each half by a fit of the other."""
-    predicted = []
+def judge(
+    runs: Sequence[Runs], kin: Kin | None = None, seeds: Sequence[int] = JUDGING_SEEDS
+) -> Judged:
+    """Predict each half by fits of the other, with intervals from splits of the other."""
+    predicted, inside, width = [], [], []
     for seed in seeds:
-        halves = [np.array([in_first_half(k, seed) for k in r.keys], dtype=np.bool_) for r in runs]
-        seconds = [np.full(r.observed_s.shape, np.nan) for r in runs]
-        for first in (True, False):
-            parameters = fit(runs, [h == first for h in halves])
-            for out, r, h in zip(seconds, runs, halves, strict=True):
-                out[(h != first) & r.mask] = r.predicted_s(parameters, h != first)
-        predicted.append(np.concatenate([s[r.mask] for s, r in zip(seconds, runs, strict=True)]))
+        labels, inner = halves_of(seed), halves_of(seed + 100)
+        seconds = _joined(runs, held_out(runs, labels, f"half {seed}", kin))
+        half = _joined(runs, [labels(r) for r in runs])
+        low, high = np.empty(half.shape), np.empty(half.shape)
+        for fitted in ("a", "b"):
+            unseen = held_out(
+                runs, inner, f"half {seed} {fitted}", kin, lambda r, h=fitted: labels(r) == h
+            )
+            factors = intervals_of(_judged(runs, _joined(runs, unseen)[None, :]))
+            judged = half != fitted
+            classes = metric_classes(runs)
+            for name in set(classes[judged].tolist()):
+                mask = judged & (classes == name)
+                low[mask], high[mask] = factors.get(name, factors[""])
+        ratio = _joined(runs, [r.observed_s for r in runs]) / seconds
+        predicted.append(seconds)
+        inside.append((ratio >= low) & (ratio <= high))
+        width.append(high - low)
+    return replace(
+        _judged(runs, np.stack(predicted)), inside=np.stack(inside), width=np.stack(width)
+    )
+
+
+def leave_out(runs: Sequence[Runs], labels: Labels, name: str, kin: Kin | None = None) -> Judged:
+    """Predict the rows of each label (a GPU, a model, an engine) by fits to all others'."""
+    return _judged(runs, _joined(runs, held_out(runs, labels, name, kin))[None, :])
+
+
+def metric_classes(runs: Sequence[Runs]) -> NDArray[np.str_]:
+    """The class of metric of every row that counts."""
+    return np.concatenate([np.full(r.mask.sum(), r.metric_class) for r in runs])
+
+
+def _joined(runs: Sequence[Runs], arrays: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    return np.concatenate([a[r.mask] for a, r in zip(arrays, runs, strict=True)])
+
+
+def _judged(runs: Sequence[Runs], predicted_s: Floats) -> Judged:
+    known = np.full(predicted_s.shape, np.nan)
     return Judged(
-        predicted_s=np.stack(predicted),
+        predicted_s=predicted_s,
         observed_s=np.concatenate([r.observed_s[r.mask] for r in runs]),
         roofline_s=np.concatenate([r.roofline_s[r.mask] for r in runs]),
-        metric_class=np.concatenate([np.full(r.mask.sum(), r.metric_class) for r in runs]),
+        metric_class=metric_classes(runs),
+        inside=known,
+        width=known,
     )
 
 
@@ -231,7 +352,15 @@ def errors_percent(judged: Judged) -> dict[str, float]:
 
 
 def shortest(log_ratio: Floats, share: float = COVERED_SHARE) -> tuple[float, float]:
-    """Factors of the shortest interval around 1 that holds a share of the ratios."""
+    """Factors of the shortest interval around 1 that holds a share of further ratios.
+
+    Columns are runs, rows their predictions by several fits. Of n runs the interval holds
+    (n + 2) / n times the share: its two ends were chosen among them. NaN for no runs.
+    """
+    n_runs = log_ratio.shape[-1]
+    if not n_runs:
+        return float("nan"), float("nan")
+    share = min(1.0, share * (n_runs + 2) / n_runs)
     ratios = np.sort(np.append(log_ratio.ravel(), 0.0))
     n_inside = min(max(int(np.ceil(share * ratios.size)), 2), ratios.size)
     widths = ratios[n_inside - 1 :] - ratios[: ratios.size - n_inside + 1]
@@ -243,18 +372,31 @@ def shortest(log_ratio: Floats, share: float = COVERED_SHARE) -> tuple[float, fl
     return float(np.exp(ratios[start])), float(np.exp(ratios[start + n_inside - 1]))
 
 
-def class_table(judged: Judged) -> dict[str, dict[str, float]]:
-    """Errors and interval factors by class of metric.
+def intervals_of(judged: Judged) -> dict[str, tuple[float, float]]:
+    """Interval factors by class of metric, from predictions of unseen runs.
 
-    A class with few rows takes its interval from all rows of the engine.
+    A class with few rows takes its interval from all rows, which stands under "".
     """
-    ratio = np.log(judged.observed_s / judged.predicted_s)
+    known = np.isfinite(judged.predicted_s).all(axis=0)
+    ratio = np.log(judged.observed_s[known] / judged.predicted_s[:, known])
+    classes = judged.metric_class[known]
+    out = {"": shortest(ratio)}
+    for name in sorted(set(classes.tolist())):
+        mask = classes == name
+        out[name] = shortest(ratio[:, mask] if mask.sum() >= INTERVAL_ROWS else ratio)
+    return out
+
+
+def class_table(judged: Judged) -> dict[str, dict[str, float]]:
+    """Errors, coverage and interval factors by class of metric."""
+    factors = intervals_of(judged)
     out = {}
     for name in sorted(set(judged.metric_class.tolist())):
-        mask = judged.metric_class == name
-        low, high = shortest(ratio[:, mask] if mask.sum() >= INTERVAL_ROWS else ratio)
-        inside = (ratio[:, mask] >= np.log(low)) & (ratio[:, mask] <= np.log(high))
-        figures = errors_percent(judged.where(mask)) | {"coverage": float(inside.mean() * 100.0)}
+        part = judged.where(judged.metric_class == name)
+        figures = errors_percent(part)
+        if np.isfinite(part.width).all():
+            figures |= {"coverage": float(np.mean(part.inside) * 100.0)}
+        low, high = factors[name]
         out[name] = {k: round(v, 1) for k, v in figures.items()} | {
             "low": round(low, 3),
             "high": round(high, 3),
@@ -262,10 +404,13 @@ def class_table(judged: Judged) -> dict[str, dict[str, float]]:
     return out
 
 
-def engine_table(parameters: Parameters, judged: Judged) -> Mapping[str, Any]:
+def engine_table(
+    parameters: Parameters, judged: Judged, runs: Sequence[Runs]
+) -> Mapping[str, Any]:
     """One engine as a table of ``costmodel/data/serving.toml``."""
     return {
         "n_rows": int(judged.observed_s.size),
+        "gpus": sorted({r.hardware for r in runs}),
         "parameters": {
             f.name: float(f"{getattr(parameters, f.name):.4g}") for f in fields(Parameters)
         },

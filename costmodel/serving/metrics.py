@@ -41,7 +41,7 @@ def metric(kind: str, times: EngineTimes, served: Served, load: Load) -> Metric:
         return lambda p: tpot_from(p, served, terms)
     if kind == "ttft":
         prompts = np.asarray(load.concurrency) / served.deployment.dp
-        prompt = times.prompt_parts(served, load.input_tokens, np.maximum(prompts, 1.0))
+        prompt = served.prefill(load.input_tokens, np.maximum(prompts, 1.0))
         return lambda p: prompt_from(p, served, prompt)
     fits = served.most_sequences(load.mean_tokens, times.facts.memory_fraction)
     here = np.minimum(load.concurrency, fits)
@@ -53,14 +53,14 @@ def metric(kind: str, times: EngineTimes, served: Served, load: Load) -> Metric:
         return _run(times, served, load, here, output)
     if kind == "request":
         terms = times.terms(served, load)
-        alone = times.prompt_parts(served, load.input_tokens)
+        alone = served.prefill(load.input_tokens)
         return lambda p: (
             (prompt_from(p, served, alone) + (output - 1.0) * tpot_from(p, served, terms)) / output
         )
     assert kind == "offline", kind
     most = np.minimum(fits, MOST_SEQUENCES * served.deployment.dp)
     full = served.step(most, load.mean_tokens)
-    one = times.prompt_parts(served, load.input_tokens)
+    one = served.prefill(load.input_tokens)
     ranks = float(served.deployment.dp)
     return lambda p: step_from(p, served, full) / most + prompt_work_from(p, one) / output / ranks
 
@@ -71,7 +71,7 @@ def _run(times: EngineTimes, served: Served, load: Load, here: Array, output: Ar
     batch = np.asarray(load.concurrency) / rounds
     step = served.step(batch, load.mean_tokens)
     prompts = np.maximum(batch / served.deployment.dp, 1.0)
-    prompt = times.prompt_parts(served, load.input_tokens, prompts)
+    prompt = served.prefill(load.input_tokens, prompts)
     return lambda p: (
         rounds
         * (prompt_from(p, served, prompt) + (output - 1.0) * step_from(p, served, step))

@@ -1,7 +1,7 @@
 """The fitted parameters of an engine with their priors, and what else is known about it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 #: parameter -> (prior, spread of its logarithm; 0: not fitted). Kernels in a step take what they
 #: take alone; weights stream at 0.7 to 0.9 of the bandwidth; prefill interferes once.
@@ -86,16 +86,14 @@ class Facts:
 
     fp8_cache         keeps an fp8 cache where the weights are fp8 or fp4
     memory_fraction   of the device for weights and KV pool
-    latent_prefill    generation -> factor on attention over a latent in prefill, where a GPU's
-                      kernel falls back to a slow one
-    uncaptured        version -> host seconds per layer, where decode was not replayed from graphs
+    kin               one of the engines that serve under load with kernels of the same makers: its
+                      fit starts from the fit to all of them together
     rules             engine of ``costmodel/data/engines.toml`` whose accounting rules hold
     with_method       its runs are of this method, whose kernels it brings
     """
 
     fp8_cache: bool = False
     memory_fraction: float = 0.93
-    latent_prefill: Mapping[str, float] = field(default_factory=dict)
-    uncaptured: Mapping[str, float] = field(default_factory=dict)
+    kin: bool = False
     rules: str = "vllm"
     with_method: str = "full"

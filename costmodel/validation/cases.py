@@ -28,7 +28,6 @@ class Case:
     system: str
     engine: str
     shown: str = ""
-    version: str = ""
     precision: str = ""
     deployment: Deployment = field(default_factory=Deployment)
     method: str = "full"

@@ -56,13 +56,23 @@ def predicted_blocks(
         times = load_engine_times(case.engine)
         try:
             served = served_case(case, devices, times)
+            keys = dict.fromkeys((r.metric, r.label, r.primary, r.parts) for r in rows)
+            own = [
+                _block(
+                    case,
+                    served,
+                    times,
+                    [r for r in rows if (r.metric, r.label, r.primary, r.parts) == key],
+                    options,
+                    all_parts,
+                )
+                for key in keys
+            ]
         except LccostError as error:
             reason = " ".join(str(error).split())[:300]
             unsupported += [(i, reason) for i in sorted({r.index for r in rows})]
             continue
-        for key in dict.fromkeys((r.metric, r.label, r.primary, r.parts) for r in rows):
-            members = [r for r in rows if (r.metric, r.label, r.primary, r.parts) == key]
-            blocks.append(_block(case, served, times, members, options, all_parts))
+        blocks += own
     return blocks, unsupported
 
 
@@ -83,16 +93,14 @@ def _block(
     low, mid, high, basis = unknown, roofline, unknown, "datasheet"
     if not options.datasheet:
         seconds = metric(kind, times, served, load)(times.parameters)
-        floor = times.host_floor_s(served, load.concurrency, case.version)
-        seconds = np.maximum(seconds, floor if kind == "tpot" else 0.0)
         mid = np.broadcast_to(np.asarray(seconds, dtype=np.float64), index.shape)
         low, high = (
             np.broadcast_to(np.asarray(x, dtype=np.float64), index.shape)
-            for x in times.interval(metric_class(kind, served), mid)
+            for x in times.interval(metric_class(kind, served), mid, served.run.hardware.name)
         )
         if kind in _LIMITED:
             low = np.maximum(low, np.minimum(roofline, mid))
-        basis = times.basis
+        basis = times.basis(served.run.hardware.name)
     part = "sparse" if served.n_expert_layers else "dense"
     group = {
         "hw": served.run.hardware.name,

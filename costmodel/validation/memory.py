@@ -85,6 +85,7 @@ def read_row(record: Record) -> tuple[MemoryCase, MemoryRow]:
         context_tokens=context,
         output_tokens=_GENERATED if engine == "transformers" else 1.0,
         extra_bytes=context**2 if masked else 0.0,
+        reading_bytes=_noted(record, r"\+-\s*(\d+(?:\.\d+)?)\s*gib", 0.0) * _GIB,
         n_steps=_GENERATED,
     )
     return case, row

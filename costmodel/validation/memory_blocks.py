@@ -71,12 +71,16 @@ class MemoryCase:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryRow:
-    """One row of a case; n_steps is of ``decode_time``."""
+    """One row of a case; n_steps is of ``decode_time``.
+
+    reading_bytes   how far off the value may have been read from a published figure
+    """
 
     batch: float = 1.0
     context_tokens: float
     output_tokens: float = 1.0
     extra_bytes: float = 0.0
+    reading_bytes: float = 0.0
     n_steps: float = 1.0
 
 
@@ -117,7 +121,9 @@ def _block(
     mid = np.broadcast_to(_values(case, rows, hardware, options.datasheet), (len(rows),)).astype(
         np.float64
     )
+    reading = np.array([row.reading_bytes for row in rows])
     low, high = (mid * f for f in INTERVALS.get(case.quantity, OTHER_INTERVAL))
+    low, high = np.maximum(low - reading, 0.0), high + reading
     if options.datasheet:
         low, high = np.full(mid.shape, np.nan), np.full(mid.shape, np.nan)
     return Block(

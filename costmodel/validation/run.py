@@ -32,9 +32,10 @@ from costmodel.validation.table import Record, Table, read_table
 UNIT_FACTOR = 100.0
 #: Calls longer than this are judged apart: launches no longer decide them.
 LARGE_CALL_S = 100e-6
-#: A value this far below what the device could do as stated is left out, with the reason.
+#: A value this far below what the device could do with the stated shape is called impossible: its
+#: columns do not describe what ran. Such rows count like any other; figures without them are
+#: a part of their own.
 LIMIT_TOLERANCE = 0.95
-IMPOSSIBLE = "faster than the device can be: the row's columns do not describe what ran"
 
 Compared = tuple[Block, Floats]
 
@@ -77,9 +78,7 @@ def validate(
     compared, unread = _observed(table, chosen, predicted)
     if not options.datasheet:
         _check_unit(table, compared)
-    whole = _figures([c for c in compared if c[0].primary])
-    compared, impossible = _possible(compared)
-    reasons = Counter(reason for _, reason in (*predicted.unsupported, *unread, *impossible))
+    reasons = Counter(reason for _, reason in (*predicted.unsupported, *unread))
     reasons["more cells than the header has columns"] += len(table.ragged)
     return Validation(
         kind=chosen.name,
@@ -88,7 +87,7 @@ def validate(
         groups=_groups(compared),
         unsupported=tuple((r, n) for r, n in reasons.most_common() if n),
         worst=_worst(table, compared, n_worst),
-        parts=_parts(chosen, compared) | ({"with_impossible_rows": whole} if impossible else {}),
+        parts=_parts(chosen, compared) | _possible_part(compared),
         assumptions=predicted.assumptions,
     )
 
@@ -156,20 +155,19 @@ def _groups(
     return tuple(out)
 
 
-def _possible(
-    compared: Sequence[Compared],
-) -> tuple[list[Compared], list[tuple[int, str]]]:
-    """Rows that the device could have run as stated; the others with why they are left out."""
+def _possible_part(compared: Sequence[Compared]) -> dict[str, Figures]:
+    """Overall figures of the rows that the device could have run as stated, where some are not."""
     kept: list[Compared] = []
-    left_out: list[tuple[int, str]] = []
+    n_impossible = 0
     for block, observed in compared:
-        if block.limit is None:
-            kept.append((block, observed))
+        if not block.primary:
             continue
-        possible = ~(observed < LIMIT_TOLERANCE * block.limit)
+        possible = np.ones(observed.shape, dtype=np.bool_)
+        if block.limit is not None:
+            possible = observed >= LIMIT_TOLERANCE * block.limit
         kept.append((block.where(possible), observed[possible]))
-        left_out += [(int(row), IMPOSSIBLE) for row in block.rows[~possible]]
-    return kept, left_out
+        n_impossible += int(np.count_nonzero(~possible))
+    return {"without_impossible_rows": _figures(kept)} if n_impossible else {}
 
 
 def _parts(kind: Kind, compared: Sequence[Compared]) -> dict[str, Figures]:

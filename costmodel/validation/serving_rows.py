@@ -48,7 +48,6 @@ def read_rows(record: Record, index: int) -> tuple[Case, list[Row]]:
         system=record.get("system", ""),
         engine=engine,
         shown=engine,
-        version=record.get("backend_version", "").lower(),
         precision=_PRECISIONS[given.lower()],
         deployment=deployment,
     )

@@ -178,14 +178,24 @@ def test_every_metric_is_finite_and_positive(
 
 def test_engines_without_runs_take_the_pooled_parameters() -> None:
     unknown = load_engine_times("some-new-engine")
-    assert unknown.basis == "transferred"
+    assert unknown.basis("h100-sxm") == "transferred"
     assert unknown.parameters == load_engine_times("any").parameters
-    assert load_engine_times("vllm").basis == "calibrated"
+    vllm = load_engine_times("vllm")
+    assert vllm.basis("h100-sxm") == "calibrated"
+    assert vllm.basis("l4") == "transferred"
+
+
+def test_a_gpu_without_runs_widens_the_interval() -> None:
+    vllm = load_engine_times("vllm")
+    (low, high), (wide_low, wide_high) = (
+        vllm.interval("tpot_dense", np.float64(1.0), gpu) for gpu in ("h100-sxm", "l4")
+    )
+    assert wide_low < low < 1.0 < high < wide_high
 
 
 def test_the_shortest_interval_holds_its_share_and_the_prediction() -> None:
     log_ratio = np.log(np.concatenate([np.linspace(0.95, 1.10, 81), np.linspace(2.0, 9.0, 19)]))
-    low, high = shortest(log_ratio, 0.81)
+    low, high = shortest(log_ratio, 0.79)  # of 100: two more than the share
     assert low == pytest.approx(0.95, abs=0.01)
     assert high == pytest.approx(1.10, abs=0.01)
     low, high = shortest(np.log(np.linspace(1.2, 1.4, 50)), 0.8)
