@@ -7,9 +7,9 @@ from typing import Any
 
 import fit_power
 import numpy as np
+from costmodel.activity_power import load_power
 from numpy.typing import NDArray
 
-from costmodel.activity_power import load_power
 from costmodel.calibration.families import LEAST_ROWS, fit_families, judged_intervals
 from costmodel.calibration.tables import Rows, read_table
 from costmodel.serving.__main__ import read_tables

@@ -11,7 +11,6 @@ import argparse
 import datetime
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,14 +37,22 @@ HEAD = """\
 #: the root of its rate, as the fitted prefill kernels do (0.9 of the TDP at 0.5 of the peak).
 #: Interval: scatter of mean power between dense (0.78) and sparse models (0.70 to 0.73), and of
 #: the decode law.
-STEP = """\
-[step]
-gpu = "h100-sxm"
-parameters = { idle_fraction = 0.30, tensor_fraction = 0.75, tensor_exponent = 0.5, weight_fraction = 0.18, kv_fraction = 0.33 }
-low = 0.8
-high = 1.25
-sources = ["fitted law of decode power on H100: TDP x (0.43 + 0.43 x share of the KV pool in use)", "mean power over TDP of published runs: dense 0.78, MoE 0.70 to 0.73"]
-"""
+STEP = {
+    "gpu": "h100-sxm",
+    "parameters": {
+        "idle_fraction": 0.30,
+        "tensor_fraction": 0.75,
+        "tensor_exponent": 0.5,
+        "weight_fraction": 0.18,
+        "kv_fraction": 0.33,
+    },
+    "low": 0.8,
+    "high": 1.25,
+    "sources": [
+        "fitted law of decode power on H100: TDP x (0.43 + 0.43 x share of the KV pool in use)",
+        "mean power over TDP of published runs: dense 0.78, MoE 0.70 to 0.73",
+    ],
+}
 COVERED_SHARE = 0.86
 SCATTER = 0.15
 PRIOR_WEIGHT = 0.05
@@ -139,9 +146,7 @@ def fit(rows: Rows, mask: NDArray[np.bool_]) -> PowerLaw:
 
     def residuals(x: Floats) -> Floats:
         predicted = rows.law_share(law_of(rows.regime, x), mask)
-        return np.concatenate(
-            [np.log(predicted) - log_share, PRIOR_WEIGHT * (x - start) / scale]
-        )
+        return np.concatenate([np.log(predicted) - log_share, PRIOR_WEIGHT * (x - start) / scale])
 
     best = least_squares(residuals, start, bounds=(least, most), loss="soft_l1", f_scale=SCATTER)
     return law_of(rows.regime, best.x)
@@ -205,7 +210,8 @@ def main() -> None:
             "",
         ]
         print(regime, parameters, dict(law.factors), figures)
-    arguments.output.write_text("\n".join([*lines, STEP]), encoding="utf-8")
+    lines += ["[step]", *(f"{key} = {toml_value(value)}" for key, value in STEP.items())]
+    arguments.output.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Watts and dollars of a fleet.
 
-Power follows ``costmodel.power``: decode under load by how full the KV pool is, prefill and idleness
-as shares of the TDP. Rent usually includes power: a power price adds to it only where the user names
-one.
+Power follows ``costmodel.power``: decode under load by how full the KV pool is, prefill and
+idleness as shares of the TDP. Rent usually includes power: a power price adds to it only where the
+user names one.
 """
 
 from collections.abc import Sequence

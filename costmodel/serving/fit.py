@@ -15,6 +15,7 @@ the other rows by fits that had seen neither. The parameters written are of all 
 scipy is imported here only, when a fit runs.
 """
 
+import functools
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -241,10 +242,11 @@ def held_out(
     for label in sorted({x for k, m in zip(own, inside, strict=True) for x in k[m].tolist()}):
         masks = [m & (k != label) for k, m in zip(own, inside, strict=True)]
 
-        def kept(r: Runs, label: str = label) -> Bools:
-            return within(r) & (labels(r) != label)
+        def others(r: Runs, label: str = label) -> Bools:
+            kept: Bools = within(r) & (labels(r) != label)
+            return kept
 
-        start = kin.without(f"{name}:{label}", kept) if kin is not None else None
+        start = kin.without(f"{name}:{label}", others) if kin is not None else None
         parameters = start or default_parameters()
         if any(m.any() for m in masks):
             parameters = fit(runs, masks, kin=start)
@@ -293,7 +295,11 @@ def judge(
         low, high = np.empty(half.shape), np.empty(half.shape)
         for fitted in ("a", "b"):
             unseen = held_out(
-                runs, inner, f"half {seed} {fitted}", kin, lambda r, h=fitted: labels(r) == h
+                runs,
+                inner,
+                f"half {seed} {fitted}",
+                kin,
+                functools.partial(_labelled, labels, fitted),
             )
             factors = intervals_of(_judged(runs, _joined(runs, unseen)[None, :]))
             judged = half != fitted
@@ -318,6 +324,11 @@ def leave_out(runs: Sequence[Runs], labels: Labels, name: str, kin: Kin | None =
 def metric_classes(runs: Sequence[Runs]) -> NDArray[np.str_]:
     """The class of metric of every row that counts."""
     return np.concatenate([np.full(r.mask.sum(), r.metric_class) for r in runs])
+
+
+def _labelled(labels: Labels, label: str, runs: Runs) -> Bools:
+    mask: Bools = labels(runs) == label
+    return mask
 
 
 def _joined(runs: Sequence[Runs], arrays: Sequence[NDArray[Any]]) -> NDArray[Any]:
@@ -404,9 +415,7 @@ def class_table(judged: Judged) -> dict[str, dict[str, float]]:
     return out
 
 
-def engine_table(
-    parameters: Parameters, judged: Judged, runs: Sequence[Runs]
-) -> Mapping[str, Any]:
+def engine_table(parameters: Parameters, judged: Judged, runs: Sequence[Runs]) -> Mapping[str, Any]:
     """One engine as a table of ``costmodel/data/serving.toml``."""
     return {
         "n_rows": int(judged.observed_s.size),

@@ -74,9 +74,7 @@ def _at_reference(grouped: Grouped) -> Grouped:
     """
     return {
         replace(case, level="reference"): [
-            replace(
-                row, primary=False, parts=tuple(f"{name}_at_reference" for name in row.parts)
-            )
+            replace(row, primary=False, parts=tuple(f"{name}_at_reference" for name in row.parts))
             for row in rows
         ]
         for case, rows in grouped.items()
