@@ -34,9 +34,9 @@ from costmodel.validation.table import Record, read_table
 HEAD = """\
 # Engines, fitted by `python -m costmodel.serving`; do not edit.
 # Parameters: docstring of costmodel/serving/engine_times.py. held_out_percent: errors on runs that
-# no fit had seen (both halves of 4 seeded splits by a hash of the shape columns; for "any": all runs
-# of an engine by a fit to the others), by class of metric. coverage: of intervals that came from
-# other runs. low, high: factors that held 82 % of unseen runs, and more where they are few.
+# no fit had seen (both halves of 4 seeded splits by a hash of the shape columns; for "any": all
+# runs of an engine by a fit to the others), by class of metric. coverage: of intervals that came
+# from other runs. low, high: factors that held 82 % of unseen runs, and more where they are few.
 # The parameters are of all runs.
 """
 #: Tables with runs of engines: name, how a row is read, how its value is.

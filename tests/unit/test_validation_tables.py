@@ -150,7 +150,7 @@ def test_rows_that_cannot_be_modelled_are_counted_with_the_reason(tmp_path: Path
     assert result.parts["without_impossible_rows"].n == 1
 
 
-@pytest.mark.parametrize("name", ["linear_attention", "serving", "latency_throughput"])
+@pytest.mark.parametrize("name", ["linear_attention", "latency_throughput"])
 def test_what_counts_does_not_depend_on_what_was_observed(name: str, tmp_path: Path) -> None:
     """With the observed values of other rows, the same rows count and the same are left out."""
     source = measured(name, tmp_path)
