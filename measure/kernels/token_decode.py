@@ -243,13 +243,6 @@ def token_decode(
     return merge_splits(partials, torch.empty_like(q))
 
 
-def fuses(bits: int, group: int, head_dim: int) -> bool:
-    """Whether a cache of this form can be read: whole groups, and 16 words of a head at least."""
-    whole = bits >= 8 or (head_dim % group == 0 and group % (16 // bits) == 0)
-    power = head_dim & (head_dim - 1) == 0 and (bits >= 8 or group & (group - 1) == 0)
-    return whole and power and head_dim * bits // 16 >= 16
-
-
 def _case(
     bits: int,
     size: int,

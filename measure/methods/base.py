@@ -16,6 +16,7 @@ from torch import Tensor
 from costmodel.errors import NotApplicableError
 from costmodel.methods.base import AbstractMethod
 from costmodel.mixers import Attention
+from measure.kernels._steps import StepState
 from measure.methods.buffers import GrowingBuffer
 from measure.numerics import Rope
 from measure.parts import attend_prompt, rotate, shared_rope_table
@@ -70,6 +71,8 @@ class AbstractLayerCache(ABC):
     rope: Rope | None = None
     #: decode with the kernels of ``measure.kernels``; set where they can run (engine lccost)
     fused = False
+    #: what those kernels keep on the device, once a step was run
+    step_state: StepState | None = None
 
     def __init__(
         self,
@@ -167,11 +170,17 @@ class AbstractLayerCache(ABC):
         # an amplitude multiplies both ways
         return rotate(x, table, interleaved=self.rope.interleaved) / self.rope.amplitude**2
 
+    def reset_steps(self) -> None:
+        """After a restore or a clear: have the device's count of tokens follow, whatever was replayed."""
+        if self.step_state is not None:
+            self.step_state.reset(self.n_tokens)
+
     def clear(self) -> None:
         """Empty the cache; the room stays."""
         self.n_tokens = 0
         for buffer in self._buffers():
             buffer.clear()
+        self.reset_steps()
 
     def fill(self, n_tokens: int, seed: int = 0) -> None:
         """Empty the cache, then store a random prompt of ``n_tokens`` without computing one."""

@@ -27,6 +27,10 @@ class FlexGenCache(TokenPackedCache):
     def _configure(self, method: AbstractMethod) -> None:
         assert isinstance(method, FlexGen)
         self.bits, self.group = method.bits, method.group
+        size, power = self.mixer.head_dim, self.group & (self.group - 1) == 0
+        whole = size % self.group == 0 and self.group * self.bits % 16 == 0
+        if self.bits < 8 and whole and power and size * self.bits >= 256:
+            self.kernel_bits, self.kernel_group = self.bits, self.group
 
     def _parts(self, size: int, *, is_values: bool) -> tuple[GrowingBuffer, ...]:
         n_groups = -(-size // self.group)

@@ -26,6 +26,7 @@ class Fp8KvCache(TokenPackedCache):
 
     def _configure(self, method: AbstractMethod) -> None:
         self.scales = GrowingBuffer(1, 1, (), torch.float32, self.device)
+        self.kernel_bits = 8
 
     def _parts(self, size: int, *, is_values: bool) -> tuple[GrowingBuffer, ...]:
         return (self._buffer((size,), torch.float8_e4m3fn),)
@@ -47,6 +48,11 @@ class Fp8KvCache(TokenPackedCache):
 
     def _scale(self, side: Side) -> Tensor:
         return self.scales.entries()[0, 0, 0 if side is self.keys else 1]
+
+    def kernel_scales(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """One number each."""
+        scales = self.scales.entries()[0, 0]
+        return (scales[0:1],), (scales[1:2],)
 
     def _pack(self, x: Tensor, side: Side) -> tuple[Tensor, ...]:
         scaled = (x.float() / self._scale(side)).clamp_(-E4M3_MAX, E4M3_MAX)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from costmodel.methods.base import AbstractMethod
+from measure.kernels._steps import fits, token_step
 from measure.methods.base import AbstractLayerCache
 from measure.methods.buffers import GrowingBuffer
 from measure.parts import attend, attend_prompt
@@ -75,6 +76,9 @@ class FullCache(AbstractLayerCache):
 
         With one query per head the CPU kernel of PyTorch 2.13 leaves most of the bandwidth unused.
         """
+        plain = self.softcap is None and self.sinks is None and self.dtype.itemsize == 2
+        if self.fused and plain and fits(self.mixer):
+            return token_step(self, (q, k, v), ((self.keys,), (self.values,)), bits=16)
         seen = None
         if self.limit is None or self.keys.length < self.limit:
             self.store(k, v)
@@ -101,6 +105,7 @@ class FullCache(AbstractLayerCache):
         self.n_tokens, overwritten = snapshot
         if overwritten is None:
             self.keys.length = self.values.length = self.n_tokens
+            self.reset_steps()
             return
         assert self.limit is not None
         for buffer, entry in zip(self._buffers(), overwritten, strict=True):

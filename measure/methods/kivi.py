@@ -21,6 +21,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from costmodel.errors import NotApplicableError
 from costmodel.methods.base import AbstractMethod
 from costmodel.methods.kivi import Kivi
+from measure.kernels._steps import fits, kivi_step
 from measure.methods.base import AbstractLayerCache
 from measure.methods.buffers import GrowingBuffer
 from measure.methods.packing import dequantise, quantise
@@ -133,6 +134,7 @@ class KiviCache(AbstractLayerCache):
         for buffer in self._buffers():
             buffer.clear(release=self._exact)
         self.n_tokens = self._oldest = self._oldest_packed = 0
+        self.reset_steps()
 
     def _held(self, n_tokens: int) -> int:
         return n_tokens if self.limit is None else min(n_tokens, self.limit)
@@ -162,6 +164,8 @@ class KiviCache(AbstractLayerCache):
 
     def decode(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend packed and recent tokens and the new one, then quantise what is due."""
+        if self.fused and fits(self.mixer):
+            return kivi_step(self, q, k, v)
         queries = self.fold(q)
         self.recent_keys.append(k)
         if self.n_tokens < self.ring:  # nothing is packed and the ring still has room
@@ -178,6 +182,21 @@ class KiviCache(AbstractLayerCache):
             left = self.keys.length - self._blocks(self.n_tokens)
             self.keys.drop_oldest(left, release=self._exact)
         return self.unfold(out)
+
+    @property
+    def oldest(self) -> int:
+        """Entry of the value ring that leaves next."""
+        return self._oldest
+
+    def now_holds(self, n_tokens: int) -> None:
+        """Count what a step by kernels left in the buffers (without a window)."""
+        r = self.residual
+        if n_tokens > r:
+            self._oldest = (self._oldest + 1) % r
+        self.keys.truncate(n_tokens // r)
+        self.values.truncate(max(0, n_tokens - r))
+        self.recent_keys.length, self.recent_values.length = n_tokens % r, min(n_tokens, r)
+        self.n_tokens = n_tokens
 
     def attend_packed(self, queries: Tensor, v: Tensor) -> Tensor:
         """Attend everything, the new key (among the recent ones) and value included."""
@@ -296,3 +315,4 @@ class KiviCache(AbstractLayerCache):
         ):
             buffer.clear()
             buffer.append(entries)
+        self.reset_steps()

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from costmodel.errors import NotApplicableError
 from costmodel.methods.base import AbstractMethod
+from measure.kernels._steps import fits, token_step
 from measure.methods.base import AbstractLayerCache
 from measure.methods.buffers import GrowingBuffer
 
@@ -34,6 +35,9 @@ class TokenPackedCache(AbstractLayerCache):
 
     keys: Side
     values: Side
+    #: bits and group that ``measure.kernels.token_decode`` knows; 0 bits: it has no such form
+    kernel_bits = 0
+    kernel_group = 0
 
     def _build(self, method: AbstractMethod) -> None:
         if self.mixer.chunk_tokens:
@@ -59,6 +63,10 @@ class TokenPackedCache(AbstractLayerCache):
     @abstractmethod
     def _unpack(self, parts: tuple[Tensor, ...], side: Side) -> Tensor:
         """Invert ``_pack``, in the compute type."""
+
+    def kernel_scales(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Scales of keys and of values that hold for all tokens, for the kernels."""
+        return (), ()
 
     def _prepare(self, k: Tensor, v: Tensor) -> None:
         """Look at a whole prompt before it is packed."""
@@ -96,6 +104,15 @@ class TokenPackedCache(AbstractLayerCache):
 
     def decode(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend the packed tokens and the new one, then pack it."""
+        if self.fused and self.kernel_bits and fits(self.mixer):
+            return token_step(
+                self,
+                (q, k, v),
+                (self.keys.parts, self.values.parts),
+                self.kernel_scales(),
+                bits=self.kernel_bits,
+                group=self.kernel_group,
+            )
         position = torch.tensor([self.n_tokens], device=q.device)
         new_key = self.turned(k, position) if self.ROTATES else k
         queries = self.fold(self.turned(q, position) if self.ROTATES else q) * q.shape[-1] ** -0.5
@@ -180,6 +197,7 @@ class TokenPackedCache(AbstractLayerCache):
         if overwritten is None:
             for buffer in self._token_buffers():
                 buffer.length = self.n_tokens
+            self.reset_steps()
             return
         for buffer, entry in zip(self._token_buffers(), overwritten, strict=True):
             buffer.write(self.n_tokens % self._ring, entry)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from measure.kernels import interpreted
 from measure.kernels._splits import Partials
-from measure.kernels.token_decode import EXTRA_PARTS, fuses, reference, token_decode
+from measure.kernels.token_decode import EXTRA_PARTS, reference, token_decode
 from measure.methods.packing import quantise_bytes
 
 assert interpreted()
@@ -107,11 +107,3 @@ def test_anything(n_tokens, bits, batch, heads, group, splits, seed):
         splits=splits, seed=seed,
     )  # fmt: skip
     close(found, expected, 2e-5)
-
-
-def test_what_fuses():
-    assert fuses(16, 0, 64)
-    assert fuses(8, 0, 128)
-    assert fuses(4, 64, 128)
-    assert not fuses(4, 12, 32)  # padded heads
-    assert not fuses(2, 32, 64)  # 8 words of a head
