@@ -171,7 +171,7 @@ class AbstractLayerCache(ABC):
         return rotate(x, table, interleaved=self.rope.interleaved) / self.rope.amplitude**2
 
     def reset_steps(self) -> None:
-        """After a restore or a clear: have the device's count of tokens follow, whatever was replayed."""
+        """Put the device's count of tokens back too, whatever graphs were replayed."""
         if self.step_state is not None:
             self.step_state.reset(self.n_tokens)
 

@@ -1,0 +1,80 @@
+"""The GPU benchmark's own logic, on a CPU with interpreted kernels; its times mean nothing here."""
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from costmodel.hardware import load_hardware
+from measure.devices.open import open_device
+from measure.kernels import interpreted
+
+assert interpreted()
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+import kernels_gpu  # noqa: E402
+
+
+@pytest.fixture
+def small(monkeypatch):
+    geometry = kernels_gpu.Attention(n_heads=2, n_kv_heads=1, head_dim=64, v_head_dim=64)
+    monkeypatch.setattr(kernels_gpu, "GEOMETRY", geometry)
+    budget = kernels_gpu.Budget(min_samples=1, max_samples=1, max_warmups=1, min_warmups=1)
+    monkeypatch.setattr(kernels_gpu, "BUDGET", budget)
+    monkeypatch.setattr(kernels_gpu, "ROOM_TOKENS", 2)
+    original = kernels_gpu.agreement
+    monkeypatch.setattr(kernels_gpu, "agreement", lambda s, d: original(s, d, 150))
+
+
+def test_a_run_writes_records_and_a_kernel_table(small, tmp_path, capsys):
+    output = tmp_path / "kernels.jsonl"
+    device = open_device("cpu", 1, pinned=False)
+    code = kernels_gpu.run(
+        output,
+        device,
+        load_hardware("h200-sxm"),
+        points=[(140, 1)],
+        methods=("kivi:bits=4,residual_tokens=32",),
+    )
+    assert code == 0
+    records = [json.loads(x) for x in output.read_text().splitlines()]
+    assert {r["status"] for r in records} <= {"checked", "ok", "skipped"}
+    assert records[0]["largest_error"] < kernels_gpu.MAX_ERROR
+    forms = {(r["case"], r["form"]) for r in records if r["status"] == "ok"}
+    assert ("sdpa", "library") in forms
+    assert ("kivi:bits=4,residual_tokens=32", "fused") in forms
+    rows = list(csv.DictReader(output.with_suffix(".csv").read_text().splitlines()))
+    assert {r["framework"] for r in rows} == {"lccost", "torch"}
+    assert all(float(r["latency_us"]) > 0 and r["kv_len"] == "140" for r in rows)
+
+
+def record(case, form, seconds, *, context=131_072, batch=8):
+    n_bytes, _ = kernels_gpu.predicted(
+        case if case in kernels_gpu.METHODS else "full", context, batch, load_hardware("h200-sxm")
+    )
+    return {
+        "case": case,
+        "form": form,
+        "context_tokens": context,
+        "batch": batch,
+        "seconds": seconds,
+        "bytes": n_bytes,
+        "bytes_per_s": n_bytes / seconds,
+        "copy_bytes_per_s": 4e12,
+        "ceiling_bytes_per_s": 4e12,
+    }
+
+
+def test_required_figures_are_judged_by_hand():
+    # 131072 x 8 sequences x 8 heads x 128 x 2 (K, V) x 2 bytes = 4.29e9 bytes, at 4e12: 1.07 ms.
+    full = record("full", "fused", 1.2e-3)
+    assert full["bytes"] == pytest.approx(4.295e9, rel=1e-3)
+    sdpa = record("sdpa", "library", 1.3e-3)
+    kivi = record("kivi:bits=2", "fused", 0.5e-3)
+    verdicts = dict(kernels_gpu.required([full, sdpa, kivi]))
+    assert [met for text, met in verdicts.items() if text.startswith("full")] == [True, True]
+    # 3 bits of 16 are 0.805e9 bytes: 1.6e12 a second of 4e12, 40 %; 2.6 times as fast as SDPA.
+    assert [met for text, met in verdicts.items() if text.startswith("kivi")] == [False, True]
+    slow = dict(kernels_gpu.required([full, sdpa, record("kivi:bits=2", "fused", 0.6e-3)]))
+    assert [met for text, met in slow.items() if "SDPA" in text] == [False]
