@@ -259,7 +259,8 @@ def _charts(document: Document, held: Sequence[Row]) -> dict[str, Spec]:
     }  # fmt: skip
     if specs["speed"] is not None:
         best = frontier([(-x, -y) for x, y, _ in planning.speed_points(held)])
-        specs["speed"]["series"].append(_edge([(-x, -y) for x, y in best]))
+        if len(best) > 1:
+            specs["speed"]["series"].append(_edge([(-x, -y) for x, y in best]))
     return {name: spec for name, spec in specs.items() if spec is not None}
 
 
