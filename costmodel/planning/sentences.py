@@ -276,6 +276,8 @@ def deploy(row: Row, spec: PlanSpec, workload: Mapping[str, Any] | None = None) 
     flags = [flag for m in stack.methods for flag in m.ENGINE_FLAGS.get(engine, ())]
     chunk, fraction = spec.grid.chunk_tokens or 8192, f"{spec.grid.memory_fraction:g}"
     # A pipeline and a ring have that many micro-batches in flight.
+    # An engine that reserves for the model's longest context may refuse to start.
+    longest = [workload[f"{x}_tokens_max"] for x in ("input", "output")] if workload else []
     sequences = str(spec.grid.max_batch * pool["pp"] * pool["cp"])
     if engine == "sglang":
         if pool["ep"] > 1 or pool["cp"] > 1:
@@ -288,6 +290,8 @@ def deploy(row: Row, spec: PlanSpec, workload: Mapping[str, Any] | None = None) 
         ]  # fmt: skip
         if pool["pp"] > 1:
             serve += ["--pp-size", str(pool["pp"])]
+        if longest:
+            serve += ["--context-length", f"{sum(longest):.0f}"]
         if spec.demand.prefix_share == 0.0:
             serve.append("--disable-radix-cache")
     else:
@@ -296,6 +300,8 @@ def deploy(row: Row, spec: PlanSpec, workload: Mapping[str, Any] | None = None) 
             "--max-num-batched-tokens", str(chunk), "--max-num-seqs", sequences,
             "--gpu-memory-utilization", fraction,
         ]  # fmt: skip
+        if longest:
+            serve += ["--max-model-len", f"{sum(longest):.0f}"]
         if pool["pp"] > 1:
             serve += ["--pipeline-parallel-size", str(pool["pp"])]
         if pool["cp"] > 1:

@@ -372,9 +372,12 @@ def test_commands_switch_the_method_on_where_the_engine_has_it() -> None:
 def test_the_load_test_carries_the_lengths_and_the_rate_of_a_trace(tmp_path: Path) -> None:
     trace = tmp_path / "own.csv"
     trace.write_text("arrival_s,input_tokens,output_tokens\n0,100,10\n2,300,30\n")
-    workload = {"input_tokens_mean": 200.0, "output_tokens_mean": 20.0, "rate_per_s": 0.5}
+    workload = {"input_tokens_mean": 200.0, "output_tokens_mean": 20.0, "rate_per_s": 0.5,
+                "input_tokens_max": 300, "output_tokens_max": 30}  # fmt: skip
     demand = Demand(kind="trace", trace=trace, arrivals=Arrivals(kind="trace"))
     test = deploy(plan_row(), replace(spec(), demand=demand), workload)[1]
+    assert "--max-model-len 330" in deploy(plan_row(), spec(), workload)[0]
+    assert "--context-length 330" in deploy(plan_row(engine="sglang"), spec(), workload)[0]
     assert "--random-input-len 200 --random-output-len 20 --request-rate 0.5 " in test
     jsonl = replace(demand, trace=tmp_path / "m.jsonl")
     assert "--fixed-schedule" in deploy(plan_row(), replace(spec(), demand=jsonl), workload)[1]
