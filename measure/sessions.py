@@ -8,6 +8,7 @@ mark, decode, reset, decode ...              one step at T tokens, put back, aga
 """
 
 import functools
+import itertools
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -241,4 +242,7 @@ class TorchSession:
                 ordinal = sum(m.HAS_KV for m in mixers[:index])
                 cache.place(ordinal, n_kv_layers, self.numerics.rope)
             caches.append(cache)
+        keeping = [c for c in caches if isinstance(c, AbstractLayerCache)]
+        for cache, successor in itertools.pairwise(keeping):
+            cache.link(successor)
         return caches

@@ -24,7 +24,9 @@ from measure.methods.evicting import EvictingCache
 if TYPE_CHECKING:
     from measure.methods.llmlingua2 import LLMLingua2Compressor
 
-_NOT_METHODS = ("base", "buffers", "evicting", "kept_tokens", "packing", "token_packed")
+_NOT_METHODS = (
+    *("base", "buffers", "evicting", "host_copies", "kept_tokens", "packing", "token_packed"),
+)
 
 
 @functools.cache

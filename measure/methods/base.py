@@ -67,6 +67,8 @@ class AbstractLayerCache(ABC):
     #: place among the model's caches, and how many it has
     layer = 0
     n_kv_layers = 1
+    #: the cache whose step comes next
+    successor: "AbstractLayerCache | None" = None
     #: rotary embedding of the queries and keys it is given; None: unknown, or none
     rope: Rope | None = None
     #: decode with the kernels of ``measure.kernels``; set where they can run (engine lccost)
@@ -111,6 +113,10 @@ class AbstractLayerCache(ABC):
     def place(self, layer: int, n_kv_layers: int, rope: Rope | None = None) -> None:
         """Say which of the model's caches this is, and how its queries and keys were rotated."""
         self.layer, self.n_kv_layers, self.rope = layer, n_kv_layers, rope
+
+    def link(self, successor: "AbstractLayerCache") -> None:
+        """Say which cache's step comes next, for what can begin before it does."""
+        self.successor = successor
 
     @abstractmethod
     def reserve(self, n_tokens: int) -> None:

@@ -13,7 +13,8 @@ class GrowingBuffer:
     """Entries [B, K, n, ...] appended in place; room for ``capacity`` of them, ``length`` in use.
 
     ``reserve`` makes room beforehand. Without room an append reallocates to exactly what is needed,
-    so an unreserved buffer's storage always equals its entries.
+    so an unreserved buffer's storage always equals its entries. ``pinned`` host memory can be
+    copied to a GPU while the host goes on.
     """
 
     def __init__(
@@ -23,14 +24,22 @@ class GrowingBuffer:
         entry: tuple[int, ...],
         dtype: torch.dtype,
         device: torch.device,
+        *,
+        pinned: bool = False,
     ) -> None:
         self._data = torch.empty(batch, heads, 0, *entry, dtype=dtype, device=device)
+        self._pinned = pinned
         self.length = 0
 
     @property
     def capacity(self) -> int:
         """Entries there is room for."""
         return self._data.shape[_AXIS]
+
+    @property
+    def whole(self) -> Tensor:
+        """The storage as a tensor, room included."""
+        return self._data
 
     @property
     def storage_bytes(self) -> int:
@@ -52,7 +61,12 @@ class GrowingBuffer:
     def reserve(self, capacity: int) -> None:
         """Make room for exactly ``capacity`` entries, keeping those in use."""
         b, k, _, *entry = self._data.shape
-        data = torch.empty(b, k, capacity, *entry, dtype=self._data.dtype, device=self._data.device)
+        data = torch.empty(
+            *(b, k, capacity, *entry),
+            dtype=self._data.dtype,
+            device=self._data.device,
+            pin_memory=self._pinned,
+        )
         data.narrow(_AXIS, 0, self.length).copy_(self.entries())
         self._data = data
 

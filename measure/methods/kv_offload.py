@@ -1,7 +1,8 @@
 """KV offload run for real: every layer's cache in host memory, copied to the device for its step.
 
 The first ``resident_layers`` caches own the slots in which a layer's cache stays between steps; the
-others pass through a buffer that lives for one step. Only the new token goes back. On a CPU device
+others pass through a buffer that lives for one step. Only the new token goes back. On a GPU the
+host side is pinned, and a layer's copy begins while the layer before it computes. On a CPU device
 both sides are the same memory, and the copies are real. With a window of W tokens every buffer is a
 ring: token t lies in entry t mod W.
 """
@@ -16,6 +17,7 @@ from costmodel.errors import NotApplicableError
 from costmodel.methods.base import AbstractMethod
 from costmodel.methods.kv_offload import KvOffload
 from measure.methods.buffers import GrowingBuffer
+from measure.methods.host_copies import Wait, start_copies
 from measure.methods.kept_tokens import KeptTokensCache, attend_all
 
 
@@ -33,9 +35,13 @@ class KvOffloadCache(KeptTokensCache):
         self.limit = self.mixer.max_kv_tokens()
         self.pinned = method.pinned
         self.slots = self._kv_buffers()
+        #: copies run beside the GPU's work
+        self.is_asynchronous = self.device.type == "cuda"
+        self._incoming: tuple[list[Tensor], Wait] | None = None
         self.host = tuple(
             GrowingBuffer(
-                self.batch, self.mixer.n_kv_heads, (size,), self.dtype, torch.device("cpu")
+                *(self.batch, self.mixer.n_kv_heads, (size,), self.dtype, torch.device("cpu")),
+                pinned=self.pinned and self.is_asynchronous,
             )
             for size in (self.mixer.head_dim, self.mixer.v_head_dim)
         )
@@ -88,6 +94,7 @@ class KvOffloadCache(KeptTokensCache):
     def clear(self) -> None:
         """Empty both sides."""
         super().clear()
+        self._incoming = None
         for buffer in self.host:
             buffer.clear()
 
@@ -104,12 +111,49 @@ class KvOffloadCache(KeptTokensCache):
 
     def decode(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Fetch the layer, attend it with the new token, write that back."""
-        held = [
-            self._fetched(slot, host, x)
-            for slot, host, x in zip(self.slots, self.host, (k, v), strict=True)
-        ]
+        if self._can_prefetch:
+            held = self._arrived(k, v)
+        else:
+            held = [
+                self._fetched(slot, host, x)
+                for slot, host, x in zip(self.slots, self.host, (k, v), strict=True)
+            ]
         self.n_tokens += 1
         return attend_all(self, q, *held)
+
+    @property
+    def _can_prefetch(self) -> bool:
+        """There is a copy to make, and room for the new token in what is copied."""
+        has_room = self._overwritten is not None or self.host[0].capacity > self.host[0].length
+        return self.is_asynchronous and not self._is_plain and has_room
+
+    def prefetch(self) -> None:
+        """Begin copying the layer to the device."""
+        if self._incoming is not None or not self._can_prefetch:
+            return
+        targets = [
+            slot.whole if self._is_resident else torch.empty_like(host.whole, device=self.device)
+            for slot, host in zip(self.slots, self.host, strict=True)
+        ]
+        self._incoming = targets, start_copies(targets, [host.whole for host in self.host])
+
+    def _arrived(self, k: Tensor, v: Tensor) -> list[Tensor]:
+        """K and V on the device once their copy is there, the new token in its place; the next
+        layer's copy has begun by then.
+        """
+        self.prefetch()
+        assert self._incoming is not None
+        (targets, wait), self._incoming = self._incoming, None
+        wait()
+        if isinstance(self.successor, KvOffloadCache):
+            self.successor.prefetch()
+        entry, n = self._overwritten, self.host[0].length
+        for slot, host, target, x in zip(self.slots, self.host, targets, (k, v), strict=True):
+            target[:, :, n if entry is None else entry].copy_(x[:, :, 0])
+            _put(host, entry, x)
+            if self._is_resident and entry is None:
+                slot.length = n + 1
+        return [target[:, :, : n if entry is not None else n + 1] for target in targets]
 
     def _fetched(self, slot: GrowingBuffer, host: GrowingBuffer, x: Tensor) -> Tensor:
         """K or V of the layer on the device, the new token ``x`` in its place."""
