@@ -215,7 +215,7 @@ def evict_least_kernel(
             tl.store(values + at + value_columns, tl.load(v + unit * DV + value_columns))
 
 
-@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True, weakref_slot=True)
 class ScoringWorkspace:
     """Room of a step's launches; made once, used by all layers and steps.
 

@@ -19,6 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from costmodel.methods.base import AbstractMethod
 from costmodel.methods.h2o import H2O
+from measure.kernels._dropping import h2o_step, heads_fit
 from measure.methods.buffers import GrowingBuffer
 from measure.methods.kept_tokens import (
     KeptTokensCache,
@@ -68,9 +69,16 @@ class H2OCache(KeptTokensCache):
         self._set_budget(k.shape[2])
         received = None
         if self.heavy + self.recent < k.shape[2] and not self._masks:
-            received = received_scores(q, k)
+            received = self._received(q, k)
         self._keep(k, v, received)
         return out
+
+    def _received(self, q: Tensor, k: Tensor) -> Tensor:
+        if self.fused and heads_fit(self.mixer):
+            from measure.kernels import prompt_scores
+
+            return prompt_scores.received_scores(q, k)
+        return received_scores(q, k)
 
     def store(self, k: Tensor, v: Tensor) -> None:
         """Keep a prompt without queries: as if every key had received the same."""
@@ -102,6 +110,8 @@ class H2OCache(KeptTokensCache):
             return self._masked_step(q, k, v)
         if self.positions.length == 0:
             self._start_scores()
+        if self.fused and self.method.variant == "slot" and heads_fit(self.mixer):
+            return h2o_step(self, q, k, v)
         out, weights = self.attend_with_new(q, self.keys.entries(), self.values.entries(), k, v)
         received = weights.sum(dim=2)
         self.scores.entries().add_(received[..., :-1])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from measure.kernels._dropping import StepRoom
 from measure.methods.base import AbstractLayerCache
 from measure.methods.buffers import GrowingBuffer
 from measure.parts import QUERY_BLOCK
@@ -23,6 +24,9 @@ class _Snapshot(NamedTuple):
 class KeptTokensCache(AbstractLayerCache):
     """K and V of the tokens that were kept; ``_buffers`` may add what decides about them."""
 
+    #: what a step by kernels keeps beside the cache
+    step_room: StepRoom | None = None
+
     def _kv_buffers(self) -> tuple[GrowingBuffer, GrowingBuffer]:
         keys, values = (
             self._buffer((size,), self.dtype)
@@ -32,6 +36,12 @@ class KeptTokensCache(AbstractLayerCache):
 
     def _buffer(self, entry: tuple[int, ...], dtype: torch.dtype) -> GrowingBuffer:
         return GrowingBuffer(self.batch, self.mixer.n_kv_heads, entry, dtype, self.device)
+
+    def clear(self) -> None:
+        """Empty the cache; the room stays."""
+        super().clear()
+        if self.step_room is not None:
+            self.step_room.forget()
 
     def snapshot(self) -> Any:
         """Copies of everything kept: a step may overwrite any of it."""
@@ -43,6 +53,8 @@ class KeptTokensCache(AbstractLayerCache):
         for buffer, entries in zip(self._buffers(), snapshot.entries, strict=True):
             buffer.clear()
             buffer.append(entries)
+        if self.step_room is not None:
+            self.step_room.forget()
 
     def attend_with_new(
         self, q: Tensor, keys: Tensor, values: Tensor, k: Tensor, v: Tensor

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from costmodel.methods.base import AbstractMethod
 from costmodel.methods.quest import Quest
+from measure.kernels._dropping import heads_fit, quest_step
 from measure.methods.buffers import GrowingBuffer
 from measure.methods.kept_tokens import KeptTokensCache, attend_all, gather_tokens
 
@@ -68,6 +69,8 @@ class QuestCache(KeptTokensCache):
         if t <= self.keep or self.layer < _DENSE_LAYERS:
             self._append(k, v)
             return attend_all(self, q, self.keys.entries(), self.values.entries())
+        if self.fused and heads_fit(self.mixer):
+            return quest_step(self, q, k, v, max(_MIN_PAGES, self.keep // self.page))
         chosen, hidden = self._chosen_tokens(self.fold(q))
         keys, values = (gather_tokens(x.entries(), chosen) for x in (self.keys, self.values))
         queries = self.fold(q) * q.shape[-1] ** -0.5

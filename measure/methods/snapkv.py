@@ -14,6 +14,7 @@ from torch.nn.functional import avg_pool1d
 
 from costmodel.methods.base import AbstractMethod
 from costmodel.methods.snapkv import SnapKV
+from measure.kernels._dropping import heads_fit
 from measure.methods.evicting import EvictingCache
 
 
@@ -48,6 +49,10 @@ class WindowScoresCache(EvictingCache):
 
     def _votes(self, q: Tensor, k: Tensor) -> Tensor:
         """Pooled sums [B, K, S] of the window's probabilities."""
+        if self.fused and heads_fit(self.mixer):
+            from measure.kernels.prompt_scores import window_votes
+
+            return window_votes(q, k, self.kernel)
         b, n_kv, s, size = k.shape
         w = q.shape[2]
         queries = (q * size**-0.5).reshape(b, n_kv, -1, size)

@@ -16,6 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from costmodel.errors import NotApplicableError
 from costmodel.methods.base import AbstractMethod
 from costmodel.methods.streaming_llm import StreamingLLM
+from measure.kernels._dropping import ring_fits, ring_step
 from measure.methods.buffers import GrowingBuffer
 from measure.methods.kept_tokens import KeptTokensCache, attend_all
 from measure.numerics import Rope
@@ -119,6 +120,11 @@ class StreamingCache(KeptTokensCache):
             keys.append(k)
             values.append(v)
             return attend_all(self, q, keys.entries(), values.entries())
+        if self.fused and ring_fits(self):
+            self.n_tokens = t
+            out = ring_step(self, q, k, v, self._oldest)
+            self.n_tokens, self._oldest = t + 1, (self._oldest + 1) % self.window
+            return out
         position = torch.tensor([t], device=q.device)
         queries = self.fold(q) * q.shape[-1] ** -0.5
         turned = self.fold(self._turned_back(q, position)) * q.shape[-1] ** -0.5

@@ -14,6 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from costmodel.methods.base import AbstractMethod
 from costmodel.methods.tova import Tova
+from measure.kernels._dropping import heads_fit, tova_step
 from measure.methods.buffers import GrowingBuffer
 from measure.methods.kept_tokens import KeptTokensCache, attend_all, gather_tokens
 
@@ -68,6 +69,8 @@ class TovaCache(KeptTokensCache):
             self.keys.append(k)
             self.values.append(v)
             return attend_all(self, q, self.keys.entries(), self.values.entries())
+        if self.fused and heads_fit(self.mixer):
+            return tova_step(self, q, k, v)
         keys, values = self.keys.entries(), self.values.entries()
         out, weights = self.attend_with_new(q, keys, values, k, v)
         least = weights.mean(dim=(1, 2)).argmin(dim=-1)

@@ -13,6 +13,7 @@ from costmodel.mixers.mamba2 import Mamba2
 from costmodel.mixers.mla import MLA
 from costmodel.mixers.rglru import RGLRU
 from costmodel.mixers.rwkv5 import RWKV5
+from measure.kernels import check_usable
 from measure.methods import build_layer_cache
 from measure.methods.base import Realisation
 from measure.mixers.attention import AttentionRunner
@@ -74,4 +75,8 @@ def build_cache(
         return LatentCache(mixer, reserve_tokens=reserve_tokens, **options)
     runner = runner_of(mixer, Numerics())
     assert isinstance(runner, RecurrentRunner)
-    return runner.cache(**options)
+    if fused:
+        check_usable(device)
+    state = runner.cache(**options)
+    state.fused = fused
+    return state

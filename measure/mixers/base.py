@@ -76,6 +76,9 @@ class FixedState:
     state    fp32 [B, ...]; columns  [B, channels, kernel - 1] in the model's dtype
     """
 
+    #: scan prompts with the kernels of ``measure.kernels``; set where they can run (engine lccost)
+    fused = False
+
     def __init__(
         self,
         state: tuple[int, ...],

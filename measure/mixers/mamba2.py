@@ -60,7 +60,9 @@ class Mamba2Runner(RecurrentRunner):
         b, c = (y.unflatten(-1, (m.n_groups, m.d_state)) for y in (b, c))
         step = softplus(dt.float() + w["dt_bias"].float())  # [B, S, H]
         log_decay = -step * w["a_log"].float().exp()
-        scan = self._prompt if first else self._step
+        scan = self._step
+        if first:
+            scan = self._fused_prompt if cache.fused and self._fits() else self._prompt
         y = scan(x * step.unsqueeze(-1), b, c, log_decay, cache.state)
         cache.n_tokens += x.shape[1]
         y = (y + x * w["skip"].float().unsqueeze(-1)).flatten(2) * silu(gate.float())
@@ -69,6 +71,19 @@ class Mamba2Runner(RecurrentRunner):
             grouped = grouped * torch.rsqrt(grouped.square().mean(-1, keepdim=True) + self.eps)
             y = grouped.flatten(2) * w["norm"].float()
         return linear(y.to(gate.dtype), w["out_proj"], w.get("out_proj_bias"))
+
+    def _fits(self) -> bool:
+        """Whether the scan kernel is built for these sizes: powers of two from 16 on."""
+        m = self.mixer
+        return all(x >= 16 and not x & (x - 1) for x in (m.head_dim, m.d_state, m.chunk_tokens))
+
+    def _fused_prompt(
+        self, x: Tensor, b: Tensor, c: Tensor, log_decay: Tensor, state: Tensor
+    ) -> Tensor:
+        """The same as ``_prompt`` by kernels."""
+        from measure.kernels.ssd_scan import ssd_scan
+
+        return ssd_scan(x, b, c, log_decay, state, self.mixer.chunk_tokens, full_precision=False)
 
     def _prompt(self, x: Tensor, b: Tensor, c: Tensor, log_decay: Tensor, state: Tensor) -> Tensor:
         """All tokens, a chunk at a time; the state is updated in place."""

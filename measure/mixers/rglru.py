@@ -51,6 +51,13 @@ class RGLRURunner(RecurrentRunner):
         """Branch, convolve, gate, scan, project."""
         x, y = linear(x, w["xy"], w["xy_bias"]).chunk(2, dim=-1)
         x = cache.convolve(x, w["conv"], w["conv_bias"])
+        if cache.fused and first:
+            from measure.kernels.rglru_scan import rglru_scan
+
+            entry, recurrence = self._before_sigmoid(x, w)
+            states = rglru_scan(x, recurrence, entry, w["decay"], cache.state, first=True)
+            cache.n_tokens += x.shape[1]
+            return linear(states * self.activation(y), w["out"], w["out_bias"])
         gates = self.gates(x, w)
         log_a = -_DECAY_SCALE * gates[1].float() * softplus(w["decay"].float())
         scale = torch.sqrt(-torch.expm1(2 * log_a))
@@ -65,10 +72,11 @@ class RGLRURunner(RecurrentRunner):
 
     def gates(self, x: Tensor, w: Tensors) -> list[Tensor]:
         """Input and recurrence gate of x [B, S, w], each a block-diagonal matmul."""
+        return [torch.sigmoid(gate) for gate in self._before_sigmoid(x, w)]
+
+    def _before_sigmoid(self, x: Tensor, w: Tensors) -> list[Tensor]:
         blocks = x.unflatten(-1, (self.mixer.n_blocks, -1)).flatten(0, 1).transpose(0, 1)
         return [
-            torch.sigmoid(torch.baddbmm(bias.unsqueeze(1), blocks, weight))
-            .transpose(0, 1)
-            .reshape(x.shape)
+            torch.baddbmm(bias.unsqueeze(1), blocks, weight).transpose(0, 1).reshape(x.shape)
             for weight, bias in zip(w["gates"], w["gates_bias"], strict=True)
         ]
