@@ -4,7 +4,7 @@ A mixer is timed whole at a small model width; its matmuls, timed alone, and wha
 already cover are taken off, and the rest is its scan.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -53,7 +53,7 @@ def convolutions(bench: Bench, dtype: str) -> None:
         ) -> Tensor:
             return silu(state.convolve(x, weight, bias))
 
-        seconds, spread = (bench.far if tokens == 1 else bench.cold)(convolve)
+        seconds, spread = bench.cold(convolve)
         where = point(dtype, 1, tokens)
         operation = convolution(where, channels=channels, kernel=kernel, prefill=True)
         add(bench.results, operation, seconds, spread, dtype=dtype)
@@ -70,14 +70,15 @@ def scans(bench: Bench, dtype: str) -> None:
             name: random_tensor(shape, kind, generator)
             for name, shape in runner.shapes(_D_MODEL).items()
         }
-        cache = runner.cache(batch=1, dtype=kind, device=_CPU)
+        caches = [runner.cache(batch=1, dtype=kind, device=_CPU) for _ in range(2)]
         x = torch.rand(1, tokens, _D_MODEL).to(kind)
         if isinstance(runner, RGLRURunner):
             _gates(bench, dtype, runner, w, tokens)
-        run = partial(_run, runner, w, cache)
         where = point(dtype, 1, tokens)
-        _rest(bench, dtype, mixer, mixer.prefill(where), partial(run, x, True), tokens)
-        _rest(bench, dtype, mixer, mixer.decode(where), partial(run, x[:, :1], False), 1)
+        whole = bench.cold(partial(_run, runner, w, caches[0], x, True))
+        _rest(bench, dtype, mixer, mixer.prefill(where), whole, tokens)
+        step = bench.far(*(partial(_run, runner, w, c, x[:, :1], False) for c in caches))
+        _rest(bench, dtype, mixer, mixer.decode(where), step, 1)
 
 
 def _mixers(plan: Plan) -> Iterator[tuple[AbstractMixer, int]]:
@@ -121,19 +122,18 @@ def _rest(
     dtype: str,
     mixer: AbstractMixer,
     operations: Operations,
-    call: Callable[[], Tensor],
+    whole: tuple[float, float],
     rows: int,
 ) -> None:
-    """Time the whole, take off what is known, and add the scan (the only one of its kind)."""
+    """Take off what is known of the whole, and add the scan (the only one of its kind)."""
     scan = next(op for op in operations if op.kind in ("scan_prefill", "scan_step"))
-    measure = bench.far if scan.kind == "scan_step" else bench.cold
-    whole, spread = measure(call)
+    seconds, spread = whole
     known = sum(predicted_s(bench.results, op) for op in operations if op is not scan)
     for matrix in mixer.linears(_D_MODEL):
         weight = torch.rand(matrix.n_out, matrix.n_in).to(TORCH_DTYPES[dtype])
         x = torch.rand(rows, matrix.n_in).to(TORCH_DTYPES[dtype])
-        known += measure(partial(linear, x, weight))[0]
-    rest = max(whole - known, _LEAST_SHARE * whole)
+        known += bench.cold(partial(linear, x, weight))[0]
+    rest = max(seconds - known, _LEAST_SHARE * seconds)
     add(bench.results, scan, rest, spread, dtype=dtype)
 
 
@@ -141,6 +141,6 @@ def _gates(bench: Bench, dtype: str, runner: RGLRURunner, w: Tensors, tokens: in
     """Block-diagonal gates: few rows as a step has them, and a prompt."""
     for n in (1, tokens):
         x = torch.rand(1, n, runner.mixer.width).to(TORCH_DTYPES[dtype])
-        seconds, spread = (bench.far if n == 1 else bench.cold)(partial(runner.gates, x, w))
+        seconds, spread = bench.cold(partial(runner.gates, x, w))
         operation = named(runner.mixer.prefill(point(dtype, 1, n)), "rglru_gates")
         add(bench.results, operation, seconds, spread, dtype=dtype)
