@@ -116,7 +116,7 @@ def weights_from_state(architecture: Architecture, state: Mapping[str, Tensor]) 
             _layer(_Part(state, f"{root}layers.{i}."), layer, shift)
             for i, layer in enumerate(architecture.layers)
         ),
-        final_norm=top.get(f"{final}.weight") + shift,
+        outer={"final": top.get(f"{final}.weight") + shift},
         head=table if architecture.tied_embeddings else _Part(state, "").get("lm_head.weight"),
     )
 

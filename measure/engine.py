@@ -15,12 +15,13 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding, linear
+from torch.nn.functional import embedding, layer_norm, linear
 
 from costmodel.architecture import Architecture, Layer
 from costmodel.errors import ConfigError, NotApplicableError
 from measure.mixers import runner_of
-from measure.mixers.base import AbstractRunner, LayerState, Shape
+from measure.mixers.base import AbstractRunner, FixedState, Init, LayerState, Shape
+from measure.mixers.rwkv5 import ChannelMixing
 from measure.mlps import MLPRunner
 from measure.numerics import Numerics, Rope, numerics_of
 from measure.parts import Rotary, Tensors, rms, rope_table, softcap
@@ -45,7 +46,8 @@ _WEIGHT_SCALE = 0.02
 class LayerWeights:
     """One layer by part; matrices as ``y = x W^T``, named by ``shapes`` of what runs them.
 
-    norms  "mixer" and "mlp" before the blocks, "mixer_post" and "mlp_post" behind them
+    norms  "mixer" and "mlp" before the blocks, "mixer_post" and "mlp_post" behind them; layer
+           norms have biases besides ("mixer_bias", ...)
     """
 
     norms: Tensors
@@ -61,17 +63,21 @@ class LayerWeights:
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Weights:
-    """All tensors of a decoder; ``head`` is ``embedding`` itself where they are tied."""
+    """All tensors of a decoder; ``head`` is ``embedding`` itself where they are tied.
+
+    outer  the norms outside the layers as ``LayerWeights.norms``: "final", and "first" where the
+           embedding is normed
+    """
 
     embedding: Tensor  # [V, D]
     layers: tuple[LayerWeights, ...]
-    final_norm: Tensor  # [D]
+    outer: Tensors
     head: Tensor  # [V, D]
 
     @property
     def nbytes(self) -> int:
         """Bytes of the storages, each counted once."""
-        tensors = [self.embedding, self.final_norm, self.head]
+        tensors = [self.embedding, *self.outer.values(), self.head]
         tensors += [t for layer in self.layers for t in layer.tensors()]
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
         return sum(storages.values())
@@ -82,10 +88,13 @@ class _Block:
     """What runs one layer; a layer has a mixer, an MLP, or both."""
 
     mixer: AbstractRunner | None
-    mlp: MLPRunner | None
+    mlp: MLPRunner | ChannelMixing | None
 
     @classmethod
     def of(cls, layer: Layer, numerics: Numerics) -> "_Block":
+        mixing = ChannelMixing.of(layer)
+        if mixing is not None:
+            return cls(runner_of(layer.mixers[0], numerics), mixing)
         if max(len(layer.mixers), len(layer.mlps)) > 1 or layer.linears:
             raise NotApplicableError(
                 f"has {len(layer.mixers)} mixers, {len(layer.mlps)} MLPs, or further matrices"
@@ -100,7 +109,26 @@ class _Block:
     def norms(self, numerics: Numerics) -> tuple[str, ...]:
         """Names of the layer's norms."""
         blocks = [n for n, part in (("mixer", self.mixer), ("mlp", self.mlp)) if part is not None]
-        return tuple(blocks + [f"{n}_post" for n in blocks if numerics.sandwich])
+        blocks += [f"{n}_post" for n in blocks if numerics.sandwich]
+        return tuple(_with_biases(blocks, numerics))
+
+    def other_parameters(self, d_model: int, numerics: Numerics) -> int:
+        """Elements outside mixer and MLP."""
+        extra = self.mlp.other_parameters(d_model) if isinstance(self.mlp, ChannelMixing) else 0
+        return len(self.norms(numerics)) * d_model + extra
+
+
+def _with_biases(names: Sequence[str], numerics: Numerics) -> Iterator[str]:
+    for name in names:
+        yield name
+        if numerics.layer_norm:
+            yield f"{name}_bias"
+
+
+def _outer_norms(numerics: Numerics) -> tuple[str, ...]:
+    """Names of the norms outside the layers."""
+    names = ["first", "final"] if numerics.first_norm else ["final"]
+    return tuple(_with_biases(names, numerics))
 
 
 def blocks_of(architecture: Architecture, numerics: Numerics) -> tuple[_Block, ...]:
@@ -115,13 +143,14 @@ def blocks_of(architecture: Architecture, numerics: Numerics) -> tuple[_Block, .
             raise NotApplicableError(
                 f"the torch engine cannot run {architecture.name}: layer {index} {error}"
             ) from None
-        n_norms = len(block.norms(numerics))
-        if layer.other_parameters != n_norms * architecture.d_model:
+        expected = block.other_parameters(architecture.d_model, numerics)
+        if layer.other_parameters != expected:
             raise NotApplicableError(
                 f"the torch engine cannot run {architecture.name}: layer {index} has norms of "
-                f"{layer.other_parameters} elements, not {n_norms} of {architecture.d_model}"
+                f"{layer.other_parameters} elements, not {expected}"
             )
-    if architecture.head_bias or architecture.other_parameters != architecture.d_model:
+    outer = len(_outer_norms(numerics)) * architecture.d_model
+    if architecture.head_bias or architecture.other_parameters != outer:
         raise NotApplicableError(
             f"the torch engine cannot run {architecture.name}: it has a head bias, or more than "
             "one norm behind the layers"
@@ -151,11 +180,15 @@ def random_weights(
     def draw(shape: Shape) -> Tensor:
         return random_tensor(shape, dtype, generator)
 
+    def norms(names: Sequence[str]) -> Tensors:
+        kinds: dict[str, Init] = {n: "zeros" if n.endswith("_bias") else "ones" for n in names}
+        return {name: draw(Shape((d,), kind)) for name, kind in kinds.items()}
+
     def layer(block: _Block) -> LayerWeights:
         mixer = {} if block.mixer is None else block.mixer.shapes(d)
         mlp = {} if block.mlp is None else block.mlp.shapes(d)
         return LayerWeights(
-            norms={name: draw(Shape((d,), "ones")) for name in block.norms(numerics)},
+            norms=norms(block.norms(numerics)),
             mixer={name: draw(shape) for name, shape in mixer.items()},
             mlp={name: draw(shape) for name, shape in mlp.items()},
         )
@@ -164,7 +197,7 @@ def random_weights(
     return Weights(
         embedding=table,
         layers=tuple(layer(x) for x in blocks),
-        final_norm=draw(Shape((d,), "ones")),
+        outer=norms(_outer_norms(numerics)),
         head=table if architecture.tied_embeddings else draw(Shape((v, d))),
     )
 
@@ -263,20 +296,29 @@ class Decoder:
         x = self._embed(tokens)
         if numerics.embedding_scale != 1.0:
             x = x * torch.tensor(numerics.embedding_scale, dtype=x.dtype)
+        if numerics.first_norm:
+            x = self._norm(x, weights.outer, "first")
         remaining = iter(caches)
         for block, layer in zip(self.blocks, weights.layers, strict=True):
+            cache = None
             if block.mixer is not None:
                 table = None
                 if block.mixer.rope is not None:
                     cos, sin = self.tables[block.mixer.rope]
                     table = cos[position:end], sin[position:end]
-                h = self._norm(x, layer.norms["mixer"])
-                h = block.mixer.run(h, layer.mixer, next(remaining), table, first)
-                x = x + self._post(self._joined(h), layer.norms.get("mixer_post"))
+                cache = next(remaining)
+                h = self._norm(x, layer.norms, "mixer")
+                h = block.mixer.run(h, layer.mixer, cache, table, first)
+                x = x + self._post(self._joined(h), layer.norms, "mixer_post")
             if block.mlp is not None:
-                h = block.mlp.run(self._norm(x, layer.norms["mlp"]), layer.mlp)
-                x = x + self._post(self._joined(h), layer.norms.get("mlp_post"))
-        last = self._norm(x[:, -1], weights.final_norm)
+                h = self._norm(x, layer.norms, "mlp")
+                if isinstance(block.mlp, ChannelMixing):
+                    assert isinstance(cache, FixedState)
+                    h = block.mlp.run(h, layer.mlp, cache)
+                else:
+                    h = block.mlp.run(h, layer.mlp)
+                x = x + self._post(self._joined(h), layer.norms, "mlp_post")
+        last = self._norm(x[:, -1], weights.outer, "final")
         return softcap(self._scores(last), numerics.final_softcap)
 
     def _embed(self, tokens: Tensor) -> Tensor:
@@ -289,8 +331,12 @@ class Decoder:
     def _scores(self, last: Tensor) -> Tensor:
         return linear(last, self.weights.head)
 
-    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
+    def _norm(self, x: Tensor, norms: Tensors, name: str) -> Tensor:
+        weight = norms[name]
+        if self.numerics.layer_norm:
+            bias = norms[f"{name}_bias"]
+            return layer_norm(x, weight.shape, weight, bias, self.numerics.norm_eps)
         return rms(x, weight, self.numerics.norm_eps)
 
-    def _post(self, x: Tensor, weight: Tensor | None) -> Tensor:
-        return x if weight is None else self._norm(x, weight)
+    def _post(self, x: Tensor, norms: Tensors, name: str) -> Tensor:
+        return self._norm(x, norms, name) if name in norms else x

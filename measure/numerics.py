@@ -120,6 +120,7 @@ class Numerics:
 
     local_rope        of windowed layers where it differs; rope None: no positions
     attention_scale   of the scores; None: 1 / sqrt(head size)
+    layer_norm        norms subtract the mean and have a bias; first_norm  the embedding is normed
     sandwich          norms behind both blocks too (Gemma 2 and 3)
     swiglu            "clamped": GPT-OSS' form, gate and up clamped at 7, sigmoid(1.702 gate)
     """
@@ -135,6 +136,8 @@ class Numerics:
     embedding_scale: float = 1.0
     qk_norm: bool = False
     sinks: bool = False
+    layer_norm: bool = False
+    first_norm: bool = False
     sandwich: bool = False
     routing: Routing = Routing()
 
@@ -155,6 +158,7 @@ _FAMILIES: Mapping[str, Numerics] = {
     "glm4_moe": Numerics(routing=Routing(score="sigmoid")),
     "kimi_linear": Numerics(rope=None, routing=Routing(score="sigmoid")),
     "nemotron_h": Numerics(rope=None, activation="relu2"),
+    "rwkv5": Numerics(rope=None, layer_norm=True, first_norm=True),
     "deepseek_v2": Numerics(norm_eps=1e-6, routing=Routing(normalise=False)),
     "deepseek_v3": Numerics(norm_eps=1e-6, routing=Routing(score="sigmoid")),
 }

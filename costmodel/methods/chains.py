@@ -216,18 +216,25 @@ def of_elements(operation: Operation, point: Point, elements: Array, bits: float
 
 
 def attend_packed(
-    point: Point, attention: Operation, *, packed: Array, elements: Array, bits: float
+    point: Point,
+    attention: Operation,
+    *,
+    packed: Array,
+    elements: Array,
+    bits: float,
+    name: str = "dequantise",
 ) -> Operations:
     """Attention of level ``ideal`` over a packed cache, on this engine.
 
     An engine without fused kernels writes a 16-bit copy of the packed part and reads it once; the
     copy is made piece by piece, so it is never alive whole. ``packed`` bytes are those of
-    ``attention.state_bytes`` that hold ``elements`` packed elements.
+    ``attention.state_bytes`` that hold ``elements`` packed elements; ``name`` tells formats apart
+    whose unpacking takes different times.
     """
     if point.engine.fused_dequantise:
         return (attention,)
     dequantise = elementwise(
-        "dequantise",
+        name,
         vector_flops=2 * elements,
         state_bytes=packed,
         workspace_bytes=2 * elements * point.element_bytes,

@@ -150,7 +150,14 @@ class FlexGen(AbstractMethod):
             formula="two bmm over the permuted copy" if reference else "packed state read once",
         )
         if not reference:
-            return attend_packed(point, attention, packed=packed, elements=elements, bits=self.bits)
+            return attend_packed(
+                point,
+                attention,
+                packed=packed,
+                elements=elements,
+                bits=self.bits,
+                name="dequantise_groups",
+            )
         attention = reads_copy(attention, elements * b * ratio, repeated=ratio > 1)
         scores = point.batch * mixer.n_heads * executed
         new_elements = point.batch * (mixer.n_kv_heads * self.padded(mixer))

@@ -76,7 +76,7 @@ class Fp8Kv(AbstractMethod):
         reference = point.level == "reference"
         return (
             elementwise(
-                "quantise",
+                "quantise_fp8",
                 vector_flops=2 * elements,
                 state_bytes=elements + _SCALE_BYTES,
                 workspace_bytes=elements * (4 * b + 16) if reference else 0.0,
@@ -102,7 +102,14 @@ class Fp8Kv(AbstractMethod):
         elements = elements * mixer.kv_elements_per_token()
         attention, *rest = operations
         return (
-            *attend_packed(point, attention, packed=elements, elements=elements, bits=8),
+            *attend_packed(
+                point,
+                attention,
+                packed=elements,
+                elements=elements,
+                bits=8,
+                name="dequantise_fp8",
+            ),
             *rest,
         )
 

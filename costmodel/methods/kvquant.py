@@ -132,7 +132,7 @@ class KvQuant(AbstractMethod):
                 formula="two top-k passes (4 each) over transposed fp32 copies (8, 8)",
             ),
             elementwise(
-                "quantise",
+                "quantise_codebook",
                 vector_flops=(2 + (1 << self.bits)) * elements,
                 state_bytes=point.batch * tokens * self.token_bytes(mixer, point),
                 workspace_bytes=elements * (b + 4 + 8 + 8) if reference else 0.0,
@@ -170,7 +170,14 @@ class KvQuant(AbstractMethod):
             formula="packed state and tables read once",
         )
         if not reference:
-            return attend_packed(point, attention, packed=packed, elements=elements, bits=self.bits)
+            return attend_packed(
+                point,
+                attention,
+                packed=packed,
+                elements=elements,
+                bits=self.bits,
+                name="dequantise_codebook",
+            )
         return (
             *self._reference_append(mixer, point, new),
             attention,

@@ -131,6 +131,7 @@ class Tova(AbstractMethod):
                 executed_tokens=c + 1,
                 read_bytes=layer_bytes(mixer, point, c),
                 written_bytes=layer_bytes(mixer, point, 1.0),
+                name="scored_attention",
                 workspace_bytes=probabilities * 4.0,
                 formula="C tokens read once; B N C fp32 probabilities written",
             )

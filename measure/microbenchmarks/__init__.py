@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from measure.canary import canary_s
-from measure.microbenchmarks import attention, dense, dropping, kivi, recurrent
+from measure.microbenchmarks import attention, dense, dropping, kivi, methods, recurrent
 from measure.microbenchmarks.bench import Bench
 from measure.microbenchmarks.plan import FULL, QUICK, Plan
 from measure.progress import progress
@@ -24,6 +24,7 @@ _PER_DTYPE = {
     "windowed attention": attention.windowed,
     "scored and banded prompts": dropping.prompts,
     "steps over kept tokens": dropping.steps,
+    "other methods": methods.others,
     "convolutions": recurrent.convolutions,
     "scans": recurrent.scans,
 }

@@ -30,8 +30,8 @@ def point(dtype: str, batch: int, tokens: int) -> Point:
 
 
 def group_of(mixer: AbstractMixer) -> MixerGroup:
-    """One layer of ``mixer`` alone."""
-    return MixerGroup(mixer=mixer, n_layers=1, indices=(0,), n_kv_layers=1)
+    """One layer of ``mixer``: not among the first, which some methods leave alone."""
+    return MixerGroup(mixer=mixer, n_layers=1, indices=(2,), n_kv_layers=3)
 
 
 def named(operations: Operations, name: str) -> Operation:

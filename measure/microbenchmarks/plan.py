@@ -25,6 +25,7 @@ class Plan:
     scored_tokens   prompts whose scores are summed
     kept_tokens     tokens kept by a method that drops others; step_groups  their query heads per KV
                     head
+    method_tokens   tokens in the caches of the other methods
     selected_tokens scores per head that a top-k chooses from
     convolved       (tokens, channels) of short convolutions
     mamba2          (heads, head size, state size, chunk, prompt tokens); rglru  (width, blocks,
@@ -49,6 +50,7 @@ class Plan:
     scored_tokens: tuple[int, ...]
     kept_tokens: tuple[int, ...]
     step_groups: tuple[int, ...]
+    method_tokens: tuple[int, ...]
     selected_tokens: tuple[int, ...]
     convolved: tuple[tuple[int, int], ...]
     mamba2: tuple[tuple[int, int, int, int, int], ...]
@@ -81,6 +83,7 @@ QUICK = Plan(
     scored_tokens=(1100,),
     kept_tokens=(200, 1600),
     step_groups=(4,),
+    method_tokens=(1600,),
     selected_tokens=(600, 9000),
     convolved=((1, 700), (1, 11000), (600, 2800)),
     mamba2=((14, 64, 128, 256, 512), (54, 64, 128, 256, 1024)),
@@ -110,6 +113,7 @@ FULL = Plan(
     scored_tokens=(400, 1500),
     kept_tokens=(100, 700, 5000),
     step_groups=(1, 4),
+    method_tokens=(600, 4800),
     selected_tokens=(300, 3000, 30000),
     convolved=((1, 700), (1, 2800), (1, 11000), (150, 700), (600, 2800), (2000, 5600)),
     mamba2=(

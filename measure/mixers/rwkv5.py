@@ -1,15 +1,18 @@
 """RWKV-5 time mixing: S = diag(w) S + k^T v, y = r (S + u k^T v), one decay per key channel.
 
 Within a chunk the scores of two tokens are sums over channels of r_t k_s w^(t-1-s); the powers are
-at most one, so nothing overflows. Across chunks everything is a matmul with the state. The layer's
-channel mixing is run as its MLP, with ``measure.mlps``' plain form.
+at most one, so nothing overflows. Across chunks everything is a matmul with the state. Channel
+mixing, sigmoid(r) (relu(k)^2 W), shifts its input by one token too; one state keeps both shifts.
 """
 
 import torch
 from torch import Tensor
-from torch.nn.functional import group_norm, pad, silu
+from torch.nn.functional import group_norm, pad, relu, sigmoid, silu
 
+from costmodel.architecture import Layer
+from costmodel.mixers.base import Linear
 from costmodel.mixers.rwkv5 import RWKV5
+from costmodel.mlps import MLP
 from measure.mixers.base import FixedState, RecurrentRunner, Shape, Shapes
 from measure.numerics import Numerics
 from measure.parts import Rotary, Tensors
@@ -23,10 +26,7 @@ _INPUTS = ("key", "value", "receptance", "gate")
 
 
 class RWKV5Runner(RecurrentRunner):
-    """Time mixing of one layer.
-
-    Columns hold the last inputs of time and of channel mixing; the latter stays as it is here.
-    """
+    """Time mixing of one layer; column 0 holds its last input."""
 
     def __init__(self, mixer: RWKV5, numerics: Numerics) -> None:
         self.mixer = mixer
@@ -68,6 +68,40 @@ class RWKV5Runner(RecurrentRunner):
         flat = out.transpose(1, 2).flatten(2).flatten(0, 1)
         normed = group_norm(flat, m.n_heads, w["norm"].float(), w["norm_bias"].float(), _GROUP_EPS)
         return linear(normed.view(*x.shape[:2], -1).to(x.dtype) * silu(gate), w["output"])
+
+
+class ChannelMixing:
+    """Channel mixing of one layer; column 1 of the mixer's state holds its last input."""
+
+    def __init__(self, mlp: MLP, receptance: Linear) -> None:
+        self.mlp, self.receptance = mlp, receptance
+
+    @classmethod
+    def of(cls, layer: Layer) -> "ChannelMixing | None":
+        """What mixes the channels of an RWKV-5 layer; None for any other layer."""
+        if not any(isinstance(m, RWKV5) for m in layer.mixers) or not layer.linears:
+            return None
+        return cls(layer.mlps[0], layer.linears[0])
+
+    def other_parameters(self, d_model: int) -> int:
+        """Elements of the two mixing vectors."""
+        return 2 * d_model
+
+    def shapes(self, d_model: int) -> Shapes:
+        """Mixing vectors (key, receptance) and three matrices."""
+        matrices = (self.receptance, *self.mlp.linears(d_model))
+        return {
+            "mix": Shape((2, d_model), "ones"),
+            **{x.name: Shape((x.n_out, x.n_in)) for x in matrices},
+        }
+
+    def run(self, x: Tensor, w: Tensors, cache: FixedState) -> Tensor:
+        """[B, S, D] to the same."""
+        before = torch.cat((cache.columns[..., 1].unsqueeze(1), x[:, :-1]), dim=1)
+        cache.columns[..., 1] = x[:, -1]
+        k, r = (torch.lerp(before, x, mix) for mix in w["mix"])
+        hidden = relu(linear(k, w["up_proj"])).square()
+        return sigmoid(linear(r, w[self.receptance.name])) * linear(hidden, w["down_proj"])
 
 
 def recur(

@@ -55,7 +55,7 @@ def shard_weights(architecture: Architecture, weights: Weights, tp: int, rank: i
     return Weights(
         embedding=embedding,
         layers=layers,
-        final_norm=weights.final_norm,
+        outer=weights.outer,
         head=embedding if tied else _vocabulary(weights.head, tp, rank),
     )
 

@@ -223,12 +223,14 @@ RUNS = {
     *("llama-3.1-8b", "mistral-7b-v0.1", "qwen2.5-7b", "qwen3-8b", "gemma-2-2b", "gemma-3-1b"),
     *("mixtral-8x7b", "gpt-oss-20b", "mamba2-2.7b", "mamba-2.8b", "recurrentgemma-2b"),
     *("deepseek-v3", "deepseek-v2-lite", "jamba-v0.1", "qwen3-next-80b-a3b", "qwen3-30b-a3b"),
+    "rwkv-5-world-7b",
 }
 
 
 def counted_parameters(model: Architecture) -> int:
     numerics = numerics_of(model.family)
-    total = (1 if model.tied_embeddings else 2) * model.vocab_size * model.d_model + model.d_model
+    outer = (1 + numerics.layer_norm) * (1 + numerics.first_norm)
+    total = ((1 if model.tied_embeddings else 2) * model.vocab_size + outer) * model.d_model
     for block in blocks_of(model, numerics):
         total += len(block.norms(numerics)) * model.d_model
         for part in (block.mixer, block.mlp):

@@ -15,6 +15,7 @@ from costmodel.registry import load_architecture, model_names
 from measure import calibrate as module
 from measure.calibrate import calibrate, profile_table, write_atomically
 from measure.isolation import Outcome
+from measure.methods import runnable_names
 from measure.microbenchmarks import run_plan
 from measure.microbenchmarks.plan import FULL, QUICK
 
@@ -39,6 +40,7 @@ MINIATURE = dataclasses.replace(
     scored_tokens=(100,),
     kept_tokens=(50,),
     step_groups=(2,),
+    method_tokens=(300,),
     selected_tokens=(100,),
     convolved=((1, 64), (20, 64)),
     mamba2=((2, 16, 16, 16, 40),),
@@ -47,6 +49,8 @@ MINIATURE = dataclasses.replace(
     delta=((2, "gdn", 40), (2, "kda", 40)),
     rwkv5=((2, 40),),
 )
+#: Methods that move data over a host link, of which a CPU has none.
+LINKED = ("kv_offload", "infllm")
 ENVIRONMENT = {
     "id": "e", "cpu": "A CPU", "cpu_vendor": "V", "memory_bytes": 2**34,
     "last_level_cache_bytes": 2**25, "versions": {"torch": "2"},
@@ -75,7 +79,7 @@ def test_the_profile_loads_and_names_its_sources(found, tmp_path):
     assert all(y > 0 for curve in profile.curves.values() for y in curve.y)
 
 
-@pytest.mark.parametrize("method", ["full", "kivi:bits=2", "kivi:bits=4"])
+@pytest.mark.parametrize("method", [x for x in runnable_names() if x not in LINKED])
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_everything_the_engine_runs_has_a_curve(found, tmp_path, method, dtype):
     path = tmp_path / "mine.toml"
