@@ -48,7 +48,8 @@ def gemm(bench: Bench, dtype: str) -> None:
         points: list[CurvePoint] = []
         for m in bench.plan.rows:
             flops = 2.0 * m * n * k
-            if points and flops * points[-1][1] > bench.plan.max_call_s:
+            # few rows say nothing about many: what a call takes at least decides, at the best rate
+            if flops / bench.results.flops_per_s.get(dtype, 1e12) > bench.plan.max_call_s:
                 break
             x = torch.full((m, k), 0.1, dtype=kind)
             seconds, spread = bench.cold(partial(_linear_next, x, weights))
