@@ -171,6 +171,8 @@ def _captured(
         return None, None, "the reference form runs eagerly"
     if point.tp > 1:
         return None, None, "steps of several processes are not captured here"
+    if point.engine == "transformers":  # its caches count tokens on the device: no step is a replay
+        return None, None, "transformers' own step runs eagerly"
     captured = device.capture(session.decode, session.reset)
     session.reset()
     if captured.replay is None:
