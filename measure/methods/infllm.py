@@ -8,8 +8,10 @@ by the mean of its keys with the largest local scores. A chunk of queries (one t
 looks up its top-k blocks by its mean query, all heads together; they pass through a cache of blocks
 on the device (the least recently used leaves) into the attention buffer. Scores of window, first
 tokens, blocks and remainder share one softmax (thunlp/InfLLM merges them with running maxima, and
-computes local scores a second time). Where a cache leaves plain attention during decoding no scores
-are known yet: keys of its blocks are averaged as they come.
+computes local scores a second time). A step starts the copies of its missing blocks, whole pieces
+of pinned memory on a stream of their own, and waits for them behind the scores of everything else.
+Where a cache leaves plain attention during decoding no scores are known yet: keys of its blocks are
+averaged as they come.
 """
 
 from collections.abc import Iterator
@@ -22,11 +24,19 @@ from costmodel.methods.base import AbstractMethod
 from costmodel.methods.infllm import InfLLM
 from measure.methods.base import AbstractLayerCache
 from measure.methods.buffers import GrowingBuffer
+from measure.methods.host_copies import Wait, start_copies
 from measure.methods.kept_tokens import attend_all, gather_tokens
 from measure.parts import QUERY_BLOCK
 
 #: Representatives there is room for at first; the room doubles.
 _FIRST_ROOM = 16
+
+
+class _Coming(NamedTuple):
+    """Blocks chosen for each sequence, and the wait for what is copied; None: nothing changed."""
+
+    chosen: list[list[int]]
+    wait: Wait | None
 
 
 class _Snapshot(NamedTuple):
@@ -48,7 +58,6 @@ class InfLLMCache(AbstractLayerCache):
         assert isinstance(method, InfLLM)
         self.method = method
         m = self.mixer
-        cpu = torch.device("cpu")
 
         def pair(device: torch.device) -> tuple[GrowingBuffer, GrowingBuffer]:
             k, v = (
@@ -60,7 +69,15 @@ class InfLLMCache(AbstractLayerCache):
         self.window, self.first, self.rest, self.buffer, self.cached = (
             pair(self.device) for _ in range(5)
         )
-        self.host = pair(cpu)
+        #: one entry a block, so that it is one piece of memory
+        self.host = tuple(
+            GrowingBuffer(
+                *(self.batch, 1, (m.n_kv_heads, method.block_tokens, size), self.dtype),
+                torch.device("cpu"),
+                pinned=self.device.type == "cuda",
+            )
+            for size in (m.head_dim, m.v_head_dim)
+        )
         per_head = (self.batch, m.n_heads)
         self.representatives = GrowingBuffer(*per_head, (m.head_dim,), self.dtype, self.device)
         self.scores = GrowingBuffer(*per_head, (), self.dtype, self.device)
@@ -106,7 +123,7 @@ class InfLLMCache(AbstractLayerCache):
             self.rest: 0 if plain else self.local + self.block,
             self.buffer: 0 if plain else self._buffer_tokens,
             self.cached: 0 if plain else self.n_cached * self.block,
-            self.host: n_blocks * self.block,
+            self.host: n_blocks,
         }
         for pair, room in rooms.items():
             for buffer in pair:
@@ -253,10 +270,14 @@ class InfLLMCache(AbstractLayerCache):
         if last == first:
             return
         for buffer, x in zip(self.host, (k, v), strict=True):
-            buffer.append(x[:, :, first:last])
+            buffer.append(self._as_blocks(x[:, :, first:last]))
         for start in range(first, last, self.block):
             part = slice(start, start + self.block)
             self._represent(k[:, :, part], received[:, :, part])
+
+    def _as_blocks(self, x: Tensor) -> Tensor:
+        """[B, K, n p, H] -> n blocks [B, 1, n, K, p, H]."""
+        return x.unflatten(2, (-1, self.block)).transpose(1, 2).unsqueeze(1)
 
     def _represent(self, k: Tensor, scores: Tensor) -> None:
         """Add the representative of a block of keys [B, K, p, H] with scores [B, N, p]."""
@@ -284,14 +305,22 @@ class InfLLMCache(AbstractLayerCache):
 
     def _fetched(self, q: Tensor) -> tuple[Tensor, Tensor]:
         """K and V of the blocks for queries [B, N, n, H], in the attention buffer."""
+        return self._arrived(self._on_their_way(q))
+
+    def _on_their_way(self, q: Tensor) -> _Coming:
+        """Choose the blocks for queries [B, N, n, H], and start to copy those that are missing."""
         if self.n_blocks <= self.topk:
             chosen = [list(range(self.n_blocks)) for _ in range(self.batch)]
         else:
             chosen = self.chosen_blocks(q)
-        n = len(chosen[0]) * self.block
-        if chosen != self._loaded:
-            self._load(chosen)
-        start = self.init
+        return _Coming(chosen, None if chosen == self._loaded else self._load(chosen))
+
+    def _arrived(self, coming: _Coming) -> tuple[Tensor, Tensor]:
+        """Wait for blocks, put them into the attention buffer; their K and V there."""
+        if coming.wait is not None:
+            coming.wait()
+            self._gather(coming.chosen)
+        start, n = self.init, len(coming.chosen[0]) * self.block
         return self.buffer[0].entries(start, start + n), self.buffer[1].entries(start, start + n)
 
     def chosen_blocks(self, q: Tensor) -> list[list[int]]:
@@ -302,9 +331,11 @@ class InfLLMCache(AbstractLayerCache):
         indices: list[list[int]] = scores.topk(self.topk, dim=-1).indices.tolist()
         return [sorted(row) for row in indices]
 
-    def _load(self, chosen: list[list[int]]) -> None:
-        """Bring ``chosen`` blocks into the block cache, and from there into the buffer."""
+    def _load(self, chosen: list[list[int]]) -> Wait:
+        """Start to bring ``chosen`` blocks into the block cache."""
         p = self.block
+        targets: list[Tensor] = []
+        sources: list[Tensor] = []
         for b, wanted in enumerate(chosen):
             places = self._places[b]
             missing = [x for x in wanted if x not in places]
@@ -317,9 +348,13 @@ class InfLLMCache(AbstractLayerCache):
                     place = places.pop(next(iter(places)))
                 places[block] = place
                 for cache, host in zip(self.cached, self.host, strict=True):
-                    cache.entries(place * p, place * p + p)[b].copy_(
-                        host.entries(block * p, block * p + p)[b]
-                    )
+                    targets.append(cache.entries(place * p, place * p + p)[b])
+                    sources.append(host.entries(block, block + 1)[b, 0, 0])
+        return start_copies(targets, sources) if targets else lambda: None
+
+    def _gather(self, chosen: list[list[int]]) -> None:
+        """From the block cache into the buffer."""
+        p = self.block
         inside = torch.arange(p, device=self.device)
         places_of = [[self._places[b][x] for x in row] for b, row in enumerate(chosen)]
         index = torch.tensor(places_of, dtype=torch.int64, device=self.device).view(self.batch, -1)
@@ -346,26 +381,26 @@ class InfLLMCache(AbstractLayerCache):
                 self._leave_plain()
             return out
         far = self._at_fixed_distance(q)
-        blocks = self._fetched(far)
+        coming = self._on_their_way(far)
         slot, n_away = t % self.local, self.rest[0].length - self.local + 1
         # the window from its oldest token on, without the one whose place the new one takes
         ranges = ((slot + 1, self.local), (0, slot))
         windows = [[x.entries(*r) for r in ranges] for x in self.window]
-        keys = [self.first[0].entries(), blocks[0], self.rest[0].entries(0, n_away)]
-        scores = torch.cat(
-            [
-                *(self._scores(near, x) for x in (*windows[0], turned)),
-                *(self._scores(far, x) for x in keys),
-            ],
-            dim=-1,
-        ).squeeze(3)
+        parts_of_scores = [
+            *(self._scores(near, x) for x in (*windows[0], turned)),
+            self._scores(far, self.first[0].entries()),
+            self._scores(far, self.rest[0].entries(0, n_away)),
+        ]
+        blocks = self._arrived(coming)
+        parts_of_scores.append(self._scores(far, blocks[0]))
+        scores = torch.cat(parts_of_scores, dim=-1).squeeze(3)
         weights = scores.softmax(dim=-1, dtype=torch.float32)
         values = (
             *windows[1],
             v,
             self.first[1].entries(),
-            blocks[1],
             self.rest[1].entries(0, n_away),
+            blocks[1],
         )
         parts = weights.to(v.dtype).split([x.shape[2] for x in values], dim=-1)
         out = sum(torch.matmul(part, x) for part, x in zip(parts, values, strict=True))
@@ -387,7 +422,7 @@ class InfLLMCache(AbstractLayerCache):
         p = self.block
         self._represent(self.rest[0].entries(0, p), self.scores.entries(0, p))
         for buffer, host in zip(self.rest, self.host, strict=True):
-            host.append(buffer.entries(0, p))
+            host.append(self._as_blocks(buffer.entries(0, p)))
         for buffer in (*self.rest, self.scores):
             buffer.drop_oldest(p, release=self._is_exact)
 
@@ -429,7 +464,7 @@ class InfLLMCache(AbstractLayerCache):
             buffer.clear()
             buffer.append(kept)
         for buffer in self.host:
-            buffer.length = self.n_blocks * self.block
+            buffer.length = self.n_blocks
 
 
 def _room(n_blocks: int) -> int:

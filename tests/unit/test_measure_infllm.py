@@ -94,7 +94,46 @@ def test_prompt_and_steps_equal_the_slow_form(n, chunk, reserve):
     assert twin.n_blocks == n_blocks
     whole = slice(INIT, INIT + n_blocks * BLOCK)
     for host, x in zip(twin.host, qkv[1:], strict=True):
-        assert torch.equal(host.entries(), x[:, :, whole])
+        assert torch.equal(host_tokens(host), x[:, :, whole])
+
+
+def host_tokens(host):
+    """Blocks [B, 1, n, K, p, H] of the host as tokens [B, K, n p, H]."""
+    return host.entries()[:, 0].transpose(1, 2).flatten(2, 3)
+
+
+def test_missing_blocks_are_copied_as_whole_pieces_and_awaited_behind_other_scores(monkeypatch):
+    """A stream of its own takes contiguous sources; nothing reads them before the wait."""
+    from measure.methods import infllm
+
+    twin, qkv = cache(SPEC + "8"), tokens(PLAIN + 40)
+    twin.prefill(*part(qkv, 0, PLAIN + 30))
+    made = []
+
+    def late(targets, sources):
+        assert all(s.is_contiguous() for s in sources)
+        made.append(len(sources))
+
+        def wait():
+            for target, source in zip(targets, sources, strict=True):
+                target.copy_(source)
+
+        return wait
+
+    expected, mark = [], twin.snapshot()
+    for t in range(PLAIN + 30, PLAIN + 40):
+        expected.append(twin.decode(*part(qkv, t, t + 1)))
+    twin.restore(mark)
+    for host in twin.host:
+        host.length = twin.n_blocks
+    # the copies are made at the latest moment the twin allows
+    monkeypatch.setattr(infllm, "start_copies", late)
+    twin._places, twin._loaded = [{} for _ in range(twin.batch)], None
+    for buffer in twin.cached:
+        buffer.entries().fill_(float("nan"))
+    for t, one in enumerate(expected, PLAIN + 30):
+        assert torch.equal(twin.decode(*part(qkv, t, t + 1)), one)
+    assert sum(made) > 0
 
 
 @pytest.mark.parametrize("n", [PLAIN - 8, PLAIN])
@@ -116,7 +155,7 @@ def test_leaving_plain_attention_keeps_every_token_where_it_belongs():
     twin.decode(*part(qkv, PLAIN, PLAIN + 1))
     for i, x in enumerate(qkv[1:]):
         held = torch.cat(
-            (twin.first[i].entries(), twin.host[i].entries(), twin.rest[i].entries()), dim=2
+            (twin.first[i].entries(), host_tokens(twin.host[i]), twin.rest[i].entries()), dim=2
         )
         torch.testing.assert_close(held, x, atol=1e-5, rtol=1e-4)
 
@@ -125,7 +164,8 @@ def test_the_least_recently_used_block_leaves_the_device():
     twin, qkv = cache(SPEC + "8"), tokens(60)
     twin.prefill(*part(qkv, 0, 60))
     for wanted in ([0, 1], [1, 2], [3, 4], [0, 4]):
-        twin._load([wanted] * BATCH)
+        twin._load([wanted] * BATCH)()
+        twin._gather([wanted] * BATCH)
         for b in range(BATCH):
             assert sorted(list(twin._places[b])[-2:]) == wanted
             assert len(twin._places[b]) <= 3
