@@ -1,8 +1,9 @@
 """Measures this device into a hardware profile of its own, which ``--gpu my.toml`` accepts.
 
 The profile has the same form as ``hardware_profiles/*.toml`` with ``[curves]`` and
-``[calibration]`` on top. Its peaks are the best rates seen, so that the roofline of a calibrated
-profile is what this device has been observed to reach. It is written whole or not at all.
+``[calibration]`` on top. A CPU's peaks are the best rates seen, so that its roofline is what it has
+been observed to reach; a GPU keeps the datasheet of its bundled profile. It is written whole or not
+at all.
 """
 
 import os
@@ -14,8 +15,11 @@ from typing import Any
 
 import tomli_w
 
-from costmodel.errors import MeasurementError, NotApplicableError
+from costmodel.calibration.profile import device_fields
+from costmodel.errors import MeasurementError, MissingExtraError, NotApplicableError
 from costmodel.files import write_atomic
+from costmodel.hardware import HardwareProfile, load_hardware
+from measure.devices.names import cuda_index, is_device_name
 from measure.environment import available_memory_bytes, fingerprint, worker_variables
 from measure.isolation import run_isolated
 
@@ -29,6 +33,7 @@ def calibrate(
     quick: bool = False,
     output: str | os.PathLike[str],
     threads: int = 1,
+    gpu: str | None = None,
     timeout_s: float = 900.0,
 ) -> Path:
     """Measure the device and write its profile.
@@ -36,16 +41,21 @@ def calibrate(
     Parameters
     ----------
     device
-        ``cpu``.
+        ``cpu`` or ``cuda:N``.
     quick
         About 20 seconds instead of about two minutes; fewer shapes and sizes.
     threads
         Compute threads; points to be predicted must be run with as many.
+    gpu
+        The profile that a GPU's datasheet figures come from; None: the one of its name.
 
-    Raises ``MeasurementError`` when it could not be done, ``NotApplicableError`` for other devices.
+    Raises ``MeasurementError`` when it could not be done, ``MissingExtraError`` without such a GPU,
+    ``NotApplicableError`` for other devices, ``UnknownNameError`` for a GPU without a profile.
     """
+    if not is_device_name(device):
+        raise NotApplicableError(f"device: calibration runs on cpu or cuda:N, got {device!r}")
     if device != "cpu":
-        raise NotApplicableError(f"device: calibration runs on cpu, got {device!r}")
+        _require_gpu(device)
     free = available_memory_bytes()
     if free is not None and free < _MIN_FREE_BYTES:
         raise MeasurementError(
@@ -55,22 +65,31 @@ def calibrate(
     variables = worker_variables(threads)
     outcome = run_isolated(
         "measure.microbenchmarks:run",
-        (quick, threads),
+        (quick, threads, device),
         timeout_s=timeout_s,
         variables=variables,
+        limit_memory=device == "cpu",  # a GPU's driver reserves address space beyond all memory
         show_stderr=True,
     )
     if outcome.status != "ok":
         raise MeasurementError(f"calibration ended with {outcome.status}: {outcome.message}")
     path = Path(output)
-    table = profile_table(
-        outcome.value,
-        fingerprint(variables),
-        name=_profile_name(path),
-        quick=quick,
-        threads=threads,
-        date=datetime.now(UTC).date().isoformat(),
-    )
+    today = datetime.now(UTC).date().isoformat()
+    environment = fingerprint(variables, device)
+    if device == "cpu":
+        table = profile_table(
+            outcome.value,
+            environment,
+            name=_profile_name(path),
+            quick=quick,
+            threads=threads,
+            date=today,
+        )
+    else:
+        base = load_hardware(gpu or outcome.value["device_title"])
+        table = gpu_profile_table(
+            outcome.value, environment, base, name=_profile_name(path), quick=quick, date=today
+        )
     write_atomically(path, tomli_w.dumps(table))
     return path
 
@@ -106,19 +125,62 @@ def profile_table(
             **dict.fromkeys(system, "reported by the operating system"),
         },
         "confidence": dict.fromkeys((*measured, *system), "measured"),
-        "calibration": {
-            "date": date,
-            "kind": "quick" if quick else "full",
-            "threads": str(threads),
-            "timer": found["timer"],
-            "environment": environment["id"],
-            "torch": environment["versions"].get("torch", ""),
-            "canary_s": f"{found['canary_before_s']:.6g}",
-            "canary_after_s": f"{found['canary_after_s']:.6g}",
-        },
+        "calibration": {**_facts(found, environment, quick, date), "threads": str(threads)},
         "curves": found["curves"],
     }
     return {k: v for k, v in table.items() if v is not None}
+
+
+def gpu_profile_table(
+    found: dict[str, Any],
+    environment: dict[str, Any],
+    base: HardwareProfile,
+    *,
+    name: str,
+    quick: bool,
+    date: str,
+) -> dict[str, Any]:
+    """Lay out a GPU's profile: the datasheet of ``base``, the curves, the host link as measured."""
+    kind = "quick" if quick else "full"
+    how = f"measured {date} by lccost calibrate ({kind}) on {found['device_title']}"
+    table = {**device_fields(base), "name": name, "title": f"{base.title} (calibrated)"}
+    sources, confidence = dict(base.sources), dict(base.confidence)
+    measured = ["curves"]
+    if found["host_link_bytes_per_s"] is not None:
+        table["host_link_bytes_per_s"] = float(f"{found['host_link_bytes_per_s']:.6g}")
+        measured.append("host_link_bytes_per_s")
+    return {
+        **table,
+        "peak_flops_per_s": dict(base.peak_flops_per_s),
+        "sources": {**sources, **dict.fromkeys(measured, how)},
+        "confidence": {**confidence, **dict.fromkeys(measured, "measured")},
+        "calibration": _facts(found, environment, quick, date),
+        "curves": found["curves"],
+    }
+
+
+def _facts(
+    found: dict[str, Any], environment: dict[str, Any], quick: bool, date: str
+) -> dict[str, str]:
+    return {
+        "date": date,
+        "kind": "quick" if quick else "full",
+        "timer": found["timer"],
+        "environment": environment["id"],
+        "torch": environment["versions"].get("torch", ""),
+        "canary_s": f"{found['canary_before_s']:.6g}",
+        "canary_after_s": f"{found['canary_after_s']:.6g}",
+    }
+
+
+def _require_gpu(device: str) -> None:
+    found = run_isolated(
+        "measure.devices.probe:missing", (1, cuda_index(device)), timeout_s=120.0,
+        limit_memory=False,
+    )  # fmt: skip
+    reason = found.value if found.status == "ok" else found.message
+    if reason:
+        raise MissingExtraError(f"device {device}: {reason}")
 
 
 def write_atomically(path: Path, text: str) -> None:

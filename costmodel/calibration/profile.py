@@ -127,7 +127,7 @@ def _document(
         f"# {base.title}, calibrated {today} by `lccost calibrate --table` from {path.name!r}.",
         "# Times in seconds, rates in bytes/s, shares of datasheet rates without a unit.",
         "",
-        *(f"{key} = {toml_value(value)}" for key, value in _device(base).items()),
+        *(f"{key} = {toml_value(value)}" for key, value in device_fields(base).items()),
     ]
     sections: dict[str, dict[str, Any]] = {
         "peak_flops_per_s": dict(base.peak_flops_per_s),
@@ -149,7 +149,7 @@ def _document(
     return "\n".join(lines) + "\n"
 
 
-def _device(base: HardwareProfile) -> dict[str, Any]:
+def device_fields(base: HardwareProfile) -> dict[str, Any]:
     """Plain fields of a profile; its price only where the dated price file has none."""
     names = (
         *("name", "title", "vendor", "generation", "n_units", "hbm_bytes_per_s", "memory_bytes"),

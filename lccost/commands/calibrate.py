@@ -33,8 +33,8 @@ SHOWN_ROWS = 1000
 @click.option(
     "--gpu",
     default=None,
-    help="With --table: the GPU they ran on, a profile or a .toml of your own "
-    "[default: the one the table names].",
+    help="The GPU's profile or a .toml of your own: of a table's kernels, or of --device cuda:N "
+    "[default: the one the table, or the device, names].",
 )
 @click.option("--kind", default=None, help="With --table: kind, where its columns fit several.")
 @click.option("--quick", is_flag=True, help="About 20 s instead of up to 2 minutes.")
@@ -72,9 +72,11 @@ def calibrate(
     Predictions with either say so (basis calibrated).
     """
     if table is None:
-        if gpu is not None or kind is not None:
-            raise CommandError("--gpu and --kind go with --table", EXIT_USAGE)
-        _measure(device or "cpu", quick, threads, output)
+        if kind is not None:
+            raise CommandError("--kind goes with --table", EXIT_USAGE)
+        if gpu is not None and (device or "cpu") == "cpu":
+            raise CommandError("--gpu goes with --table, or with --device cuda:N", EXIT_USAGE)
+        _measure(device or "cpu", quick, threads, gpu, output)
         return
     if device is not None or quick:
         raise CommandError("--table goes without --device and --quick: nothing runs", EXIT_USAGE)
@@ -89,13 +91,13 @@ def calibrate(
     click.echo(f"wrote {output}; use it with --gpu {output}", err=True)
 
 
-def _measure(device: str, quick: bool, threads: int, output: Path) -> None:
+def _measure(device: str, quick: bool, threads: int, gpu: str | None, output: Path) -> None:
     from lccost.measuring import require_torch
     from measure.calibrate import calibrate as run
 
     require_torch()
 
-    path = run(device=device, quick=quick, threads=threads, output=output)
+    path = run(device=device, quick=quick, threads=threads, gpu=gpu, output=output)
     click.echo(f"wrote {path}; use it with --gpu {path}", err=True)
 
 

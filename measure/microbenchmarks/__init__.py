@@ -1,4 +1,4 @@
-"""Times of the operation classes of ``costmodel.kernels.curves`` on this machine's CPU.
+"""Times of the operation classes of ``costmodel.kernels.curves`` on a device of this machine.
 
 Runs in a worker. What the weights and caches of a real pass do is imitated: buffers rotate through
 a pool, so that every call finds cold data; what is reused in a real pass (activations, the unpacked
@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from measure.canary import canary_s
+from measure.devices.open import open_device
 from measure.microbenchmarks import attention, dense, dropping, kivi, methods, recurrent
 from measure.microbenchmarks.bench import Bench
-from measure.microbenchmarks.plan import FULL, QUICK, Plan
+from measure.microbenchmarks.plan import FULL, GPU, GPU_QUICK, QUICK, Plan
 from measure.progress import progress
 
 _PER_DTYPE = {
@@ -30,21 +30,26 @@ _PER_DTYPE = {
 }
 
 
-def run(quick: bool, threads: int) -> dict[str, Any]:
+def run(quick: bool, threads: int, device: str = "cpu") -> dict[str, Any]:
     """Measure everything; curves, peaks and the canary as plain data."""
-    return run_plan(QUICK if quick else FULL, threads)
+    if device == "cpu":
+        return run_plan(QUICK if quick else FULL, threads)
+    return run_plan(GPU_QUICK if quick else GPU, threads, device)
 
 
-def run_plan(plan: Plan, threads: int) -> dict[str, Any]:
+def run_plan(plan: Plan, threads: int, device: str = "cpu") -> dict[str, Any]:
     """Measure what ``plan`` says."""
-    torch.set_num_threads(threads)
-    bench = Bench(plan, threads)
-    before = canary_s()
+    opened = open_device(device, threads, pinned=False)
+    before = opened.canary_s()
     with (
+        opened.device,  # where every tensor below is made
         progress("calibrate", 1 + len(plan.dtypes) * len(_PER_DTYPE)) as report,
         torch.inference_mode(),
     ):
+        bench = Bench(plan, opened)
         dense.stream(bench)
+        if device != "cpu":
+            dense.host_link(bench)
         dropping.selection(bench)
         report("stream, dispatch, selection")
         for dtype in plan.dtypes:
@@ -57,6 +62,8 @@ def run_plan(plan: Plan, threads: int) -> dict[str, Any]:
         "flops_per_s": results.flops_per_s,
         "cold_bytes_per_s": results.cold_bytes_per_s,
         "canary_before_s": before,
-        "canary_after_s": canary_s(),
+        "host_link_bytes_per_s": results.host_link_bytes_per_s,
+        "device_title": torch.cuda.get_device_name(opened.device) if device != "cpu" else "cpu",
+        "canary_after_s": opened.canary_s(),
         "timer": bench.sampler.name,
     }

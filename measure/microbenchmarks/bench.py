@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from measure.devices.base import AbstractDevice
 from measure.engine import TORCH_DTYPES
 from measure.microbenchmarks.plan import Plan
-from measure.timing import Budget, Sampler
+from measure.timing import Budget
 
 #: One sample of a hot call lasts at least this long: the call is repeated inside it.
 _SAMPLE_S = 3e-3
@@ -35,6 +36,7 @@ class Results:
     points: dict[str, dict[float, tuple[float, float]]] = field(default_factory=dict)
     flops_per_s: dict[str, float] = field(default_factory=dict)
     cold_bytes_per_s: float = 0.0
+    host_link_bytes_per_s: float | None = None
 
     @property
     def curves(self) -> dict[str, dict[str, Any]]:
@@ -69,10 +71,10 @@ class Results:
 class Bench:
     """A plan with a clock and a pool."""
 
-    def __init__(self, plan: Plan, threads: int) -> None:
+    def __init__(self, plan: Plan, device: AbstractDevice) -> None:
         self.plan = plan
         self.results = Results()
-        self.sampler = Sampler.for_cpu(threads)
+        self.sampler = device.sampler()
         self.budget = Budget(
             seconds=plan.seconds,
             min_samples=5,
@@ -82,14 +84,16 @@ class Bench:
             max_warmups=2,
             warmup_seconds=plan.seconds,
         )
-        self._far = torch.ones(_FAR_BYTES // 4)
-        self._evicted = self._far[: _EVICTED_BYTES // 4]
+        far = torch.ones(_FAR_BYTES // 4)
+        # a GPU has one cache, and says how to empty it
+        self._leave = device.flush(0) or far[: _EVICTED_BYTES // 4].sum
+        self._leave_far = device.flush(0) or far.sum
         self._pool_dtype = ""
         self._pool = torch.empty(0)
 
     def cold(self, call: Callable[[], object]) -> tuple[float, float]:
         """Median seconds of one call after other memory was read, and half its relative IQR."""
-        timing = self.sampler.time(call, before=self._evicted.sum, budget=self.budget)
+        timing = self.sampler.time(call, before=self._leave, budget=self.budget)
         return timing.statistics.median_s, timing.statistics.iqr_fraction / 2
 
     def far(self, call: Callable[[], object], other: Callable[[], object]) -> tuple[float, float]:
@@ -100,7 +104,7 @@ class Bench:
         """
 
         def before() -> None:
-            self._far.sum()
+            self._leave_far()
             other()
 
         timing = self.sampler.time(call, before=before, budget=self.budget)
@@ -141,7 +145,11 @@ class Bench:
         if self._pool_dtype != dtype:
             self._pool = torch.empty(0)
             kind = TORCH_DTYPES[dtype]
-            block = torch.randn(_BLOCK, generator=torch.Generator().manual_seed(0)).mul_(0.1)
+            block = torch.randn(_BLOCK, generator=_generator()).mul_(0.1)
             self._pool = block.to(kind).repeat(self.plan.pool_bytes // (_BLOCK * kind.itemsize))
             self._pool_dtype = dtype
         return self._pool
+
+
+def _generator() -> torch.Generator:
+    return torch.Generator(device=torch.get_default_device()).manual_seed(0)

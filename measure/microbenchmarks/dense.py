@@ -15,6 +15,8 @@ from measure.parts import rms, rope_table, rotate
 
 #: Copies of at most this size reuse their buffers, as activations are reused.
 _REUSED_BYTES = 2**23
+#: One copy over the host link.
+_LINK_BYTES = 2**28
 
 
 def stream(bench: Bench) -> None:
@@ -36,6 +38,17 @@ def stream(bench: Bench) -> None:
     bench.results.saw_cold_bytes(4 * elements / seconds)
     seconds, spread = bench.hot(partial(torch.ones(64).add, 1.0))
     bench.results.add(curve_name("dispatch"), [(1.0, seconds, spread)])
+
+
+def host_link(bench: Bench) -> None:
+    """From pinned host memory to the device, one direction, large enough for latency not to count.
+
+    Written from PyTorch's documentation; no such device was at hand.
+    """
+    there = torch.empty(_LINK_BYTES, dtype=torch.uint8)
+    here = torch.empty(_LINK_BYTES, dtype=torch.uint8, device="cpu", pin_memory=True)
+    seconds, _ = bench.hot(partial(there.copy_, here, non_blocking=True))
+    bench.results.host_link_bytes_per_s = _LINK_BYTES / seconds
 
 
 def gemm(bench: Bench, dtype: str) -> None:
@@ -91,7 +104,7 @@ class _Between:
         self.qkv = activation(1, rows, (n_heads + 2 * n_kv_heads) * size)
         self.attended = activation(1, n_heads, rows, size)
         self.gate_up = activation(1, rows, 2 * f)
-        self.table = rope_table(rows, size, Rope(), dtype, torch.device("cpu"))
+        self.table = rope_table(rows, size, Rope(), dtype, torch.get_default_device())
 
     def __call__(self) -> Tensor:
         rms(self.x, self.weight, 1e-5)

@@ -138,7 +138,7 @@ def _cache(
         mixer,
         batch=1,
         dtype=TORCH_DTYPES[dtype],
-        device=torch.device("cpu"),
+        device=torch.get_default_device(),
         reserve_tokens=tokens,
     )
     cache.place(0, 1, Rope())

@@ -50,7 +50,7 @@ def _cache(dtype: str, bits: int, size: int, group: int, tokens: int, heads: int
         mixer,
         batch=1,
         dtype=TORCH_DTYPES[dtype],
-        device=torch.device("cpu"),
+        device=torch.get_default_device(),
         reserve_tokens=tokens + 1,
     )
 

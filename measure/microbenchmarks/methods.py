@@ -54,7 +54,7 @@ def others(bench: Bench, dtype: str) -> None:
                 mixer,
                 batch=1,
                 dtype=TORCH_DTYPES[dtype],
-                device=torch.device("cpu"),
+                device=torch.get_default_device(),
                 reserve_tokens=tokens + 1,
             )
             cache.place(2, 3, Rope())

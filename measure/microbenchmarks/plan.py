@@ -1,6 +1,6 @@
 """Which shapes and sizes a calibration measures: data, no code."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 
@@ -124,4 +124,26 @@ FULL = Plan(
     mamba=((576, 16, 256), (2304, 16, 256)),
     delta=((6, "gdn", 256), (18, "gdn", 512), (6, "kda", 256)),
     rwkv5=((6, 256), (24, 512)),
+)
+#: A GPU starts no call faster than in some microseconds and needs large ones to be busy. Not run
+#: yet: no GPU was at hand.
+GPU = replace(
+    FULL,
+    seconds=0.02,
+    pool_bytes=2**32,
+    max_call_s=0.02,
+    dtypes=("bf16",),
+    rows=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096, 16384),
+    decode_tokens=(400, 3200, 25600, 204800),
+    prefill_tokens=(300, 1100, 4500, 18000),
+    kv_heads=6,
+    head_dims=(64, 128),
+)
+GPU_QUICK = replace(
+    GPU,
+    gemm_shapes=QUICK.gemm_shapes,
+    rows=(1, 4, 16, 64, 256, 1024, 4096),
+    decode_tokens=(1600, 25600),
+    prefill_tokens=(1100, 9000),
+    groups=(1, 4),
 )

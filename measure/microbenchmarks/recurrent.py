@@ -30,7 +30,6 @@ from measure.mixers.rglru import RGLRURunner
 from measure.numerics import Numerics
 from measure.parts import Tensors
 
-_CPU = torch.device("cpu")
 #: Width of the model around a mixer that is timed: its matmuls are the smaller part.
 _D_MODEL = 64
 #: What is left of a difference on a disturbed machine is at least this share.
@@ -42,7 +41,11 @@ def convolutions(bench: Bench, dtype: str) -> None:
     kernel = 4
     for tokens, channels in bench.plan.convolved:
         state = FixedState(
-            (1,), (channels, kernel - 1), batch=1, dtype=TORCH_DTYPES[dtype], device=_CPU
+            (1,),
+            (channels, kernel - 1),
+            batch=1,
+            dtype=TORCH_DTYPES[dtype],
+            device=torch.get_default_device(),
         )
         x = torch.rand(1, tokens, channels).to(TORCH_DTYPES[dtype])
         weight = torch.rand(channels, 1, kernel).to(TORCH_DTYPES[dtype])
@@ -64,13 +67,15 @@ def scans(bench: Bench, dtype: str) -> None:
     for mixer, tokens in _mixers(bench.plan):
         runner = runner_of(mixer, Numerics())
         assert isinstance(runner, RecurrentRunner)
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(device=torch.get_default_device()).manual_seed(0)
         kind = TORCH_DTYPES[dtype]
         w = {
             name: random_tensor(shape, kind, generator)
             for name, shape in runner.shapes(_D_MODEL).items()
         }
-        caches = [runner.cache(batch=1, dtype=kind, device=_CPU) for _ in range(2)]
+        caches = [
+            runner.cache(batch=1, dtype=kind, device=torch.get_default_device()) for _ in range(2)
+        ]
         x = torch.rand(1, tokens, _D_MODEL).to(kind)
         if isinstance(runner, RGLRURunner):
             _gates(bench, dtype, runner, w, tokens)

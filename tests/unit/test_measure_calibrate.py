@@ -6,14 +6,20 @@ from pathlib import Path
 
 import pytest
 import tomli_w
+import torch
 
-from costmodel.errors import MeasurementError, NotApplicableError
+from costmodel.errors import MeasurementError, MissingExtraError, NotApplicableError
 from costmodel.hardware import load_hardware
 from costmodel.model import Model
 from costmodel.options import Options
 from costmodel.registry import load_architecture, model_names
 from measure import calibrate as module
-from measure.calibrate import calibrate, profile_table, write_atomically
+from measure.calibrate import (
+    calibrate,
+    gpu_profile_table,
+    profile_table,
+    write_atomically,
+)
 from measure.isolation import Outcome
 from measure.methods import runnable_names
 from measure.microbenchmarks import run_plan
@@ -125,3 +131,28 @@ def test_the_file_is_named_profile(found, tmp_path, monkeypatch):
     path = calibrate("cpu", quick=True, output=tmp_path / "deep" / "My CPU_1.toml")
     assert tomllib.loads(path.read_text())["name"] == "my-cpu-1"
     assert [p.name for p in path.parent.iterdir()] == ["My CPU_1.toml"]
+
+
+def test_a_gpu_keeps_its_datasheet_beside_its_curves(found, tmp_path):
+    """The layout only: the figures are this CPU's, no GPU was measured."""
+    measured = {**found, "device_title": "NVIDIA H100 80GB HBM3", "host_link_bytes_per_s": 5e10}
+    base = load_hardware("h100-sxm")
+    laid_out = gpu_profile_table(
+        measured, ENVIRONMENT, base, name="mine", quick=True, date="2026-01-01"
+    )
+    path = tmp_path / "mine.toml"
+    write_atomically(path, tomli_w.dumps(laid_out))
+    profile = load_hardware(path)
+    assert (profile.is_cpu, profile.host_link_bytes_per_s) == (False, 5e10)
+    assert profile.peak_flops_per_s == base.peak_flops_per_s
+    assert profile.hbm_bytes_per_s == base.hbm_bytes_per_s
+    assert set(profile.curves) == set(found["curves"])
+    assert "H100 80GB" in profile.sources["host_link_bytes_per_s"]
+    assert profile.sources["tdp_w"] == base.sources["tdp_w"]
+
+
+def test_a_gpu_that_is_not_here_is_said_before_anything_runs(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(MissingExtraError, match="cuda:0: PyTorch"):
+        calibrate("cuda:0", output=tmp_path / "x.toml")
