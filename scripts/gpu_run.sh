@@ -2,7 +2,7 @@
 # What is done where a CUDA device is at hand, in one command of at most nine minutes:
 #
 #   scripts/gpu_run.sh [OUTPUT]            gpu tests, calibration, a grid of records
-#   scripts/gpu_run.sh kernels [OUTPUT]    benchmark of the Triton kernels alone
+#   scripts/gpu_run.sh kernels [OUTPUT]    benchmarks of the Triton kernels alone
 #
 # Everything lands in OUTPUT (default out/gpu). Run again with the same OUTPUT it goes on where it
 # stopped: records and the profile that are there are kept. Nothing is installed and no setting of
@@ -46,7 +46,13 @@ failed=0
 if [ "$mode" = kernels ]; then
   say "kernels"
   timeout "$(left)" "$PYTHON" benchmarks/kernels_gpu.py --output "$OUT/kernels.jsonl"
-  exit $?
+  failed=$?
+  if [ "$(left)" -gt 30 ]; then
+    say "prompt kernels"
+    timeout "$(left)" "$PYTHON" benchmarks/prompt_kernels_gpu.py \
+      --output "$OUT/prompt_kernels.jsonl" || failed=1
+  fi
+  exit "$failed"
 fi
 
 "$PYTHON" -m lccost doctor --device cuda:0 --format json --output "$OUT/doctor.json" || failed=1

@@ -37,6 +37,11 @@ def test_interpreted_kernels_equal_their_references(name: str, tmp_path: Path) -
     run(name, interpret=True, cache=tmp_path)
 
 
+@pytest.mark.gpu
+def test_kernels_of_dropping_methods_and_scans_on_the_device(tmp_path: Path) -> None:
+    run("interpreted_dropping.py", interpret=False, cache=tmp_path)
+
+
 def test_kernels_compile_for_every_architecture(tmp_path: Path) -> None:
     run("compiled.py", interpret=False, cache=tmp_path)
 
