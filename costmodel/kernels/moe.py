@@ -9,7 +9,8 @@ K = I). Each hit expert with L tokens needs ceil(L / R) tiles of R rows and 128 
     memory    (hit experts' weights + activations) / (e_b bw)
     time      t0 + sum over both of (longer + u shorter) + t_expert hit + t_row assigned
 
-R is the power of two next to the mean load, from 16 to ``tile_rows``: libraries pick it so.
+R is the best of 16, 32, 64, ... up to ``tile_rows`` rows, as a tuned library picks it: with any one
+of them more tokens never take less time, so neither do they with the best.
 
 Routing. Even: every expert is chosen alike (random routing: some get none). ``skew`` a > 0: loads
 follow a power law with exponent a, up to 0.8 T per expert, and this GPU is the busiest one, as in
@@ -199,12 +200,12 @@ def grouped_product_time_s(
     classes = loads(tokens, top_k, n_experts, local_experts, skew)
     hit: Array = sum((c for c, _ in classes), np.float64(0.0))
     assigned: Array = sum((c * load for c, load in classes), np.float64(0.0))
-    mean = assigned / np.maximum(hit, 1e-9)
-    rows = np.clip(np.exp2(np.ceil(np.log2(np.maximum(mean, 1.0)))), MIN_TILE_ROWS, p.tile_rows)
-    tiles: Array = sum((c * np.ceil(load / rows) for c, load in classes), np.float64(0.0))
     passed = np.asarray(tokens, dtype=np.float64) * top_k
     weights = hit * n * k * width
-    compute = _product_s(p, device, (rows, tiles), (n, k), peak, width)
+    compute: Array = np.float64(np.inf)
+    for rows in _tile_rows(p.tile_rows):
+        tiles: Array = sum((c * np.ceil(load / rows) for c, load in classes), np.float64(0.0))
+        compute = np.minimum(compute, _product_s(p, device, (rows, tiles), (n, k), peak, width))
     moved = weights + passed * (n + k) * 2.0
     memory = moved / (p.bandwidth_fraction * device.hbm_bytes_per_s)
     shared = 0.5 * (p.launch_s + p.expert_s * hit + p.row_s * passed)
@@ -212,10 +213,18 @@ def grouped_product_time_s(
     return limited(seconds, 2.0 * n * k * assigned, peak, weights, device, cold)
 
 
+def _tile_rows(most: float) -> list[float]:
+    """Rows of a tile that are tried."""
+    rows = [MIN_TILE_ROWS]
+    while rows[-1] < most:
+        rows.append(min(2.0 * rows[-1], most))
+    return rows
+
+
 def _product_s(
     p: MoeParameters,
     device: HardwareProfile,
-    tiling: tuple[Array, Array],
+    tiling: tuple[float, Array],
     size: tuple[Array, Array],
     peak: float,
     width: float,
