@@ -25,13 +25,12 @@ from typing import Any
 
 #: Table of ``serving.toml`` that holds the fit of all engines' runs.
 _POOLED = "any"
+#: Classes of its judged metrics that are passes: steps alone and under load, first tokens.
+_CLASSES = ("step_dense", "tpot_dense", "ttft_dense")
 #: Kinds whose memory-bound time takes the attention factor.
 _ATTENTION = frozenset(
     {"prefill_attention", "decode_attention", "mla_prefill_attention", "mla_decode_attention"}
 )
-#: (low, high) share of the middle: how far leaving sources out moves the small constants.
-_LAYER_RANGE = (0.5, 2.0)
-_FIRST_TOKEN_RANGE = (0.5, 3.5)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,8 +39,9 @@ class InSitu:
 
     compute_factor, matmul_memory_factor, attention_memory_factor, collective_factor
                     time in a pass against alone, by what binds
-    layer_s         gaps between the kernels of one layer (low, mid, high)
-    first_token_s   what a first token takes besides its prefill (low, mid, high)
+    step_s          host time per step of an engine that replays captured graphs
+    layer_s         gaps between the kernels of one layer
+    first_token_s   what a first token takes besides its prefill
     pass_low, pass_high   factors around a pass that held four in five unseen ones
     n_runs          published runs behind it
     """
@@ -50,8 +50,9 @@ class InSitu:
     matmul_memory_factor: float
     attention_memory_factor: float
     collective_factor: float
-    layer_s: tuple[float, float, float]
-    first_token_s: tuple[float, float, float]
+    step_s: float
+    layer_s: float
+    first_token_s: float
     pass_low: float
     pass_high: float
     n_runs: int
@@ -60,7 +61,7 @@ class InSitu:
         """The factor on the memory side of an operation kind."""
         return self.attention_memory_factor if kind in _ATTENTION else self.matmul_memory_factor
 
-    def interval(self, low_spread: float, high_spread: float) -> tuple[float, float]:
+    def interval(self, low_spread: float = 0.0, high_spread: float = 0.0) -> tuple[float, float]:
         """(low, high) factors on a kernel in a pass whose family was transferred with so much
         spread (logarithms): transfers err by themselves, which adds to the scatter of passes as
         squares.
@@ -85,15 +86,15 @@ def in_situ() -> InSitu:
     """The fit that ships."""
     row = _pooled()
     p = row["parameters"]
-    classes = [row["held_out_percent"][name] for name in ("step_dense", "ttft_dense")]
-    layer, first = p["layer_s"], p["start_s"]
+    classes = [row["held_out_percent"][name] for name in _CLASSES]
     return InSitu(
         compute_factor=p["prefill_factor"],
         matmul_memory_factor=p["matmul_factor"],
         attention_memory_factor=p["attention_factor"],
         collective_factor=p["collective_factor"],
-        layer_s=(layer * _LAYER_RANGE[0], layer, layer * _LAYER_RANGE[1]),
-        first_token_s=(first * _FIRST_TOKEN_RANGE[0], first, first * _FIRST_TOKEN_RANGE[1]),
+        step_s=p["step_s"],
+        layer_s=p["layer_s"],
+        first_token_s=p["start_s"],
         pass_low=min(c["low"] for c in classes),
         pass_high=max(c["high"] for c in classes),
         n_runs=row["n_rows"],

@@ -140,15 +140,16 @@ def overhead_s(
     engine: Engine, *, n_layers: int, first_token: bool = False
 ) -> tuple[float, float, float]:
     """Seconds (low, mid, high) of a pass that no kernel explains: the host's work per step, and in
-    passes made of fitted kernels the gaps between them and what a first token takes besides.
+    passes made of fitted kernels the gaps between them and what a first token takes besides. The
+    factors around such passes are around all of it.
     """
     low, mid, high = engine.step_overhead_s
     known = engine.in_situ
     if known is None:
         return low, mid, high
-    once = known.first_token_s if first_token else (0.0, 0.0, 0.0)
-    more = [n_layers * gap + start for gap, start in zip(known.layer_s, once, strict=True)]
-    return low + more[0], mid + more[1], high + more[2]
+    host = known.step_s if engine.decode_graph else mid
+    mid = host + n_layers * known.layer_s + (known.first_token_s if first_token else 0.0)
+    return mid * known.pass_low, mid, mid * known.pass_high
 
 
 def pass_time(

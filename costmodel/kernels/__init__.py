@@ -4,6 +4,10 @@
 device, then fitted kernel families, then the prior. Every estimate names its ``basis``.
 """
 
+from dataclasses import replace
+
+import numpy as np
+
 from costmodel.hardware import HardwareProfile
 from costmodel.in_situ import InSitu
 from costmodel.kernels.curves import calibrated_time
@@ -33,4 +37,13 @@ def time_operation(
         fitted = fitted_time(operation, hardware, engine, in_situ)
         if fitted is not None:
             return fitted
-    return prior_time(operation, hardware)
+    prior = prior_time(operation, hardware)
+    if in_situ is None or operation.kind != "elementwise":
+        return prior
+    # Small kernels were in the passes that the factors around passes come from.
+    low, high = in_situ.interval()
+    return replace(
+        prior,
+        low_s=np.maximum(prior.low_s, prior.mid_s * low),
+        high_s=np.minimum(prior.high_s, prior.mid_s * high),
+    )

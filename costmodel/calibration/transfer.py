@@ -1,0 +1,80 @@
+"""How well families transfer: a GPU predicted as if none of its rows had ever been fitted.
+
+Families are fitted per GPU, so leaving a GPU out leaves its families out; its rows are predicted by
+the nearest of the others, rates scaled by the datasheet, as for any GPU without families. Nothing
+is fitted here, and no predicted row was seen by the families that predict it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from costmodel.calibration.families import errors_percent
+from costmodel.calibration.tables import Rows, read_table
+from costmodel.hardware import load_hardware
+from costmodel.kernels.families import family_without
+from costmodel.kernels.kinds import kernel_kind
+from costmodel.operation import Array
+
+
+@dataclass(frozen=True, slots=True)
+class Transferred:
+    """Errors in percent of one GPU's rows of one kind, predicted without its families.
+
+    ``errors``: mape, median, p90, bias; coverage and interval_width of low-high; roofline_mape.
+    """
+
+    kind: str
+    hardware: str
+    n_rows: int
+    errors: dict[str, float]
+
+
+def transfer_errors(paths: Sequence[Path], without: Sequence[str]) -> list[Transferred]:
+    """Every kind of the tables on every GPU of ``without``, left out one at a time."""
+    found: dict[tuple[str, str], list[tuple[Rows, tuple[Array, Array, Array]]]] = {}
+    for path in paths:
+        for rows in read_table(path).families:
+            key = rows.key
+            if key.hardware not in without:
+                continue
+            family = family_without(
+                key.hardware,
+                key.kind,
+                key.engine,
+                load_hardware(key.hardware),
+                variant=key.variant,
+                within={k: float(np.median(v)) for k, v in rows.shape.items()},
+            )
+            if family is not None:
+                device = load_hardware(key.hardware)
+                times = family.time_s(device, rows.shape, cold=False)
+                found.setdefault((key.kind, key.hardware), []).append((rows, times))
+    return [_judged(*key, items) for key, items in sorted(found.items())]
+
+
+def _judged(
+    kind: str, hardware: str, items: Sequence[tuple[Rows, tuple[Array, Array, Array]]]
+) -> Transferred:
+    device = load_hardware(hardware)
+    observed = np.concatenate([rows.observed_s for rows, _ in items])
+    low, mid, high = (
+        np.concatenate([np.broadcast_to(t[i], len(rows)) for rows, t in items]) for i in range(3)
+    )
+    model = kernel_kind(kind)
+    roofline = np.concatenate(
+        [
+            np.broadcast_to(model.roofline_s(device, rows.shape, rows.key.variant), len(rows))
+            for rows, _ in items
+        ]
+    )
+    errors = errors_percent(mid, observed)
+    inside = (observed >= low) & (observed <= high)
+    errors |= {
+        "coverage": float(inside.mean() * 100.0),
+        "interval_width": float(np.median((high - low) / mid) * 100.0),
+        "roofline_mape": errors_percent(roofline, observed)["mape"],
+    }
+    return Transferred(kind, device.name, len(observed), errors)
