@@ -37,14 +37,11 @@ def solve_max_batch(
     slope_near = probe[..., 1] - probe[..., 0]
     near = np.floor((capacity - probe[..., 0]) / slope_near + 1.0)
     guess = np.clip(np.where(far > 2, far, near), 0.0, _MAX_BATCH)
-    low = np.zeros_like(guess)
-    high = np.full_like(guess, _MAX_BATCH)
-    # Bracket with the guess and its neighbours; halve only where the guess was not the edge.
-    for candidate in (guess, guess + 1, near, near + 1):
-        candidate = np.clip(candidate, 1.0, _MAX_BATCH)
-        fits = peak(candidate[..., None], c)[..., 0] <= capacity
-        low = np.where(fits, np.maximum(low, candidate), low)
-        high = np.where(fits, high, np.minimum(high, candidate))
+    # Bracket with the guesses and their neighbours; halve only where none was the edge.
+    tried = np.clip(np.stack([guess, guess + 1, near, near + 1], axis=-1), 1.0, _MAX_BATCH)
+    fits = peak(tried, c) <= capacity
+    low = np.where(fits, tried, 0.0).max(axis=-1)
+    high = np.where(fits, _MAX_BATCH, tried).min(axis=-1)
     while np.any(high - low > 1):
         middle = np.floor((low + high) / 2)
         fits = (middle >= 1) & (peak(np.maximum(middle, 1.0)[..., None], c)[..., 0] <= capacity)
@@ -64,8 +61,8 @@ def solve_max_context(
     low = np.ones(b.shape)
     high = np.full(b.shape, _MAX_CONTEXT)
     steps = np.linspace(0.0, 1.0, 257)
-    first_fits = peak(b, low)[..., 0] <= capacity
-    last_fits = peak(b, high)[..., 0] <= capacity
+    ends = peak(b, np.concatenate([low, high], axis=-1)) <= capacity
+    first_fits, last_fits = ends[..., 0], ends[..., 1]
     logarithmic = True
     while np.any(high - low > 1):
         grid = low * (high / low) ** steps if logarithmic else low + (high - low) * steps
