@@ -252,9 +252,10 @@ def _time(
 
 
 def _work(device: HardwareProfile, shape: Shape, variant: str) -> Work:
-    share = np.asarray(shape["local_experts"], dtype=np.float64) / shape["n_experts"]
-    assigned = shape["tokens"] * shape["top_k"] * share
-    hit = shape["local_experts"] * experts_hit(shape["tokens"], shape["top_k"], shape["n_experts"])
+    sizes = (shape[name] for name in ("tokens", "top_k", "n_experts", "local_experts", "skew"))
+    classes = loads(*sizes)
+    hit: Array = sum((c for c, _ in classes), np.float64(0.0))
+    assigned: Array = sum((c * load for c, load in classes), np.float64(0.0))
     weights = 3.0 * shape["hidden"] * shape["inner"] * element_bytes(variant)
     flops = 6.0 * shape["hidden"] * shape["inner"] * assigned
     return Work(flops, peak_of(device, variant), np.minimum(hit, assigned) * weights)
