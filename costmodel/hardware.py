@@ -57,6 +57,8 @@ class HardwareProfile:
     sources, confidence     per field name
     curves             measured efficiency (only in a profile of the device it was measured on)
     families           fitted kernel-family parameters: kind -> parameter -> value
+    anchors            "prefill", "decode": observed over predicted seconds of some run, one factor
+                       for all times of the phase
     calibration        where curves and families come from: date, rows, source, ...
     """
 
@@ -84,6 +86,7 @@ class HardwareProfile:
     notes: tuple[str, ...] = ()
     curves: Mapping[str, Curve] = field(default_factory=dict)
     families: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    anchors: Mapping[str, float] = field(default_factory=dict)
     calibration: Mapping[str, str] = field(default_factory=dict)
 
     def peak(self, dtype: str) -> float:
@@ -237,6 +240,7 @@ def profile_from_table(table: Mapping[str, Any], where: str) -> HardwareProfile:
         notes=_notes(f),
         curves=_curves(f),
         families=_families(f),
+        anchors=_anchors(f),
         calibration={k: str(v)[:2000] for k, v in f.sub("calibration").items()},
     )
     f.unknown()
@@ -323,6 +327,18 @@ def _check_curve_name(f: Fields, name: str) -> None:
             ok = False
         if not ok or not part:
             f.problem("name", f"expected parameter=number in {short(name)}, got {short(part)}")
+
+
+def _anchors(f: Fields) -> dict[str, float]:
+    """``[anchors]``: prefill and decode, factors near one."""
+    found = f.sub("anchors")
+    for name in sorted(set(found) - {"prefill", "decode"}):
+        f.problem(f"anchors.{name}", "expected only prefill and decode")
+    return {
+        k: f.check_number(f"anchors.{k}", v, "a factor", 0.01, 100.0)
+        for k, v in found.items()
+        if k in ("prefill", "decode")
+    }
 
 
 def _families(f: Fields) -> dict[str, dict[str, float]]:

@@ -151,7 +151,7 @@ class Model:
         return self._pass_time(busy, decode=decode)
 
     def _pass_time(self, busy: Busy, *, decode: bool) -> PhaseTime:
-        return pass_time(
+        time = pass_time(
             busy,
             self.run.hardware,
             self.engine,
@@ -160,6 +160,8 @@ class Model:
             n_layers=self.architecture.n_layers,
             first_token=not decode,
         )
+        factor = self.run.hardware.anchors.get("decode" if decode else "prefill")
+        return time if factor is None else time.anchored(factor)
 
     def step(self, batch: Array) -> "Step":
         """The part of a decode step that depends on the batch alone."""

@@ -38,6 +38,17 @@ class PhaseTime:
     bases: Mapping[str, float]
     extrapolated: Array
 
+    def anchored(self, factor: float) -> "PhaseTime":
+        """All of it times ``factor``, what a run took over what was predicted for it."""
+        return PhaseTime(
+            low_s=self.low_s * factor,
+            mid_s=self.mid_s * factor,
+            high_s=self.high_s * factor,
+            parts=tuple(part * factor for part in self.parts),
+            bases={"anchored": factor * sum(self.bases.values())},
+            extrapolated=self.extrapolated,
+        )
+
     def bound(self) -> NDArray[np.intp]:
         """Index into ``BOUNDS`` of the largest part; shape of the workload."""
         parts = np.broadcast_arrays(*self.parts)

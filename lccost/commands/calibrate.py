@@ -36,6 +36,12 @@ SHOWN_ROWS = 1000
     help="The GPU's profile or a .toml of your own: of a table's kernels, or of --device cuda:N "
     "[default: the one the table, or the device, names].",
 )
+@click.option(
+    "--anchor",
+    type=click.Path(path_type=Path),
+    default=None,
+    help="Records of runs here: scale the profile --gpu by one factor per phase (basis anchored).",
+)
 @click.option("--kind", default=None, help="With --table: kind, where its columns fit several.")
 @click.option("--quick", is_flag=True, help="About 20 s instead of up to 2 minutes.")
 @click.option(
@@ -56,6 +62,7 @@ def calibrate(
     device: str | None,
     table: Path | None,
     gpu: str | None,
+    anchor: Path | None,
     kind: str | None,
     quick: bool,
     threads: int,
@@ -70,7 +77,17 @@ def calibrate(
     robustly and judged on rows left out. Rows that cannot be right are named and left out.
 
     Predictions with either say so (basis calibrated).
+
+    --anchor: the profile of --gpu with one factor per phase, taken from runs: for the models and
+    sizes near them (basis anchored). Do not judge it by the same runs.
     """
+    if anchor is not None:
+        if gpu is None or table is not None or device is not None or quick:
+            raise CommandError(
+                "--anchor takes --gpu PROFILE.toml and --output, and nothing else", EXIT_USAGE
+            )
+        _anchor(anchor, Path(gpu), output)
+        return
     if table is None:
         if kind is not None:
             raise CommandError("--kind goes with --table", EXIT_USAGE)
@@ -88,6 +105,17 @@ def calibrate(
     found = calibrate_table(table, base, kind=kind)
     write_atomic(output, found.text)
     _report(table, found)
+    click.echo(f"wrote {output}; use it with --gpu {output}", err=True)
+
+
+def _anchor(records: Path, profile: Path, output: Path) -> None:
+    from lccost.anchoring import anchored_profile
+    from measure.store import RecordStore
+
+    if not records.is_file() or not profile.is_file():
+        missing = profile if records.is_file() else records
+        raise CommandError(f"{missing}: no such file", EXIT_USAGE)
+    write_atomic(output, anchored_profile(profile, RecordStore(records).records()))
     click.echo(f"wrote {output}; use it with --gpu {output}", err=True)
 
 
