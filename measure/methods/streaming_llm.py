@@ -4,6 +4,10 @@ Positions are places in the cache (``positions=cache``). Among the latest W toke
 as far apart as the tokens themselves, and the sinks' places are their own; so nothing that is
 cached has to turn: only the query that meets the sinks is turned back by as many positions as were
 dropped. The prompt is attended through the same band, block after block of queries.
+
+With ``positions=fixed`` sinks have one distance, W + I, from every query that has lost tokens: as
+far as their places put them. What differs is a step, whose window of W holds its own token, so that
+the oldest cached one is masked. (Upstream also moves sinks away from queries that still see all.)
 """
 
 from collections.abc import Iterator
@@ -13,7 +17,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from costmodel.errors import NotApplicableError
 from costmodel.methods.base import AbstractMethod
 from costmodel.methods.streaming_llm import StreamingLLM
 from measure.kernels._dropping import ring_fits, ring_step
@@ -31,11 +34,6 @@ class StreamingCache(KeptTokensCache):
 
     def _build(self, method: AbstractMethod) -> None:
         assert isinstance(method, StreamingLLM)
-        if method.positions != "cache":
-            raise NotApplicableError(
-                f"streaming_llm:positions={method.positions} is priced but not run here; "
-                "positions=cache is"
-            )
         self.method = method
         self.sinks = self.window = self._oldest = 0
         self.keys, self.values = self._kv_buffers()
@@ -136,6 +134,8 @@ class StreamingCache(KeptTokensCache):
             ),
             dim=-1,
         )
+        if self.method.positions == "fixed":
+            scores[..., self.sinks + self._oldest] = -torch.inf
         weights = scores.softmax(dim=-1)
         out = torch.matmul(weights[..., :-1], values.entries())
         out += torch.matmul(weights[..., -1:], v)

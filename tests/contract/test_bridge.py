@@ -84,7 +84,10 @@ METHODS = {
     "quest": ["quest:page_tokens=8,keep_tokens=24", "quest:page_tokens=4,keep_tokens=4"],
     "snapkv": ["snapkv:keep_tokens=32,window_tokens=8"],
     "pyramidkv": ["pyramidkv:keep_tokens=32,window_tokens=8,beta=4"],
-    "streaming_llm": ["streaming_llm:sink_tokens=4,window_tokens=28"],
+    "streaming_llm": [
+        "streaming_llm:sink_tokens=4,window_tokens=28",
+        "streaming_llm:sink_tokens=0,window_tokens=16,positions=fixed",
+    ],
     "tova": ["tova:keep_tokens=32"],
 }
 COMPOSED = [

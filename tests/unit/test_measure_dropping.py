@@ -143,6 +143,7 @@ SMALL = [
     "snapkv:keep_tokens=12,window_tokens=4",
     "pyramidkv:keep_tokens=12,window_tokens=4",
     "streaming_llm:sink_tokens=2,window_tokens=7",
+    "streaming_llm:sink_tokens=2,window_tokens=7,positions=fixed",
 ]
 
 
@@ -182,6 +183,35 @@ def test_the_last_window_chooses(name, n, keep, layer):
             head.kept.append(t)
         expected = {key: head.attend(t, head.kept) for key, head in slow.items()}
         same_output(twin.decode(*part(qkv, t, t + 1)), expected)
+
+
+@pytest.mark.parametrize("n", [8, 9, 10, 30, 300])
+def test_streaming_llm_with_sinks_at_one_distance(n):
+    """Slow form: window at true distances, sinks unturned and the query at W + I."""
+    sinks, window, size = 2, 7, 16
+    rope, total = Rope(), n + 20
+    q, k, v = tokens(total)
+    table = rope_table(total, size, rope, torch.float32, torch.device("cpu"))
+    fixed = tuple(x[sinks + window : sinks + window + 1] for x in table)
+    twin = cache(f"streaming_llm:sink_tokens={sinks},window_tokens={window},positions=fixed")
+    twin.place(0, 1, rope)
+    turned = rotate(q, table), rotate(k, table), v
+    found = twin.prefill(*part(turned, 0, n))
+    outs = [found[:, :, t] for t in range(n)]
+    outs += [twin.decode(*part(turned, t, t + 1))[:, :, 0] for t in range(n, total)]
+    for t in range(total):
+        lost = t >= sinks + window
+        near = list(range(max(sinks, t - window + 1) if lost else sinks, t + 1))
+        n_far = min(t + 1, sinks)
+        for h in range(HEADS):
+            one = h // GROUP
+            far, to_far = turned[1][0, one, :n_far], turned[0][0, h, t]
+            if lost:
+                to_far = rotate(q[:1, h : h + 1, t : t + 1], fixed)[0, 0, 0]
+            scores = torch.cat((far @ to_far, turned[1][0, one, near] @ turned[0][0, h, t]))
+            seen = [*range(n_far), *near]
+            expected = (scores / size**0.5).softmax(0) @ v[0, one, seen]
+            torch.testing.assert_close(outs[t][0, h], expected, atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("n", [8, 9, 10, 30, 300])
