@@ -92,7 +92,8 @@ def memory_of(
     last = point.at(point.prompt_tokens + output_tokens)
     _, _, allocated_last = state_of(run, last)
     weights = run.weights_bytes
-    reserved = engine.reserved_bytes[0 if run.tp == 1 else 1]
+    # a CPU has no context; what libraries keep for themselves is not the engine's to reserve
+    reserved = 0.0 if run.hardware.is_cpu else engine.reserved_bytes[0 if run.tp == 1 else 1]
     fixed = weights + reserved
     prefill = prefill_operations(run, prompt) if prefill is None else prefill
     decode = decode_operations(run, last) if decode is None else decode

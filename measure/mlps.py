@@ -73,7 +73,7 @@ class MLPRunner:
         if self.numerics.swiglu == "clamped":
             gate, up = gate.clamp(max=_CLAMP), up.clamp(-_CLAMP, _CLAMP)
             return (up + 1) * gate * sigmoid(gate * _ALPHA)
-        return self.activation(gate) * up
+        return self.activation(gate).mul_(up)
 
     def _routed(self, mlp: MoE, x: Tensor, w: Tensors) -> Tensor:
         logits = linear(x, w["router"], w.get("router_bias"))

@@ -149,6 +149,28 @@ def computed_pairs(point: Point, keys: Array = np.inf) -> Array:
     return blocked_pairs(point.prompt_tokens, keys, float(point.engine.score_block_tokens))
 
 
+def blocked_transient_bytes(
+    mixer: Attention, point: Point, keys: Array, *, block: float | None = None, fp32: bool = True
+) -> Array:
+    """Bytes alive where an engine without a kernel scores a block of queries over ``keys`` keys.
+
+    A score in the compute type, its fp32 copy where that is another type, and its probability; and
+    of every token the layer's input (residual and normed), the fused projection, rotated q and k,
+    and the output. Nothing on engines that have the kernel.
+    """
+    if not point.engine.score_block_tokens or point.level == "reference":
+        return 0.0
+    b, s = point.element_bytes, point.prompt_tokens
+    queries = np.minimum(point.engine.score_block_tokens if block is None else block, s)
+    widest = np.minimum(np.minimum(keys, s) + queries - 1, s)
+    score = b + 4.0 + (4.0 if b < 4 else 0.0) if fp32 else 2 * b
+    q, k = mixer.n_heads * mixer.head_dim, mixer.n_kv_heads * mixer.head_dim
+    v, out = mixer.n_kv_heads * mixer.v_head_dim, mixer.n_heads * mixer.v_head_dim
+    token = 2 * q + (q + k + v) + (q + k) + out
+    scores: Array = point.batch * mixer.n_heads * queries * widest * score
+    return scores + point.batch * s * (token * b)
+
+
 def score_pass(
     mixer: Attention,
     point: Point,
@@ -174,7 +196,7 @@ def score_pass(
         vector_flops=2 * heads * pairs,
         activation_bytes=heads * s * (mixer.head_dim * point.element_bytes),
         workspace_bytes=result_bytes,
-        transient_bytes=transient_bytes,
+        transient_bytes=transient_bytes + blocked_transient_bytes(mixer, point, keys),
         dtype=point.dtype,
         shape={
             "batch": point.batch,

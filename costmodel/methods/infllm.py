@@ -50,7 +50,7 @@ from costmodel.methods.block_retrieval import (
     lookup,
     prompt_copies,
 )
-from costmodel.methods.chains import host_link, score_pass
+from costmodel.methods.chains import blocked_transient_bytes, host_link, score_pass
 from costmodel.mixers import Attention
 from costmodel.mixers.attention import decode_attention, prefill_attention
 from costmodel.operation import Array, Operations, causal_pairs
@@ -246,6 +246,12 @@ class InfLLM(AbstractMethod):
             transient_bytes=main.transient_bytes + size,
         )
         (main,) = within_pass((main,), point)
+        if unfused:
+            # also rotated twice (near and far), and what every key received
+            alive = blocked_transient_bytes(mixer, point, seen + float(self.chunk_tokens))
+            heads = mixer.n_heads * mixer.head_dim
+            copies_alive = point.batch * s * (heads * point.element_bytes + mixer.n_heads * 4.0)
+            main = replace(main, transient_bytes=alive + copies_alive)
         local = score_pass(
             mixer,
             point,

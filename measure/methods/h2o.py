@@ -180,6 +180,7 @@ def received_scores(q: Tensor, k: Tensor) -> Tensor:
     received = torch.zeros(k.shape[:3], dtype=torch.float32, device=k.device)
     for _, stop, weights in query_blocks(q, k):
         received[..., :stop] += weights.sum(dim=(2, 3))
+        del weights  # not beside those of the next block
     return received
 
 

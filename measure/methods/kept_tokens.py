@@ -89,11 +89,16 @@ def query_blocks(q: Tensor, k: Tensor) -> Iterator[tuple[int, int, Tensor]]:
     for start in range(0, s, QUERY_BLOCK):
         stop = min(s, start + QUERY_BLOCK)
         queries = folded[:, :, :, start:stop].flatten(2, 3)
-        scores = torch.matmul(queries, k[:, :, :stop].transpose(-1, -2))
-        scores = scores.unflatten(2, (-1, stop - start))
-        hidden = torch.ones(stop - start, stop, dtype=torch.bool, device=k.device)
-        scores = scores.masked_fill(hidden.triu_(start + 1), float("-inf"))
-        yield start, stop, scores.softmax(dim=-1, dtype=torch.float32)
+        yield start, stop, _causal_probabilities(queries, k[:, :, :stop], start)
+
+
+def _causal_probabilities(queries: Tensor, k: Tensor, start: int) -> Tensor:
+    """Of a block of queries from position ``start`` on; no score outlives the call."""
+    n, stop = k.shape[2] - start, k.shape[2]
+    scores = torch.matmul(queries, k.transpose(-1, -2)).unflatten(2, (-1, n))
+    hidden = torch.ones(n, stop, dtype=torch.bool, device=k.device)
+    scores.masked_fill_(hidden.triu_(start + 1), float("-inf"))
+    return scores.softmax(dim=-1, dtype=torch.float32)
 
 
 def attend_all(cache: AbstractLayerCache, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
