@@ -5,6 +5,7 @@ causal CUDA calls, so those calls are mapped here: 2 (Hk + Hv) per query, key an
 call only the pairs that exist.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,14 +13,20 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 
-def count_flops(call: Callable[[], object]) -> int:
-    """Run ``call`` once and return the FLOPs of its matmuls and attention calls."""
+def count_flops(call: Callable[[], object], *, square: bool = False) -> int:
+    """Run ``call`` once and return the FLOPs of its matmuls and attention calls.
+
+    ``square`` counts a causal call as the whole square, as torch's counter does on a GPU and level
+    ``reference`` of the cost model says.
+    """
     aten = torch.ops.aten
+    flash = functools.partial(_flash_flops, square=square)
+    biased = functools.partial(_biased_flops, square=square)
     mapping = {
-        aten._scaled_dot_product_flash_attention_for_cpu: _flash_flops,
-        aten._scaled_dot_product_flash_attention: _flash_flops,
-        aten._scaled_dot_product_efficient_attention: _biased_flops,
-        aten._scaled_dot_product_cudnn_attention: _biased_flops,
+        aten._scaled_dot_product_flash_attention_for_cpu: flash,
+        aten._scaled_dot_product_flash_attention: flash,
+        aten._scaled_dot_product_efficient_attention: biased,
+        aten._scaled_dot_product_cudnn_attention: biased,
     }
     with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
         call()
@@ -33,11 +40,12 @@ def _flash_flops(
     dropout_p: float = 0.0,
     is_causal: bool = False,
     *_: Any,
+    square: bool,
     **__: Any,
 ) -> int:
     """Shapes [B, N, S, Hk], [B, K, T, Hk], [B, K, T, Hv]."""
     b, n, s, hk = q
-    pairs = s * (s + 1) // 2 if is_causal else s * k[2]
+    pairs = s * (s + 1) // 2 if is_causal and not square else s * k[2]
     return 2 * b * n * pairs * (hk + v[3])
 
 
@@ -50,7 +58,8 @@ def _biased_flops(
     dropout_p: float = 0.0,
     is_causal: bool = False,
     *_: Any,
+    square: bool,
     **__: Any,
 ) -> int:
     """The same, with the bias and the flag that these kernels take before the dropout."""
-    return _flash_flops(q, k, v, dropout_p, is_causal)
+    return _flash_flops(q, k, v, dropout_p, is_causal, square=square)

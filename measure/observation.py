@@ -124,7 +124,7 @@ def _phase(
     resident = session.weights_bytes + session.allocated_bytes
     device.start_peaks()
     with LiveBytes() as live:
-        flops = count_flops(call)
+        flops = count_flops(call, square=session.point.realisation == "reference")
     peaks = device.peaks()
     flush = device.flush(resident)
 

@@ -124,11 +124,13 @@ def attend_prompt(
     chunk: int | None = None,
     cap: float | None = None,
     sinks: Tensor | None = None,
+    block: int = QUERY_BLOCK,
 ) -> Tensor:
     """Causal attention of a prompt, q [B, N, S, H], k and v [B, K, S, H], block by block.
 
     ``window`` lets a token see itself and the window - 1 before it, ``chunk`` its own chunk;
-    ``sinks`` [N] are logits per head.
+    ``sinks`` [N] are logits per head. ``block`` queries are masked together: as many as there are
+    is what eager attention multiplies.
     """
     s, n_kv = q.shape[2], k.shape[1]
     reach = window or chunk
@@ -138,8 +140,8 @@ def attend_prompt(
     out = q.new_empty(*q.shape[:3], v.shape[-1])
     folded, target = q.unflatten(1, (n_kv, group)), out.unflatten(1, (n_kv, group))
     positions = torch.arange(s, device=q.device)
-    for start in range(0, s, QUERY_BLOCK):
-        stop = min(s, start + QUERY_BLOCK)
+    for start in range(0, s, block):
+        stop = min(s, start + block)
         first = 0
         if window:
             first = max(0, start - window + 1)
@@ -155,7 +157,7 @@ def attend_prompt(
         per_query = None
         if sinks is not None:
             per_query = sinks.view(n_kv, group, 1).expand(-1, -1, n).flatten(1)
-        block = attend(
+        mixed = attend(
             folded[:, :, :, start:stop].flatten(2, 3),
             k[:, :, first:stop],
             v[:, :, first:stop],
@@ -163,5 +165,5 @@ def attend_prompt(
             cap=cap,
             sinks=per_query,
         )
-        target[:, :, :, start:stop] = block.unflatten(2, (group, n))
+        target[:, :, :, start:stop] = mixed.unflatten(2, (group, n))
     return out

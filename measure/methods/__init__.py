@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from measure.methods.llmlingua2 import LLMLingua2Compressor
 
 _NOT_METHODS = (
-    *("base", "buffers", "evicting", "host_copies", "kept_tokens", "packing", "token_packed"),
+    *("base", "buffers", "eager", "evicting", "host_copies", "kept_tokens", "packing"),
+    "token_packed",
 )
 
 
@@ -115,7 +116,7 @@ def build_layer_cache(
             reserve_tokens=reserve_tokens,
             realisation=realisation,
         )
-        cache.fused = fused
+        cache.fused = fused and realisation == "best"
         return cache
 
     cache = built(holds or Full()) if evicts is None else built(evicts)

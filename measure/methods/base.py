@@ -19,7 +19,7 @@ from costmodel.mixers import Attention
 from measure.kernels._steps import StepState
 from measure.methods.buffers import GrowingBuffer
 from measure.numerics import Rope
-from measure.parts import attend_prompt, rotate, shared_rope_table
+from measure.parts import QUERY_BLOCK, attend_prompt, rotate, shared_rope_table
 
 #: ``best``: the fastest correct form here; ``reference``: the operations of the published code.
 Realisation = Literal["reference", "best"]
@@ -155,7 +155,14 @@ class AbstractLayerCache(ABC):
         if self.prompt_attention is not None:
             return self.prompt_attention.attend(q, k, v)
         mixer = self.mixer
-        return attend_prompt(q, k, v, window=mixer.window_tokens, chunk=mixer.chunk_tokens)
+        return attend_prompt(
+            q,
+            k,
+            v,
+            window=mixer.window_tokens,
+            chunk=mixer.chunk_tokens,
+            block=q.shape[2] if self.is_reference else QUERY_BLOCK,
+        )
 
     def turned(self, x: Tensor, positions: Tensor) -> Tensor:
         """Turn ``x`` [B, heads, n, H] as the model's rotary embedding does at ``positions`` [n]."""
@@ -213,6 +220,11 @@ class AbstractLayerCache(ABC):
     def host_bytes(self) -> int:
         """Bytes in use in host memory."""
         return 0
+
+    @property
+    def is_reference(self) -> bool:
+        """Whether the operations of the published code are run."""
+        return self.realisation == "reference"
 
     def fold(self, q: Tensor) -> Tensor:
         """[B, N, 1, H] -> [B, K, G, H]: the G query heads of a KV head as G queries."""

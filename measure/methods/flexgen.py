@@ -13,7 +13,9 @@ from torch.nn.functional import pad
 
 from costmodel.methods.base import AbstractMethod
 from costmodel.methods.flexgen import FlexGen
+from measure.methods.base import Realisation
 from measure.methods.buffers import GrowingBuffer
+from measure.methods.eager import eager_step
 from measure.methods.packing import dequantise, quantise_bytes
 from measure.methods.token_packed import Side, TokenPackedCache
 
@@ -23,6 +25,7 @@ class FlexGenCache(TokenPackedCache):
     """Packed codes, scales and minima of every token."""
 
     NAME: ClassVar[str] = "flexgen"
+    REALISATIONS: ClassVar[frozenset[Realisation]] = frozenset({"best", "reference"})
 
     def _configure(self, method: AbstractMethod) -> None:
         assert isinstance(method, FlexGen)
@@ -42,6 +45,14 @@ class FlexGenCache(TokenPackedCache):
 
     def _pack(self, x: Tensor, side: Side) -> tuple[Tensor, ...]:
         return quantise_bytes(pad(x, (0, -side.size % self.group)), self.bits, self.group)
+
+    def _attend_copy(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """``mha_gen``: permuted to heads x tokens in copies, then eager."""
+        keys, values = (
+            x.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3).contiguous()
+            for x in (keys, values)
+        )
+        return eager_step(q, keys, values)[0]
 
     def _unpack(self, parts: tuple[Tensor, ...], side: Side) -> Tensor:
         codes, scales, zeros = parts

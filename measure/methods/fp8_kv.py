@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from costmodel.methods.base import AbstractMethod
+from measure.methods.base import Realisation
 from measure.methods.buffers import GrowingBuffer
+from measure.methods.kept_tokens import attend_all
 from measure.methods.token_packed import Side, TokenPackedCache
 
 #: Largest finite e4m3 value.
@@ -23,6 +25,7 @@ class Fp8KvCache(TokenPackedCache):
     """Elements in e4m3 and two scales."""
 
     NAME: ClassVar[str] = "fp8_kv"
+    REALISATIONS: ClassVar[frozenset[Realisation]] = frozenset({"best", "reference"})
 
     def _configure(self, method: AbstractMethod) -> None:
         self.scales = GrowingBuffer(1, 1, (), torch.float32, self.device)
@@ -37,6 +40,8 @@ class Fp8KvCache(TokenPackedCache):
 
     def reserve(self, n_tokens: int) -> None:
         """Room for ``n_tokens`` tokens and the scales."""
+        if self.is_reference:
+            return  # it grows by torch.cat
         super().reserve(n_tokens)
         self.scales.reserve(2)
 
@@ -58,5 +63,11 @@ class Fp8KvCache(TokenPackedCache):
         scaled = (x.float() / self._scale(side)).clamp_(-E4M3_MAX, E4M3_MAX)
         return (scaled.to(torch.float8_e4m3fn),)
 
+    def _attend_copy(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Fused attention over the dequantised copy, as transformers' fp8 cache is attended."""
+        return attend_all(self, q, keys, values)
+
     def _unpack(self, parts: tuple[Tensor, ...], side: Side) -> Tensor:
+        if self.is_reference:
+            return (parts[0].float() * self._scale(side)).to(self.dtype)
         return parts[0].to(self.dtype) * self._scale(side).to(self.dtype)

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from costmodel.methods.base import AbstractMethod
 from measure.kernels._steps import fits, token_step
-from measure.methods.base import AbstractLayerCache
+from measure.methods.base import AbstractLayerCache, Realisation
 from measure.methods.buffers import GrowingBuffer
-from measure.parts import attend, attend_prompt
+from measure.parts import QUERY_BLOCK, attend, attend_prompt
 
 
 @final
@@ -25,6 +25,8 @@ class FullCache(AbstractLayerCache):
     """
 
     NAME: ClassVar[str] = "full"
+    #: the same: published code calls the same fused attention
+    REALISATIONS: ClassVar[frozenset[Realisation]] = frozenset({"best", "reference"})
 
     def _build(self, method: AbstractMethod) -> None:
         shape = (self.batch, self.mixer.n_kv_heads)
@@ -58,6 +60,7 @@ class FullCache(AbstractLayerCache):
                 chunk=self.mixer.chunk_tokens,
                 cap=self.softcap,
                 sinks=self.sinks,
+                block=q.shape[2] if self.is_reference else QUERY_BLOCK,
             )
         self.store(k, v)
         return out

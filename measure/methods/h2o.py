@@ -8,6 +8,9 @@ no scores are kept: they start with the step in which it overflows.
 
 ``mask`` keeps all K and V and hides what was dropped. Its prompt is attended plainly and its scores
 start with the first step, which still sees everything; what is hidden never returns.
+
+``reference`` attends eagerly: the S x S probabilities of the prompt are held, K and V repeated to
+all query heads; ``slot`` permutes its slots, the others grow by ``torch.cat``.
 """
 
 from collections.abc import Iterator
@@ -20,7 +23,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from costmodel.methods.base import AbstractMethod
 from costmodel.methods.h2o import H2O
 from measure.kernels._dropping import h2o_step, heads_fit
+from measure.methods.base import Realisation
 from measure.methods.buffers import GrowingBuffer
+from measure.methods.eager import eager_prompt, eager_step
 from measure.methods.kept_tokens import (
     KeptTokensCache,
     attend_all,
@@ -35,6 +40,7 @@ class H2OCache(KeptTokensCache):
     """K, V, summed score and position of the kept tokens."""
 
     NAME: ClassVar[str] = "h2o"
+    REALISATIONS: ClassVar[frozenset[Realisation]] = frozenset({"best", "reference"})
 
     def _build(self, method: AbstractMethod) -> None:
         assert isinstance(method, H2O)
@@ -53,6 +59,8 @@ class H2OCache(KeptTokensCache):
     def reserve(self, n_tokens: int) -> None:
         """Room for the budget of a prompt of ``n_tokens``, the largest it can become."""
         self._set_budget(n_tokens)
+        if self.is_reference and self.method.variant != "slot":
+            return  # it grows by torch.cat
         kept = min(self.heavy + self.recent, n_tokens)
         for buffer in (self.keys, self.values):
             buffer.reserve(n_tokens if self._masks else kept)
@@ -65,11 +73,18 @@ class H2OCache(KeptTokensCache):
 
     def prefill(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend exactly; sum the scores where tokens will be dropped."""
-        out = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         self._set_budget(k.shape[2])
         received = None
-        if self.heavy + self.recent < k.shape[2] and not self._masks:
-            received = self._received(q, k)
+        is_cut = self.heavy + self.recent < k.shape[2] and not self._masks
+        if is_cut and self.is_reference:
+            out, weights = eager_prompt(q, k, v)
+            if self.method.variant == "real_drop":
+                weights = weights.clone()
+            received = weights.unflatten(1, (k.shape[1], -1)).sum(dim=(2, 3), dtype=torch.float32)
+        else:
+            out = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            if is_cut:
+                received = self._received(q, k)
         self._keep(k, v, received)
         return out
 
@@ -112,7 +127,11 @@ class H2OCache(KeptTokensCache):
             self._start_scores()
         if self.fused and self.method.variant == "slot" and heads_fit(self.mixer):
             return h2o_step(self, q, k, v)
-        out, weights = self.attend_with_new(q, self.keys.entries(), self.values.entries(), k, v)
+        keys, values = self.keys.entries(), self.values.entries()
+        if self.is_reference:
+            out, weights = self._reference_step(q, keys, values, k, v)
+        else:
+            out, weights = self.attend_with_new(q, keys, values, k, v)
         received = weights.sum(dim=2)
         self.scores.entries().add_(received[..., :-1])
         lightest = self._lightest()
@@ -126,6 +145,21 @@ class H2OCache(KeptTokensCache):
         self.n_tokens += 1
         return out
 
+    def _reference_step(
+        self, q: Tensor, keys: Tensor, values: Tensor, k: Tensor, v: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """FlexGen permutes slots x heads to heads x slots, the Hugging Face form concatenates; both
+        attend eagerly. Out [B, N, 1, H], fp32 weights [B, K, G, C + 1].
+        """
+        if self.method.variant == "slot":
+            keys, values = (
+                x.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3) for x in (keys, values)
+            )
+        out, weights = eager_step(q, torch.cat((keys, k), dim=2), torch.cat((values, v), dim=2))
+        if self.method.variant == "real_drop":
+            weights = weights.clone()
+        return out, weights.view(*k.shape[:2], -1, weights.shape[-1]).float()
+
     def _lightest(self) -> Tensor:
         """Slots [B, K] of the lightest tokens that are not recent; the new one is recent itself."""
         old = self.positions.entries() <= self.n_tokens - self.recent
@@ -135,18 +169,25 @@ class H2OCache(KeptTokensCache):
         """Attend everything with what was dropped hidden, update the scores, drop one."""
         self.keys.append(k)
         self.values.append(v)
-        queries = self.fold(q) * q.shape[-1] ** -0.5
-        scores = torch.matmul(queries, self.keys.entries().transpose(-1, -2))
-        kept = self.positions.entries().long()
+        kept, hidden = self.positions.entries().long(), None
         if self.positions.length:
             hidden = torch.ones(
                 *kept.shape[:2], self.n_tokens + 1, dtype=torch.bool, device=k.device
             )
             hidden.scatter_(-1, kept, False)
             hidden[..., -1] = False
-            scores.masked_fill_(hidden.unsqueeze(2), -torch.inf)
-        weights = scores.softmax(dim=-1, dtype=torch.float32)
-        out = torch.matmul(weights.to(v.dtype), self.values.entries())
+        keys, values = self.keys.entries(), self.values.entries()
+        if self.is_reference:
+            group = self.mixer.n_heads // self.mixer.n_kv_heads
+            masked = None if hidden is None else hidden.repeat_interleave(group, dim=1)
+            out, weights = eager_step(q, keys, values, masked)
+            weights = weights.clone().view(*k.shape[:2], -1, weights.shape[-1]).float()
+        else:
+            scores = torch.matmul(self.fold(q) * q.shape[-1] ** -0.5, keys.transpose(-1, -2))
+            if hidden is not None:
+                scores.masked_fill_(hidden.unsqueeze(2), -torch.inf)
+            weights = scores.softmax(dim=-1, dtype=torch.float32)
+            out = self.unfold(torch.matmul(weights.to(v.dtype), values))
         received = weights.sum(dim=2)
         if self.positions.length:
             self.scores.entries().add_(received.gather(-1, kept))
@@ -159,7 +200,7 @@ class H2OCache(KeptTokensCache):
             self.scores.append(received.gather(2, chosen))
             self.positions.append(chosen.int())
         self.n_tokens += 1
-        return self.unfold(out)
+        return out
 
     def _chosen(self, received: Tensor) -> Tensor:
         """Positions [B, K, C] of the heavy hitters and the recent tokens, ascending."""

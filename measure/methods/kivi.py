@@ -22,8 +22,9 @@ from costmodel.errors import NotApplicableError
 from costmodel.methods.base import AbstractMethod
 from costmodel.methods.kivi import Kivi
 from measure.kernels._steps import fits, kivi_step
-from measure.methods.base import AbstractLayerCache
+from measure.methods.base import AbstractLayerCache, Realisation
 from measure.methods.buffers import GrowingBuffer
+from measure.methods.eager import repeat_kv, softmax_fp32
 from measure.methods.packing import dequantise, quantise
 
 #: Elements unpacked at once: half a megabyte in bf16, so the copy stays in a core's L2 cache.
@@ -82,6 +83,7 @@ class KiviCache(AbstractLayerCache):
     """
 
     NAME: ClassVar[str] = "kivi"
+    REALISATIONS: ClassVar[frozenset[Realisation]] = frozenset({"best", "reference"})
 
     def _build(self, method: AbstractMethod) -> None:
         assert isinstance(method, Kivi)
@@ -120,6 +122,8 @@ class KiviCache(AbstractLayerCache):
 
     def reserve(self, n_tokens: int) -> None:
         """Room for the packed blocks and tokens, and for both residuals at their fullest."""
+        if self.is_reference:
+            return  # it grows by torch.cat
         self._exact = False
         blocks = n_tokens // self.residual
         if self.limit is not None:
@@ -200,11 +204,43 @@ class KiviCache(AbstractLayerCache):
 
     def attend_packed(self, queries: Tensor, v: Tensor) -> Tensor:
         """Attend everything, the new key (among the recent ones) and value included."""
+        if self.is_reference:
+            return self._attend_reference(queries, v)
         scores = self._scores(queries)
         older = scores.shape[-1] - 1 - self._held(self.n_tokens)  # keys whose values are gone
         if self.limit is not None:
             scores[..., : older + (self.n_tokens >= self.limit)] = -torch.inf
         return self._weighted_sum(scores.softmax(dim=-1)[..., older:], v)
+
+    def _attend_reference(self, queries: Tensor, v: Tensor) -> Tensor:
+        """``llama_kivi.py``: codes, scales and zeros repeated to all query heads and made
+        contiguous, unpacked whole, multiplied; scores concatenated, softmax in fp32.
+        """
+        m = self.mixer
+        q = queries.reshape(self.batch, m.n_heads, 1, -1)
+        words, scales, zeros = (repeat_kv(x.entries(), m.n_heads) for x in self.keys)
+        # [B, N, H, tokens]: channels apart, tokens packed along the last axis
+        parts = [x.transpose(2, 3).flatten(3).contiguous() for x in (words, scales, zeros)]
+        packed = dequantise(parts[0], parts[1], parts[2], self.bits, self.group)
+        recent = repeat_kv(self.recent_keys.entries(), m.n_heads)
+        scores = torch.cat(
+            (torch.matmul(q, packed), torch.matmul(q, recent.transpose(2, 3))), dim=-1
+        )
+        scores = scores / m.head_dim**0.5
+        older = scores.shape[-1] - 1 - self._held(self.n_tokens)
+        if self.limit is not None:
+            scores[..., : older + (self.n_tokens >= self.limit)] = -torch.inf
+        weights = softmax_fp32(scores)[..., older:]
+        first, oldest = self._oldest_packed, self._oldest
+        in_order = [torch.cat((x.entries(first), x.entries(0, first)), dim=2) for x in self.values]
+        words, scales, zeros = (repeat_kv(x, m.n_heads).contiguous() for x in in_order)
+        values = dequantise(words, scales, zeros, self.bits, self.group)
+        ring = self.recent_values
+        full = torch.cat((ring.entries(oldest), ring.entries(0, oldest), v), dim=2)
+        n_packed = values.shape[2]
+        out = torch.matmul(weights[..., :n_packed], values)
+        out += torch.matmul(weights[..., n_packed:], repeat_kv(full, m.n_heads))
+        return out.reshape(queries.shape[:3] + out.shape[-1:])
 
     def _scores(self, queries: Tensor) -> Tensor:
         """Scaled scores [B, K, G, keys] of packed and recent keys, the new one included."""

@@ -118,7 +118,7 @@ class StreamingCache(KeptTokensCache):
             keys.append(k)
             values.append(v)
             return attend_all(self, q, keys.entries(), values.entries())
-        if self.fused and ring_fits(self):
+        if self.fused and self.method.positions == "cache" and ring_fits(self):
             self.n_tokens = t
             out = ring_step(self, q, k, v, self._oldest)
             self.n_tokens, self._oldest = t + 1, (self._oldest + 1) % self.window

@@ -104,6 +104,8 @@ class TokenPackedCache(AbstractLayerCache):
 
     def decode(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend the packed tokens and the new one, then pack it."""
+        if self.is_reference:
+            return self._reference_step(q, k, v)
         if self.fused and self.kernel_bits and fits(self.mixer):
             return token_step(
                 self,
@@ -128,12 +130,36 @@ class TokenPackedCache(AbstractLayerCache):
             part = weights[..., first : first + stop - start]
             out += torch.matmul(part, self.unpacked(self.values, start, stop))
             first += stop - start
+        self._add(k, v)
+        return self.unfold(out)
+
+    def _reference_step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The whole layer unpacked, then attended with the new token."""
+        keys, values = (
+            torch.cat([*(self.unpacked(side, *part) for part in self._entries()), new], dim=2)
+            for side, new in ((self.keys, k), (self.values, v))
+        )
+        out = self._attend_copy(q, keys, values)
+        self._add(k, v)
+        return out
+
+    def _attend_copy(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Attend unpacked copies [B, K, T + 1, H] as the published code does."""
+        raise AssertionError(f"{self.NAME} has no reference form")
+
+    def _add(self, k: Tensor, v: Tensor) -> None:
         if self._is_full_ring:
             self._overwrite(self.n_tokens % self._ring, k, v)
         else:
             self._append(k, v)
         self.n_tokens += 1
-        return self.unfold(out)
+
+    def _entries(self) -> tuple[tuple[int, int], ...]:
+        """Ranges of entries that the next token attends."""
+        if not self._is_full_ring:
+            return ((0, self.n_tokens),)
+        leaving = self.n_tokens % self._ring
+        return ((0, leaving), (leaving + 1, self._ring))
 
     @property
     def _ring(self) -> int:
@@ -145,12 +171,8 @@ class TokenPackedCache(AbstractLayerCache):
 
     def _attended(self) -> Iterator[tuple[int, int]]:
         """Ranges of entries that the next token attends, a piece each."""
-        if not self._is_full_ring:
-            yield from self._pieces(0, self.n_tokens)
-            return
-        leaving = self.n_tokens % self._ring
-        yield from self._pieces(0, leaving)
-        yield from self._pieces(leaving + 1, self._ring)
+        for first, last in self._entries():
+            yield from self._pieces(first, last)
 
     def _positioned_keys(self, start: int, stop: int) -> Tensor:
         keys = self.unpacked(self.keys, start, stop)

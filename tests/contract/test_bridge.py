@@ -17,11 +17,11 @@ from costmodel.mixers import AbstractMixer, Attention
 from costmodel.mixers.mamba2 import Mamba2
 from costmodel.mixers.rglru import RGLRU
 from costmodel.mlps import DenseMLP
-from costmodel.workload import Point
+from costmodel.workload import Level, Point
 from measure.engine import TORCH_DTYPES, Decoder, random_weights
 from measure.flops import count_flops
-from measure.methods import runnable_names
-from measure.methods.base import AbstractLayerCache
+from measure.methods import layer_cache_class, runnable_names
+from measure.methods.base import AbstractLayerCache, Realisation
 from measure.mixers import build_cache
 
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits
@@ -131,7 +131,7 @@ def decoder_architecture(kind: str) -> Architecture:
     )
 
 
-def point(batch: int, prompt: int, cached: int, dtype: str) -> Point:
+def point(batch: int, prompt: int, cached: int, dtype: str, level: Level = "ideal") -> Point:
     return Point(
         batch=float(batch),
         prompt_tokens=float(prompt),
@@ -139,7 +139,7 @@ def point(batch: int, prompt: int, cached: int, dtype: str) -> Point:
         reserved_tokens=float(cached),
         dtype=dtype,
         kv_dtype=dtype,
-        level="ideal",
+        level=level,
         engine=load_engine("torch"),
     )
 
@@ -149,7 +149,14 @@ def predicted_bytes(model: Architecture, spec: str, at: Point, *, host: bool = F
     return sum(float(x.host if host else x.device) for x in states)
 
 
-def build_caches(model: Architecture, spec: str, batch: int, dtype: str, reserve_tokens: int = 0):
+def build_caches(
+    model: Architecture,
+    spec: str,
+    batch: int,
+    dtype: str,
+    reserve_tokens: int = 0,
+    realisation: Realisation = "best",
+):
     caches = [
         build_cache(
             parse_method(spec),
@@ -158,6 +165,7 @@ def build_caches(model: Architecture, spec: str, batch: int, dtype: str, reserve
             dtype=TORCH_DTYPES[dtype],
             device=torch.device("cpu"),
             reserve_tokens=reserve_tokens,
+            realisation=realisation,
         )
         for layer in model.layers
     ]
@@ -245,3 +253,41 @@ def test_counted_flops_equal_the_prediction(name, spec, kind):
         assert counted == executed_flops(model, stack, at, decode=False)
         counted = count_flops(lambda p=prompt, c=caches: decoder.decode(p[:, :1], c))
         assert counted == executed_flops(model, stack, at, decode=True)
+
+
+REFERENCES = [
+    (name, spec)
+    for name, spec in SPECS
+    if "+" not in name
+    and name != "minference"
+    and "reference" in layer_cache_class(name).REALISATIONS
+]
+
+
+@pytest.mark.parametrize(("name", "spec"), REFERENCES, ids=[s for _, s in REFERENCES])
+@pytest.mark.parametrize("kind", ["mha", "gqa", "window"])
+def test_the_published_operations_hold_and_multiply_what_level_reference_predicts(name, spec, kind):
+    """Bytes and FLOPs of the reference form, and the same logits as the best one."""
+    model, batch, stack = decoder_architecture(kind), 2, parse_method(spec)
+    weights = random_weights(model, torch.float32, torch.device("cpu"))
+    decoder = Decoder(model, weights, n_positions=150)
+    prompt = torch.arange(batch * 141).view(batch, 141) % V
+    caches, best = (
+        build_caches(model, spec, batch, "fp32", realisation=x) for x in ("reference", "best")
+    )
+    logits = []
+
+    def run(call, *args):
+        logits.append(call(*args))
+
+    at = point(batch, 141, 141, "fp32", "reference")
+    counted = count_flops(lambda: run(decoder.prefill, prompt, caches), square=True)
+    assert counted == executed_flops(model, stack, at, decode=False)
+    torch.testing.assert_close(logits[-1], decoder.prefill(prompt, best), atol=1e-4, rtol=1e-3)
+    for cached in range(141, 145):
+        at = point(batch, 141, cached, "fp32", "reference")
+        assert sum(c.storage_bytes for c in caches) == predicted_bytes(model, spec, at)
+        counted = count_flops(lambda: run(decoder.decode, prompt[:, :1], caches), square=True)
+        assert counted == executed_flops(model, stack, at, decode=True)
+        expected = decoder.decode(prompt[:, :1], best)
+        torch.testing.assert_close(logits[-1], expected, atol=1e-4, rtol=1e-3)
