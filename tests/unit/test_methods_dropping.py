@@ -93,7 +93,7 @@ def test_h2o_mask_saves_nothing() -> None:
     # from the first decoded token on, 200 kept tokens have a score and a position each
     assert state_bytes(spec, point(1000, 1001), layers) == 1001 * _TOKEN + 2 * 200 * 8
     decode = parse_method(spec).decode(layers, point(1000, 1001))
-    assert float(named(decode, "attention").shape["kv_len"]) == 1001
+    assert float(named(decode, "scored_attention").shape["kv_len"]) == 1001
 
 
 def test_h2o_scores_cost_half_of_the_attention_again() -> None:
