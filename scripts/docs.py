@@ -15,18 +15,25 @@ from pathlib import Path
 
 import click
 import kernels_doc
+import torch
 import worked_example
 
+from costmodel.errors import NotApplicableError
 from costmodel.hardware import load_hardware
 from costmodel.methods import method_class, method_names
 from costmodel.methods.parse import parse_method
+from costmodel.mixers import AbstractMixer, Attention
+from costmodel.mixers.mamba2 import Mamba2
+from costmodel.mixers.mla import MLA
+from costmodel.mixers.rglru import RGLRU
 from costmodel.predict import predict
 from costmodel.registry import load_architecture, model_names
 from costmodel.units import format_bytes
 from costmodel.workload import Workload
 from lccost.catalogue import model_rows
 from lccost.cli import COMMANDS, cli
-from measure.methods import runnable_names
+from measure.methods import layer_cache_class, runnable_names
+from measure.mixers import build_cache
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTE = "<!-- Written by scripts/docs.py; edit the code instead. -->\n\n"
@@ -58,26 +65,86 @@ def method_table() -> str:
     return "\n".join(lines) + "\n"
 
 
-#: Variants that a twin does not run, and methods without one for a reason of their own.
+#: Mixers of the bridge tests, with the kinds of ``tests/contract`` that stand for them.
+BRIDGED: dict[str, tuple[AbstractMixer, ...]] = {
+    "MHA": (Attention(n_heads=4, n_kv_heads=4, head_dim=32, v_head_dim=32),),
+    "GQA": (Attention(n_heads=4, n_kv_heads=2, head_dim=32, v_head_dim=32),),
+    "MQA": (Attention(n_heads=4, n_kv_heads=1, head_dim=32, v_head_dim=32),),
+    "sliding window": (
+        Attention(n_heads=4, n_kv_heads=2, head_dim=32, v_head_dim=32, window_tokens=40),
+    ),
+    "MLA": (
+        MLA(
+            n_heads=4,
+            q_lora_rank=24,
+            kv_lora_rank=16,
+            qk_nope_head_dim=12,
+            qk_rope_head_dim=8,
+            v_head_dim=10,
+        ),
+    ),
+    "Mamba-2, RG-LRU": (
+        Mamba2(n_heads=4, head_dim=16, d_state=16, n_groups=2, conv_kernel=4, chunk_tokens=8),
+        RGLRU(width=64, n_blocks=4, conv_kernel=4),
+    ),
+}
+#: Methods that hold nothing themselves are bridge-tested by what they change.
+CHANGES_ONLY_THE_PROMPT = "its encoder's bytes and FLOPs are (`test_measure_llmlingua2.py`)"
 NOT_RUN = {
-    "h2o": "variant=mask is priced only: it keeps everything",
-    "streaming_llm": "positions=fixed is priced only",
-    "llmlingua2": "priced only: no encoder here to compress with",
+    "gear": "priced only: a low-rank and sparse correction, found in the observed tables alone",
+    "knorm": "priced only: found in the observed tables alone",
+    "hf_quanto": "through `measure --engine transformers`",
+    "hf_hqq": "through `measure --engine transformers`",
 }
 
 
+def run_cell(name: str, mixers: tuple[AbstractMixer, ...], notes: dict[str, int]) -> str:
+    """P predicted, M measured, B bridge-tested; with the number of a reason for what is missing."""
+    if name == "full":
+        return "P M B (bytes)" if any(isinstance(x, MLA) for x in mixers) else "P M B"
+    stack = parse_method(name)
+    reason = NOT_RUN.get(name)
+    if not any(stack.covers(mixer) for mixer in mixers) and reason is None:
+        return "own"
+    try:
+        if reason is None:
+            for mixer in mixers:
+                options = {"batch": 1, "dtype": torch.float32, "device": torch.device("cpu")}
+                build_cache(stack, mixer, **options)
+            return "P M B"
+    except NotApplicableError as error:
+        reason = str(error)
+    return f"P ({notes.setdefault(reason, len(notes) + 1)})"
+
+
 def run_table() -> str:
-    """One row a method: priced, run on the torch engine, and proven by the bridge."""
-    lines = ["| method | predict | measure | bridge-tested | note |", "|---|---|---|---|---|"]
+    """Method x mixer: priced, run on the torch engine, proven by the bridge."""
+    notes: dict[str, int] = {}
+    lines = [
+        f"| method | forms | {' | '.join(BRIDGED)} |",
+        f"|---|---|{'---|' * len(BRIDGED)}",
+    ]
     for name in method_names():
-        runs = "yes" if name in runnable_names() else "no"
-        note = NOT_RUN.get(name, "" if runs == "yes" else "priced only: no runnable twin yet")
-        lines.append(f"| `{name}` | yes | {runs} | {runs} | {note} |")
+        cells = [run_cell(name, mixers, notes) for mixers in BRIDGED.values()]
+        forms = "-"
+        if name in runnable_names() and name not in ("minference", "llmlingua2"):
+            forms = ", ".join(sorted(layer_cache_class(name).REALISATIONS))
+        elif name in runnable_names():
+            forms = "best"
+        lines.append(f"| `{name}` | {forms} | {' | '.join(cells)} |")
+    lines += [f"\n({number}) {reason}" for reason, number in notes.items()]
     lines.append(
-        "\nBridge-tested: storages equal the predicted state to the byte after the prompt and "
-        "every step, and counted FLOPs equal the predicted ones (MHA, GQA, MQA), as "
-        "`tests/contract/test_bridge.py` demands of every runnable method. Compositions are priced "
-        "only.\n"
+        "\nP: predicted. M: run by `lccost measure`. B: bridge-tested: after the prompt and after "
+        "every step the storages equal the predicted state to the byte, and the FLOPs torch counts "
+        "equal the predicted ones, at batch 1 to 3 and contexts around every boundary "
+        "(`tests/contract/test_bridge.py`, which demands it of every runnable method, alone and "
+        "composed, and of models that mix Mamba-2, RG-LRU and windows with attention; "
+        "`test_mixer_bridge.py`; `tests/property/test_bridge_found.py`). own: the method leaves "
+        "such layers as the model has them, which is P M B as `full` (LLMLingua-2 changes only "
+        f"the prompt; {CHANGES_ONLY_THE_PROMPT}). Forms: `best` is the fastest correct one here, "
+        "`reference` the operations of the published code. Compositions run where both parts do, "
+        "except that KVQuant cannot stand behind SnapKV. Chunked attention (Llama 4) is run with "
+        "`full` only.\n"
     )
     return "\n".join(lines)
 
