@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from costmodel.architecture import MixerGroup
 from costmodel.engines import load_engine
+from costmodel.methods import method_class
 from costmodel.methods.kivi import Kivi
 from costmodel.methods.stack import MethodStack
 from costmodel.mixers import Attention
@@ -71,3 +72,109 @@ def test_kivi_holds_what_is_predicted(case):
             out = cache.decode(q, q[:, :kv_heads], q[:, :kv_heads])
             assert out.shape == q.shape
             assert bool(torch.isfinite(out).all())
+
+
+@st.composite
+def methods(draw):
+    """Any runnable method with any parameters that bound a small cache."""
+
+    def whole(low, high):
+        return draw(st.integers(low, high))
+
+    def share():
+        return draw(st.floats(0.0, 1.0))
+
+    name = draw(st.sampled_from(
+        ["full", "fp8_kv", "flexgen", "kvquant", "h2o", "streaming_llm", "infllm", "snapkv",
+         "pyramidkv", "tova", "quest", "minference", "kv_offload"]
+    ))  # fmt: skip
+    window = whole(1, 8)
+    bits = draw(st.sampled_from([2, 4, 8]))
+    parameters = {
+        "flexgen": lambda: {"bits": bits, "group": 8 // bits * whole(1, 20)},
+        "kvquant": lambda: {"bits": whole(2, 4), "outlier_fraction": share()},
+        "h2o": lambda: {
+            "variant": draw(st.sampled_from(["slot", "real_drop", "mask"])),
+            "heavy_fraction": share(),
+            "recent_fraction": share(),
+        },
+        "streaming_llm": lambda: {
+            "sink_tokens": whole(0, 9),
+            "window_tokens": whole(1, 40),
+            "positions": draw(st.sampled_from(["cache", "fixed"])),
+        },
+        "infllm": lambda: {
+            "block_tokens": whole(1, 8),
+            "init_tokens": whole(0, 9),
+            "local_tokens": whole(1, 30),
+            "topk": 2,
+            "cached_blocks": whole(2, 5),
+            "chunk_tokens": whole(1, 40),
+            "repr_topk": whole(1, 9),
+        },
+        "snapkv": lambda: {"window_tokens": window, "keep_tokens": window + whole(1, 40)},
+        "pyramidkv": lambda: {"window_tokens": window, "keep_tokens": window + whole(1, 40)},
+        "tova": lambda: {"keep_tokens": whole(1, 60)},
+        "quest": lambda: {"page_tokens": window, "keep_tokens": window + whole(0, 40)},
+        "minference": lambda: {"kept_tokens": whole(1, 70)},
+        "kv_offload": lambda: {"resident_layers": whole(1, 4)},
+    }
+    return method_class(name)(**parameters.get(name, dict)())
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    method=methods(),
+    sizes=st.tuples(st.integers(1, 3), st.integers(1, 3), st.sampled_from([4, 6, 16])),
+    window=st.sampled_from([None, None, 7, 20]),
+    batch=st.integers(1, 3),
+    dtype=st.sampled_from(["fp32", "bf16"]),
+    prompt=st.integers(1, 90),
+    steps=st.integers(0, 7),
+    reserve=st.booleans(),
+    layer=st.integers(0, 3),
+)
+def test_every_method_holds_what_is_predicted(
+    method, sizes, window, batch, dtype, prompt, steps, reserve, layer
+):
+    kv_heads, ratio, size = sizes
+    mixer = Attention(
+        n_heads=kv_heads * ratio,
+        n_kv_heads=kv_heads,
+        head_dim=size,
+        v_head_dim=size,
+        window_tokens=window,
+    )
+    stack = MethodStack((method,))
+    cache = build_layer_cache(
+        stack, mixer, batch=batch, dtype=TORCH_DTYPES[dtype], device=torch.device("cpu")
+    )
+    cache.place(layer, 4)
+    if reserve:
+        cache.reserve(prompt + steps)
+    q, k, v = (
+        torch.randn(batch, n, prompt + steps, size).to(TORCH_DTYPES[dtype])
+        for n in (kv_heads * ratio, kv_heads, kv_heads)
+    )
+    out = cache.prefill(q[:, :, :prompt], k[:, :, :prompt], v[:, :, :prompt])
+    assert bool(torch.isfinite(out).all())
+    group = MixerGroup(mixer, 1, (layer,), 4)
+    for cached in range(prompt, prompt + steps + 1):
+        at = Point(
+            batch=float(batch),
+            prompt_tokens=float(prompt),
+            cached_tokens=float(cached),
+            reserved_tokens=float(cached),
+            dtype=dtype,
+            kv_dtype=dtype,
+            level="ideal",
+            engine=load_engine("torch"),
+        )
+        state = stack.state(group, at)
+        assert (cache.held_bytes, cache.host_bytes) == (float(state.device), float(state.host))
+        if not reserve:
+            assert cache.storage_bytes == cache.held_bytes
+        if cached < prompt + steps:
+            step = (x[:, :, cached : cached + 1] for x in (q, k, v))
+            assert bool(torch.isfinite(cache.decode(*step)).all())
+    assert cache.n_tokens == prompt + steps
