@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from costmodel.errors import ConfigError, UnknownNameError
 from costmodel.hardware import HardwareProfile, normalised, resolve_gpu
+from costmodel.kernels.decode_attention import PACKED_BYTES
 
 Record = Mapping[str, str]
 #: Longest name of an engine or kernel.
@@ -138,17 +139,23 @@ def _attention(record: Record) -> Read:
     heads, kv_heads = count(record, "Hq"), count(record, "Hkv")
     if heads % kv_heads:
         raise ConfigError(f"Hq: expected a multiple of Hkv {kv_heads:g}, got {heads:g}")
+    op, packed = text(record, "op"), text(record, "kv_dtype").lower()
+    is_packed = op == "decode_attn" and packed in PACKED_BYTES
+    if is_packed:
+        element_bytes = PACKED_BYTES[packed]
+    else:
+        element_bytes = 1.0 if dtype(record, "kv_dtype").startswith("fp8") else 2.0
     shape = {
         "batch": count(record, "batch"),
         "n_heads": heads,
         "n_kv_heads": kv_heads,
         "head_dim": count(record, "D"),
-        "element_bytes": 1.0 if dtype(record, "kv_dtype").startswith("fp8") else 2.0,
+        "element_bytes": element_bytes,
         "window": max(number(record, "window", 0.0), 0.0),
     }
-    op = text(record, "op")
     if op == "decode_attn":
-        return "decode_attention", "", shape | {"kv_len": count(record, "kv_len")}
+        variant = packed if is_packed else ""
+        return "decode_attention", variant, shape | {"kv_len": count(record, "kv_len")}
     if op in ("prefill_attn", "encoder_attn"):
         more = {"q_len": count(record, "q_len"), "causal": float(op == "prefill_attn")}
         return "prefill_attention", "", shape | more

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from costmodel.hardware import HardwareProfile
 from costmodel.in_situ import InSitu
+from costmodel.kernels.decode_attention import PACKED_BYTES, RESIDUAL_SHARE, WITH_RESIDUAL
 from costmodel.kernels.families import Family, load_family
 from costmodel.kernels.moe import grouped_product_time_s
 from costmodel.kernels.prior import KernelTime, prior_time
@@ -216,14 +217,27 @@ def _decode(operation: Operation) -> Asked | None:
     width = np.asarray(shape["head_dim"]) + shape["v_head_dim"]
     elements = np.asarray(shape["batch"]) * shape["kv_len"] * shape["n_kv_heads"] * width
     stored = np.asarray(shape["kv_bytes"]) / np.maximum(elements, 1.0)
+    names = ("batch", "kv_len", "n_heads", "n_kv_heads", "head_dim", "v_head_dim")
     element_bytes = next((b for b in (2.0, 1.0) if np.any(_close(stored, b))), None)
     if element_bytes is None:
-        return None
+        variant, mask = _packed_form(stored)
+        asked = {name: shape[name] for name in names} | {"element_bytes": stored, "window": 0.0}
+        return Asked("decode_attention", variant, asked, mask=mask) if variant else None
     mask = _close(stored, element_bytes)
-    names = ("batch", "kv_len", "n_heads", "n_kv_heads", "head_dim", "v_head_dim")
     asked = {name: shape[name] for name in names} | {"element_bytes": element_bytes, "window": 0.0}
     within = {"element_bytes": element_bytes}
     return Asked("decode_attention", "", asked, within=within, mask=mask)
+
+
+def _packed_form(stored: Array) -> tuple[str, Mask]:
+    """The packed cache that holds so many bytes per element, and at which points; "": none."""
+    for variant, element_bytes in PACKED_BYTES.items():
+        residual = RESIDUAL_SHARE if variant in WITH_RESIDUAL else 0.0
+        least, most = element_bytes * (1 - SAME), element_bytes * (1 + residual + SAME)
+        mask = (np.asarray(stored) >= least) & (np.asarray(stored) <= most)
+        if np.any(mask):
+            return variant, mask
+    return "", False
 
 
 def _prefill(operation: Operation) -> Asked | None:

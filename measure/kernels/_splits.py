@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 #: Streaming multiprocessors assumed where there is no CUDA device (interpreter).
-_NO_DEVICE_SMS = 4
+_NO_DEVICE_SMS = 1
 #: Blocks of 128 threads that should run on one SM at a time to hide the latency of its loads.
 BLOCKS_PER_SM = 4
 #: More splits than this only add to the merge.

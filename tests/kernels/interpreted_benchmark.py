@@ -35,7 +35,7 @@ def test_a_run_writes_records_and_a_kernel_table(small, tmp_path, capsys):
         device,
         load_hardware("h200-sxm"),
         points=[(140, 1)],
-        methods=("kivi:bits=4,residual_tokens=32",),
+        methods=("kivi:bits=4", "full"),
     )
     assert code == 0
     records = [json.loads(x) for x in output.read_text().splitlines()]
@@ -43,9 +43,11 @@ def test_a_run_writes_records_and_a_kernel_table(small, tmp_path, capsys):
     assert records[0]["largest_error"] < kernels_gpu.MAX_ERROR
     forms = {(r["case"], r["form"]) for r in records if r["status"] == "ok"}
     assert ("sdpa", "library") in forms
-    assert ("kivi:bits=4,residual_tokens=32", "fused") in forms
+    assert ("kivi:bits=4", "fused") in forms
     rows = list(csv.DictReader(output.with_suffix(".csv").read_text().splitlines()))
-    assert {r["framework"] for r in rows} == {"lccost", "torch"}
+    assert {(r["framework"], r["kv_dtype"]) for r in rows} == {
+        *(("lccost", "kivi4"), ("lccost", "bfloat16"), ("torch", "bfloat16")),
+    }
     assert all(float(r["latency_us"]) > 0 and r["kv_len"] == "140" for r in rows)
 
 

@@ -72,7 +72,7 @@ def test_head_sizes_and_whole_residual(size):
     close(*case(300, size=size, r=128, heads=4, kv_heads=2, ring_start=44), 2e-5)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     n_tokens=st.integers(0, 150),
     batch=st.integers(1, 2),

@@ -12,7 +12,7 @@ from measure.kernels.merge_splits import merge_splits, reference
 assert interpreted()
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     rows=st.integers(1, 3),
     splits=st.integers(1, 9),

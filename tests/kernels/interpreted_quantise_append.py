@@ -34,7 +34,7 @@ def buffers(*, batch, kv, size, bits, group, r, room, dtype):
     return keys, values, *recent
 
 
-@settings(max_examples=4, deadline=None, phases=[Phase.explicit, Phase.generate])
+@settings(max_examples=2, deadline=None, phases=[Phase.explicit, Phase.generate])
 @given(
     bits=st.sampled_from([2, 4]),
     r=st.sampled_from([32, 64]),

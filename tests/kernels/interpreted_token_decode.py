@@ -91,7 +91,7 @@ def test_every_e4m3_number():
     close(found, reference(q, new, new, *parts, bits=8, n_tokens=len(finite)), 1e-6)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     n_tokens=st.integers(0, 140),
     bits=st.sampled_from([16, 8, 4]),
