@@ -2,7 +2,8 @@
 
 The counter knows matmuls; it counts PyTorch's CPU flash-attention call as nothing, and all pairs of
 causal CUDA calls, so those calls are mapped here: 2 (Hk + Hv) per query, key and head, of a causal
-call only the pairs that exist.
+call only the pairs that exist. Triton kernels it cannot see at all: who launches one says what it
+multiplies (``count_launch``).
 """
 
 import functools
@@ -11,6 +12,17 @@ from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+
+
+class _Launches:
+    """FLOPs of all kernels launched so far in this process."""
+
+    flops = 0
+
+
+def count_launch(flops: int) -> None:
+    """Say what a kernel multiplies that torch does not see."""
+    _Launches.flops += flops
 
 
 def count_flops(call: Callable[[], object], *, square: bool = False) -> int:
@@ -28,9 +40,10 @@ def count_flops(call: Callable[[], object], *, square: bool = False) -> int:
         aten._scaled_dot_product_efficient_attention: biased,
         aten._scaled_dot_product_cudnn_attention: biased,
     }
+    before = _Launches.flops
     with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
         call()
-    return int(counter.get_total_flops())
+    return int(counter.get_total_flops()) + _Launches.flops - before
 
 
 def _flash_flops(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from costmodel.mixers import Attention
+from measure.flops import count_launch
 from measure.kernels._splits import Partials, sm_count, split_count
 
 if TYPE_CHECKING:
@@ -73,6 +74,13 @@ def room(buffer: "GrowingBuffer") -> Tensor:
     return buffer.entries(0, buffer.capacity)
 
 
+def count_attention(cache: "AbstractLayerCache", attended: int) -> None:
+    """Count scores and weighted sum of one new token over ``attended`` tokens."""
+    mixer = cache.mixer
+    width = mixer.head_dim + mixer.v_head_dim
+    count_launch(2 * cache.batch * mixer.n_heads * attended * width)
+
+
 def kivi_step(cache: "KiviCache", q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """One step of a KIVI cache."""
     from measure.kernels.kivi_decode import EXTRA_PARTS, kivi_decode
@@ -101,6 +109,7 @@ def kivi_step(cache: "KiviCache", q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         "ring_start": ring_start,
     }
     out = kivi_decode(*new, keys, values, *recent, state.lengths, state.partials, **form)
+    count_attention(cache, after)
     kivi_append(*new[1:], keys, values, *recent, state.lengths, state.arrived, **form)
     state.advanced()
     cache.now_holds(after)
@@ -130,6 +139,7 @@ def token_step(
     )
     counts = state.lengths, state.partials
     out = token_decode(q, k, v, keys, values, *counts, bits=bits, group=group)
+    count_attention(cache, after)
     token_append(k, v, keys, values, state.lengths, state.arrived, bits=bits, group=group)
     state.advanced()
     for buffer in (*buffers[0], *buffers[1]):

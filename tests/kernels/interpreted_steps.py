@@ -5,11 +5,12 @@ import torch
 
 from costmodel.methods.parse import parse_method
 from costmodel.mixers import Attention
+from measure.flops import count_flops
 from measure.kernels import interpreted
 from measure.methods import build_layer_cache
 
 assert interpreted()
-SIZE, HEADS, KV_HEADS, BATCH = 64, 4, 2, 2
+SIZE, HEADS, KV_HEADS, BATCH = 64, 2, 1, 2
 R = "residual_tokens=32"
 
 
@@ -55,8 +56,13 @@ def test_steps_equal_the_torch_form(spec, dtype, tolerance, prompt):
     for twin in (plain, fused):
         twin.prefill(*(x[:, :, :prompt] for x in qkv))
     for t in range(prompt, prompt + steps):
-        expected = plain.decode(*at(qkv, t))
-        found = fused.decode(*at(qkv, t))
+        found, expected = [], []
+        flops = [
+            count_flops(lambda f=f, x=x, t=t: x.append(f.decode(*at(qkv, t))))
+            for f, x in ((fused, found), (plain, expected))
+        ]
+        assert flops[0] == flops[1] > 0
+        found, expected = found[0], expected[0]
         torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
         # What the kernels quantise and append is bit for bit what torch does, in every buffer.
         for a, b in zip(held(fused), held(plain), strict=True):
