@@ -324,6 +324,4 @@ def _cases(size: int, group: int) -> tuple[CompileCase, ...]:
     )
 
 
-COMPILE_CASES = tuple(
-    c for size, group in ((64, 8), (128, 4), (256, 2)) for c in _cases(size, group)
-)
+COMPILE_CASES = _cases(128, 4)

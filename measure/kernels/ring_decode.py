@@ -358,11 +358,11 @@ def ring_decode_reference(
 _STRIDES = "key_batch key_head key_token value_batch value_head value_token"
 
 
-def _split_case(size: int, rest: int, *, turn_keys: bool, fixed: bool = False) -> CompileCase:
+def _split_case(size: int, *, turn_keys: bool) -> CompileCase:
     name = "keys as projected" if turn_keys else "keys turned before"
-    pairs = (size - rest) // 2
+    pairs = size // 2
     return CompileCase(
-        name=f"ring split, bf16, head {size}, {name}" + ", fixed" * fixed,
+        name=f"ring split, bf16, head {size}, {name}",
         kernel=ring_split_kernel,
         signature=typed(
             {
@@ -380,12 +380,12 @@ def _split_case(size: int, rest: int, *, turn_keys: bool, fixed: bool = False) -
             "PAIRS": pairs,
             "STEP": 1,
             "SECOND": pairs,
-            "REST": rest,
+            "REST": 0,
             "DV": size,
             "SPLITS": 8,
             "BLOCK": BLOCK,
             "TURN_KEYS": turn_keys,
-            "FIXED": fixed,
+            "FIXED": False,
             "PRECISION": "tf32",
         },
         aligned=tuple(_STRIDES.split()),
@@ -393,11 +393,9 @@ def _split_case(size: int, rest: int, *, turn_keys: bool, fixed: bool = False) -
 
 
 COMPILE_CASES = (
-    _split_case(64, 0, turn_keys=False),
-    _split_case(128, 0, turn_keys=False),
-    _split_case(128, 0, turn_keys=True),
-    _split_case(128, 64, turn_keys=True, fixed=True),
-    _split_case(256, 0, turn_keys=True),
+    _split_case(128, turn_keys=False),
+    _split_case(128, turn_keys=True),
+    _split_case(256, turn_keys=True),
     CompileCase(
         name="merge and replace",
         kernel=merge_and_replace_kernel,

@@ -476,9 +476,8 @@ def _merge_case(name: str, *, heavy: bool) -> CompileCase:
 
 
 COMPILE_CASES = (
-    *(_split_case(size, group) for size, group in ((64, 8), (128, 1), (128, 4), (256, 8))),
+    *(_split_case(size, group) for size, group in ((128, 4), (256, 8))),
     _merge_case("merge and scores, H2O", heavy=True),
-    _merge_case("merge and scores, TOVA", heavy=False),
     CompileCase(
         name="eviction, H2O",
         kernel=evict_lightest_kernel,

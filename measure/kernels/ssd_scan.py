@@ -234,5 +234,4 @@ COMPILE_CASES = (
         constants={"CHUNK": 256, "SIZE": 8192, "BLOCK": 1024},
     ),
     *_cases(64, 128),
-    *_cases(64, 64),
 )
