@@ -54,6 +54,8 @@ class Operation:
     link_bytes       bytes over the host link
     launches         kernels started by one run
     transient_bytes  device memory alive during the run beyond weights and state
+    host_waits       the host waits for its result before it starts anything else, so that starting
+                     kernels cannot hide behind running them
     dtype            compute type of the multiplications
     shape            what the time model of this kind needs, by name
     source           upstream file (``reference`` level) or formula reference
@@ -73,6 +75,7 @@ class Operation:
     link_bytes: Array = 0.0
     launches: float = 1.0
     transient_bytes: Array = 0.0
+    host_waits: bool = False
     dtype: str = "bf16"
     shape: Mapping[str, Array] = field(default_factory=dict)
     source: str = ""

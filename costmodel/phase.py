@@ -66,7 +66,7 @@ class Busy:
     """Seconds of operations added up, before overlap and host are considered; adds to others.
 
     ``low_s``, ``mid_s``, ``high_s`` are of kernels, ``link_*`` of the host link; ``parts`` as in
-    ``PhaseTime``.
+    ``PhaseTime``; ``host_waits`` is 1 where every layer makes the host wait for a result.
     """
 
     low_s: Array = 0.0
@@ -77,6 +77,7 @@ class Busy:
     link_high_s: Array = 0.0
     parts: tuple[Array, ...] = (0.0,) * len(BOUNDS)
     launches: Array = 0.0
+    host_waits: Array = 0.0
     extrapolated: Array = 0.0
     bases: Mapping[str, float] = field(default_factory=dict)
 
@@ -87,6 +88,7 @@ class Busy:
         return Busy(
             **{name: getattr(self, name) + getattr(other, name) for name in _ADDED},
             parts=tuple(a + b for a, b in zip(self.parts, other.parts, strict=True)),
+            host_waits=np.maximum(self.host_waits, other.host_waits),
             extrapolated=np.maximum(self.extrapolated, other.extrapolated),
             bases=bases,
         )
@@ -96,6 +98,7 @@ class Busy:
         return Busy(
             **{name: _taken(getattr(self, name), index) for name in _ADDED},
             parts=tuple(_taken(p, index) for p in self.parts),
+            host_waits=_taken(self.host_waits, index),
             extrapolated=_taken(self.extrapolated, index),
             bases={b: share * seconds for b, seconds in self.bases.items()},
         )
@@ -115,7 +118,7 @@ def busy_of(operations: Operations, hardware: HardwareProfile, engine: Engine) -
     link_low, link_mid, link_high = zero, zero, zero
     compute, weight, kv, launch, link = zero, zero, zero, zero, zero
     launches = zero
-    extrapolated = zero
+    extrapolated, host_waits = zero, zero
     bases: dict[str, float] = {}
     for op in operations:
         t = time_operation(op, hardware, engine.kernels, engine.in_situ)
@@ -124,6 +127,8 @@ def busy_of(operations: Operations, hardware: HardwareProfile, engine: Engine) -
         bases[t.basis] = bases.get(t.basis, 0.0) + float(np.sum(mid_s))
         extrapolated = np.maximum(extrapolated, t.extrapolated)
         launches = launches + n * op.launches
+        if op.host_waits:
+            host_waits = np.maximum(host_waits, np.where(np.asarray(n) > 0, 1.0, 0.0))
         launch = launch + n * t.launch_s
         if op.kind == "host_link":
             link_low, link_mid = link_low + n * t.low_s, link_mid + mid_s
@@ -142,6 +147,7 @@ def busy_of(operations: Operations, hardware: HardwareProfile, engine: Engine) -
         link_high_s=link_high,
         parts=(compute, weight, kv, launch, link + link_mid),
         launches=launches,
+        host_waits=host_waits,
         extrapolated=extrapolated,
         bases=bases,
     )
@@ -188,7 +194,11 @@ def pass_time(
     if not graph:
         host = [busy.launches * x for x in engine.host_launch_s]
         launch = np.maximum(launch, host[1])
-        low, mid, high = (np.maximum(t, h) for t, h in zip((low, mid, high), host, strict=True))
+        # a host that waits for every layer cannot start kernels ahead: both times add up
+        low, mid, high = (
+            np.maximum(t, h) + busy.host_waits * np.minimum(t, h)
+            for t, h in zip((low, mid, high), host, strict=True)
+        )
     overhead = overhead_s(engine, n_layers=n_layers, first_token=first_token)
     return PhaseTime(
         low + overhead[0],

@@ -79,6 +79,7 @@ def links(
         point.batch * budget.topk * 8.0,
         pinned=False,
         count=count,
+        host_waits=True,
         source=f"{MANAGER} calc_block_topk .cpu().tolist()",
         formula="8 bytes per index; the host waits for them",
     )

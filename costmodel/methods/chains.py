@@ -84,6 +84,7 @@ def host_link(
     pinned: bool,
     messages: Array = 1.0,
     count: Array = 1.0,
+    host_waits: bool = False,
     source: str = "",
     formula: str = "",
 ) -> Operation:
@@ -92,6 +93,7 @@ def host_link(
         name=name,
         kind="host_link",
         count=count,
+        host_waits=host_waits,
         link_bytes=link_bytes,
         shape={"message_bytes": link_bytes / np.maximum(messages, 1.0), "pinned": float(pinned)},
         source=source,

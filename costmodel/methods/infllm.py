@@ -16,7 +16,9 @@ block cache; representatives; local scores.
 
 Blocks on the GPU are taken as uniform among the n, so a lookup misses topk max(0, 1 - cached / n)
 of its blocks (no locality; measured runs miss less). ``ideal``: one fused kernel per chunk and the
-score pass; ``reference``: concatenations, fp32 rotation of the window and buffer copies as well.
+score pass; ``reference``: concatenations, fp32 rotation of the window and buffer copies as well,
+and the host waits for the indices of every chunk and layer, so that its starting of kernels adds to
+their running.
 """
 
 from dataclasses import dataclass, replace
