@@ -55,7 +55,9 @@ def _lines(title: str, total: int) -> Iterator[Report]:
         nonlocal done
         done += 1
         elapsed = time.monotonic() - start
-        sys.stderr.write(f"{title} {done}/{total} ({elapsed:.0f} s) {line}\n")
+        left = elapsed / done * (total - done)
+        times = f"{elapsed:.0f} s, about {left:.0f} s left" if left else f"{elapsed:.0f} s"
+        sys.stderr.write(f"{title} {done}/{total} ({times}) {line}\n")
         sys.stderr.flush()
 
     yield report
