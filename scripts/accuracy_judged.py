@@ -1,20 +1,33 @@
 """Every row of the published tables predicted by a fit that had not seen it."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import fit_power
 import numpy as np
-from costmodel.activity_power import load_power
 from numpy.typing import NDArray
 
 from costmodel.calibration.families import LEAST_ROWS, fit_families, judged_intervals
 from costmodel.calibration.tables import Rows, read_table
+from costmodel.hardware import load_hardware
+from costmodel.kernels.families import _nearest as nearest_family
+from costmodel.kernels.families import shipped_families
+from costmodel.kernels.kinds import kernel_kind
+from costmodel.power import load_power
 from costmodel.serving.__main__ import read_tables
 from costmodel.serving.engine_times import EngineTimes, facts_of, known_engines
-from costmodel.serving.fit import Runs, class_table, fit, judge, read_runs
+from costmodel.serving.fit import (
+    Kin,
+    Runs,
+    engines_of,
+    gpus_of,
+    judge,
+    leave_out,
+    models_of,
+    read_runs,
+)
 from costmodel.serving.parameters import default_parameters
 from costmodel.validation import validate
 
@@ -117,29 +130,36 @@ def phase(kind: str) -> tuple[str, ...]:
     return (words,) if words in ("prefill", "decode") else ()
 
 
-def _runs_by_engine(paths: Sequence[Path]) -> Iterable[tuple[str, list[Runs]]]:
+def _runs_by_engine(paths: Sequence[Path]) -> tuple[dict[str, list[Runs]], Kin]:
+    """Runs of every engine that has some, and those of the engines that are kin."""
     tables, _ = read_tables(paths[0].parent, {p.name: p for p in paths})
-    for name in known_engines():
-        times = EngineTimes(name=name, parameters=default_parameters(), facts=facts_of(name))
-        runs = read_runs(tables, times)
-        if runs:
-            yield name, runs
+    runs = {
+        name: read_runs(
+            tables, EngineTimes(name=name, parameters=default_parameters(), facts=facts_of(name))
+        )
+        for name in known_engines()
+    }
+    kin = Kin([r for name, own in runs.items() if facts_of(name).kin for r in own])
+    return {name: own for name, own in runs.items() if own}, kin
+
+
+def _column(runs: Sequence[Runs], read: Callable[[Runs], Any]) -> NDArray[Any]:
+    """A property of every row that counts."""
+    return np.concatenate([np.broadcast_to(read(r), r.mask.shape)[r.mask] for r in runs])
 
 
 def _engines(paths: Sequence[Path]) -> list[Judged]:
     out = []
-    for name, runs in _runs_by_engine(paths):
-        judged = judge(runs)
-        classes = class_table(judged)
-        hardware = np.concatenate([np.full(r.mask.sum(), r.hardware) for r in runs])
-        prompts = np.concatenate([r.prompt_tokens[r.mask] for r in runs])
-        for kind, figures in classes.items():
+    by_engine, kin = _runs_by_engine(paths)
+    for name, runs in by_engine.items():
+        judged = judge(runs, kin if facts_of(name).kin else None)
+        hardware = _column(runs, lambda r: r.hardware)
+        prompts = _column(runs, lambda r: r.prompt_tokens)
+        for kind in sorted(set(judged.metric_class.tolist())):
             for hw in sorted(set(hardware[judged.metric_class == kind].tolist())):
                 mine = (judged.metric_class == kind) & (hardware == hw)
                 for title, mask in _by_length(kind, mine, prompts):
                     part = judged.where(mask)
-                    ratio = part.observed_s / part.predicted_s
-                    inside = (ratio >= figures["low"]) & (ratio <= figures["high"])
                     out.append(
                         Judged(
                             table="serving.csv",
@@ -149,8 +169,8 @@ def _engines(paths: Sequence[Path]) -> list[Judged]:
                             predicted=part.predicted_s,
                             observed=part.observed_s,
                             roofline=part.roofline_s,
-                            coverage=float(inside.mean() * 100.0),
-                            width=(figures["high"] - figures["low"]) * 100.0,
+                            coverage=float(np.mean(part.inside) * 100.0),
+                            width=float(np.median(part.width) * 100.0),
                         )
                     )
     order = list(dict.fromkeys(_titles()))
@@ -175,35 +195,96 @@ def _by_length(
     return [(t, m) for t, m in zip(titles, (long, short), strict=True) if m.any()]
 
 
-def unseen_hardware(paths: Sequence[Path]) -> list[Judged]:
-    """Serving runs of each GPU predicted by parameters fitted on the other GPUs' runs."""
+def left_out(paths: Sequence[Path]) -> dict[str, list[Judged]]:
+    """Runs of each GPU, of each model, of each engine, by fits to the runs of all others."""
+    by_engine, kin = _runs_by_engine(paths)
+    out: dict[str, list[Judged]] = {"GPU": [], "model": [], "engine": []}
+    for name, runs in by_engine.items():
+        own_kin = kin if facts_of(name).kin else None
+        for what, labels in (("GPU", gpus_of), ("model", models_of)):
+            judged = leave_out(runs, labels, what, own_kin)
+            label = _column(runs, labels)
+            out[what] += _by_label(judged, label, name, what)
+    everyone = [
+        r for runs in by_engine.values() for r in runs if facts_of(r.engine).with_method == "full"
+    ]
+    judged = leave_out(everyone, engines_of, "engine")
+    out["engine"] = _by_label(judged, _column(everyone, engines_of), "any", "engine")
+    return out
+
+
+def _by_label(judged: Any, labels: NDArray[Any], engine: str, what: str) -> list[Judged]:
     out = []
-    for name, runs in _runs_by_engine(paths):
-        for hw in sorted({r.hardware for r in runs if r.metric_class.startswith("tpot")}):
-            others = [r for r in runs if r.hardware != hw]
-            mine = [r for r in runs if r.hardware == hw and r.metric_class.startswith("tpot")]
-            n_rows = sum(int(r.mask.sum()) for r in others)
-            if n_rows < 10:
-                continue
-            parameters = fit(others)
-            everything = [np.ones(r.mask.shape, dtype=np.bool_) for r in mine]
-            predicted = [
-                r.predicted_s(parameters, m) for r, m in zip(mine, everything, strict=True)
-            ]
+    for kind in sorted(set(judged.metric_class.tolist())):
+        for label in sorted(set(labels[judged.metric_class == kind].tolist())):
+            part = judged.where((judged.metric_class == kind) & (labels == label))
             out.append(
                 Judged(
                     table="serving.csv",
-                    operation="time per output token on a GPU no run was of",
-                    group=(hw, name),
+                    operation=_CLASSES[kind],
+                    group=(label, engine),
                     variant="",
-                    predicted=np.concatenate(predicted)[None, :],
-                    observed=np.concatenate([r.observed_s[r.mask] for r in mine]),
-                    roofline=np.concatenate([r.roofline_s[r.mask] for r in mine]),
+                    predicted=part.predicted_s,
+                    observed=part.observed_s,
+                    roofline=part.roofline_s,
                     coverage=float("nan"),
                     width=float("nan"),
                 )
             )
     return out
+
+
+def transferred_kernels(paths: Sequence[Path]) -> list[Judged]:
+    """Kernel tables predicted by the families of other GPUs: nothing of the GPU was fitted."""
+    out = []
+    for path in paths:
+        by_kind: dict[str, list[Rows]] = {}
+        for rows in read_table(path).families:
+            if len(rows) >= LEAST_ROWS:
+                by_kind.setdefault(rows.key.kind, []).append(rows)
+        for members in by_kind.values():
+            out += [j for rows in members if (j := _transferred(path, rows)) is not None]
+    return out
+
+
+def _transferred(path: Path, rows: Rows) -> Judged | None:
+    device, key = load_hardware(rows.key.hardware), rows.key
+    others = [
+        f
+        for f in shipped_families(key.kind)
+        if f.variant == key.variant and f.hardware != key.hardware
+    ]
+    if not others:
+        return None
+    within = tuple((k, float(np.median(v))) for k, v in sorted(rows.shape.items()))
+    family = nearest_family(
+        others, device.name, device.generation, key.engine, key.variant, key.kernel, within
+    )
+    low, mid, high = (
+        np.broadcast_to(np.asarray(t), rows.observed_s.shape)
+        for t in family.time_s(device, rows.shape, cold=False)
+    )
+    roofline = kernel_kind(key.kind).roofline_s(device, rows.shape, key.variant)
+    return Judged(
+        table=path.name,
+        operation=KERNELS[path.name],
+        group=(key.hardware, f"from {family.hardware}"),
+        variant=" ".join(phase(key.kind)),
+        predicted=mid[None, :],
+        observed=rows.observed_s,
+        roofline=np.broadcast_to(np.asarray(roofline), rows.observed_s.shape),
+        coverage=float(np.mean((rows.observed_s >= low) & (rows.observed_s <= high)) * 100.0),
+        width=float(np.median((high - low) / mid) * 100.0),
+    )
+
+
+def methods_by_level(path: Path) -> dict[str, Any]:
+    """Cache methods in real engines: figures by stage and method, at both levels."""
+    return {
+        name: figures
+        for name, figures in validate(path).parts.items()
+        if name.startswith(("decode_", "prefill_"))
+    }
 
 
 def _memory(path: Path) -> list[Judged]:
@@ -256,18 +337,18 @@ def _power(path: Path) -> list[Judged]:
     out = []
     for phase in ("decode", "prefill"):
         rows = fit_power.rows_of(path, phase)
-        ratio = np.stack([fit_power.judged(rows, seed) for seed in range(4)])
+        results = [fit_power.judged(rows, seed) for seed in fit_power.SEEDS]
+        ratio, inside = (np.stack(x) for x in zip(*results, strict=True))
         law = load_power("decode" if phase == "decode" else "prefill")
-        inside = (1.0 / ratio >= law.low) & (1.0 / ratio <= law.high)
         out.append(
             Judged(
                 table=path.name,
                 operation="power of attention kernels",
                 group=("b200-sxm", phase),
                 variant="",
-                predicted=ratio * rows["share"] * 1000.0,
-                observed=rows["share"] * 1000.0,
-                roofline=np.full(rows["share"].shape, 1000.0),
+                predicted=ratio * rows.share * 1000.0,
+                observed=rows.share * 1000.0,
+                roofline=np.full(rows.share.shape, 1000.0),
                 coverage=float(inside.mean() * 100.0),
                 width=(law.high - law.low) * 100.0,
                 unit="W",

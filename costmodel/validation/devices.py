@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from costmodel.errors import ConfigError, UnknownNameError
 from costmodel.hardware import HardwareProfile, load_hardware, resolve_gpu
+from costmodel.validation.names import gpu_assumed
 
 
 class Devices:
@@ -38,6 +39,8 @@ def _resolved(columns: Sequence[str], spellings: Sequence[str]) -> str:
             try:
                 return resolve_gpu(spelling)
             except UnknownNameError:
-                continue
+                assumed = gpu_assumed(spelling)
+                if assumed is not None:
+                    return assumed
     given = ", ".join(f"{c}={s[:60]!r}" for c, s in zip(columns, spellings, strict=True) if s)
     raise ConfigError(f"no profile of the GPU {given or 'of the row: it is not named'}")

@@ -1,7 +1,8 @@
-"""Rows of kernels in data types for which no family is fitted: the prior, flagged as such.
+"""Rows of kernels for whose data type or device no family is fitted: the prior, flagged as such.
 
 int8, int4 and fp4 products have no published rows to fit: they are priced by the prior of their
-operation kind, with the bytes their weights are stored in.
+operation kind, with the bytes their weights are stored in. So is any row of a device too unlike the
+fitted ones (another maker's) for their families to answer.
 """
 
 from collections.abc import Mapping
@@ -12,7 +13,13 @@ from numpy.typing import NDArray
 from costmodel.calibration.schemas import Read, count, text
 from costmodel.errors import ConfigError
 from costmodel.hardware import HardwareProfile
-from costmodel.kernels.prior import prior_time
+from costmodel.kernels.kinds import Work
+from costmodel.kernels.prior import (
+    COLLECTIVE_FRACTION,
+    COLLECTIVE_LATENCY_S,
+    PRIORS,
+    prior_time,
+)
 from costmodel.operation import Operation
 from costmodel.validation.result import Block
 from costmodel.validation.table import Record
@@ -84,6 +91,33 @@ def prior_block(
         np.broadcast_to(np.asarray(x), rows.shape) for x in (t.low_s, t.mid_s, t.high_s)
     )
     return Block(group=group, rows=rows, low=low, mid=mid, high=high, basis="prior")
+
+
+#: Kind of family -> kind of prior, by the start of the variant where one kind has several.
+_KINDS = {"scan/scan_step": "scan_step", "scan/conv_step": "scan_step", "scan": "scan_prefill"}
+
+
+def work_interval(
+    kind: str, variant: str, work: Work, device: HardwareProfile, shape: tuple[int, ...]
+) -> tuple[NDArray[np.float64], ...]:
+    """(low, mid, high) seconds of rows from their work alone, by the prior of their kind."""
+    compute = np.broadcast_to(np.asarray(work.flops) / work.peak_flops_per_s, shape)
+    n_bytes = np.broadcast_to(np.asarray(work.n_bytes, dtype=np.float64), shape)
+    if kind == "collective":
+        wire = np.maximum(compute, n_bytes / device.hbm_bytes_per_s)
+        low, mid, high = (
+            wire / fraction + latency
+            for fraction, latency in zip(COLLECTIVE_FRACTION, COLLECTIVE_LATENCY_S, strict=True)
+        )
+        return low, mid, high
+    prior = PRIORS[_KINDS.get(f"{kind}/{variant}", _KINDS.get(kind, kind))]
+    memory = n_bytes / device.hbm_bytes_per_s
+    c, m, floor = prior.compute_fraction, prior.bandwidth_fraction, prior.floor_s
+    return (
+        np.maximum(compute / c[0], memory / m[0]) + floor[0],
+        np.hypot(compute / c[1], memory / m[1]) + floor[1],
+        compute / c[2] + memory / m[2] + floor[2],
+    )
 
 
 def _gemm(

@@ -17,7 +17,7 @@ from costmodel.kernels.kinds import kernel_kind
 from costmodel.kernels.physics import cache_bytes, cache_bytes_per_s
 from costmodel.validation.cells import observed_value
 from costmodel.validation.devices import Devices
-from costmodel.validation.kernel_priors import prior_block, prior_row
+from costmodel.validation.kernel_priors import prior_block, prior_row, work_interval
 from costmodel.validation.kinds import Options
 from costmodel.validation.result import Block, Floats, Predictions
 from costmodel.validation.table import Record
@@ -142,14 +142,15 @@ def _block(
         within={k: float(np.median(v)) for k, v in columns.items()},
     )
     if family is None:
-        raise ConfigError(f"no kernel family of {key.kind} {key.variant} answers for {device.name}")
+        work = kernel_kind(key.kind).work(device, columns, key.variant)
+        times = work_interval(key.kind, key.variant, work, device, rows.shape)
+    else:
+        times = family.time_s(device, columns, cold=False)
     low, mid, high = (
-        np.broadcast_to(np.asarray(t, dtype=np.float64), rows.shape)
-        for t in family.time_s(device, columns, cold=False)
+        np.broadcast_to(np.asarray(t, dtype=np.float64), rows.shape) for t in times
     )
-    return Block(
-        group=group, rows=rows, low=low, mid=mid, high=high, basis=family.basis, limit=limit
-    )
+    basis = "prior" if family is None else family.basis
+    return Block(group=group, rows=rows, low=low, mid=mid, high=high, basis=basis, limit=limit)
 
 
 def warm_limit_s(

@@ -34,6 +34,15 @@ def engine_named(spelling: str) -> str:
     return POOLED
 
 
+def gpu_assumed(spelling: str) -> str | None:
+    """The bundled GPU that a table means by a name without form factor; None for any other."""
+    text = spelling.strip().lower()[:200]
+    for pattern, row in _table()["gpu"]:
+        if pattern.search(text):
+            return str(row["gpu"])
+    return None
+
+
 @functools.lru_cache(maxsize=65536)
 def method_named(spelling: str, prompt_tokens: float) -> str:
     """The method a table means, in the grammar of ``--method``.

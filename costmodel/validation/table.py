@@ -1,6 +1,10 @@
-"""Read a table of measurements: CSV with a header; a file may be broken, enormous or hostile."""
+"""Read a table of measurements: CSV with a header; a file may be broken, enormous or hostile.
+
+Cells are separated by commas, semicolons or tabs, whichever the header has most of.
+"""
 
 import csv
+import itertools
 import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -57,8 +61,15 @@ def read_table(path: str | Path) -> Table:
         raise ConfigError(f"{path}: cannot be read as CSV: {error}") from None
 
 
+#: What may separate cells, and where none of them does: a comma.
+SEPARATORS = (",", ";", "\t")
+
+
 def _parse(lines_of: Iterable[str], where: str) -> Table:
-    reader = csv.reader(lines_of)
+    lines_left = iter(lines_of)
+    first = next(lines_left, "")
+    separator = max(SEPARATORS, key=first.count)
+    reader = csv.reader(itertools.chain([first], lines_left), delimiter=separator)
     header = [cell.strip() for cell in next(reader, [])]
     if not any(header):
         raise ConfigError(f"{where}: expected a line of column names, found none")
@@ -78,7 +89,8 @@ def _parse(lines_of: Iterable[str], where: str) -> Table:
         records.append(record)
         lines.append(reader.line_num)
     if not records:
-        raise ConfigError(f"{where}: the table has no rows")
+        reason = f": all {len(ragged)} have more cells than the header" if ragged else ""
+        raise ConfigError(f"{where}: the table has no rows{reason}")
     return Table(
         where, frozenset(c for c in header if c), tuple(records), tuple(lines), tuple(ragged)
     )

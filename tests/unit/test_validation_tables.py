@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from costmodel.errors import ConfigError, UnknownNameError
+from costmodel.hardware import load_hardware, resolve_gpu
 from costmodel.validation import validate
 from costmodel.validation.kinds import KINDS, Options, infer_kind, kind_named
 from costmodel.validation.result import figures
@@ -272,3 +273,52 @@ def test_every_kind_is_served_by_a_module_with_both_functions() -> None:
         module = kind.load()
         assert callable(module.predict)
         assert callable(module.observed)
+
+
+@pytest.mark.parametrize("separator", [";", "\t"])
+def test_other_separators_and_a_byte_order_mark_are_read(separator: str, tmp_path: Path) -> None:
+    text = "\n".join([GEMM_HEADER, GEMM_ROW]).replace(",", separator)
+    path = tmp_path / "t.csv"
+    path.write_text(text, encoding="utf-8-sig")
+    assert validate(path).overall.n == 1
+
+
+@pytest.mark.parametrize(
+    ("gpu", "basis"),
+    [
+        ("NVIDIA H200", "transferred"),
+        ("h20", "transferred"),
+        ("L4", "transferred"),
+        ("NVIDIA GeForce RTX 4090", "transferred"),
+        ("gb300", "transferred"),
+        ("AMD Instinct MI300X", "prior"),
+        ("h100", "calibrated"),
+    ],
+)
+def test_gpus_without_rows_are_predicted_and_say_so(gpu: str, basis: str, tmp_path: Path) -> None:
+    """No fit saw these GPUs: a sibling's family scaled by the datasheet, or the prior."""
+    peak = load_hardware(resolve_gpu("h100-sxm" if gpu == "h100" else gpu)).peak("bf16")
+    row = GEMM_ROW.replace("h100_sxm", gpu).replace("220.0", f"{2e6 * 4096**3 / peak / 0.6:.1f}")
+    result = validate(table(tmp_path, GEMM_HEADER, row))
+    ((_, figures_of, found),) = result.groups
+    assert found == basis
+    assert figures_of.mape_percent is not None
+    assert figures_of.mape_percent < 60.0
+
+
+def test_engines_and_kernels_nobody_heard_of_are_predicted(tmp_path: Path) -> None:
+    row = GEMM_ROW.replace("vllm", "engine-9").replace("torch.nn.functional.linear", "warp_gemm")
+    ((_, _, basis),) = validate(table(tmp_path, GEMM_HEADER, row)).groups
+    assert basis == "transferred"
+
+
+@pytest.mark.parametrize("kind", ["decode_attention", "mla", "moe", "collectives",
+                                  "sparse_attention", "linear_attention"])  # fmt: skip
+def test_another_makers_gpu_is_priced_by_the_prior(kind: str, tmp_path: Path) -> None:
+    read = read_table(measured(kind, tmp_path))
+    records = [{**r, "hw": "mi300x", "device": "mi300x"} for r in read.records[:60]]
+    out = predict_rows(records, kind_named(kind), Options(kind=kind))
+    assert {b.basis for b in out.blocks} == {"prior"}
+    assert not out.unsupported
+    for block in out.blocks:
+        assert np.all((block.low <= block.mid) & (block.mid <= block.high))
