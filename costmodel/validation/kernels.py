@@ -15,6 +15,7 @@ from costmodel.hardware import HardwareProfile
 from costmodel.kernels.families import load_family
 from costmodel.kernels.kinds import kernel_kind
 from costmodel.kernels.physics import cache_bytes, cache_bytes_per_s
+from costmodel.operation import Array
 from costmodel.validation.cells import observed_value
 from costmodel.validation.devices import Devices
 from costmodel.validation.kernel_priors import prior_block, prior_row, work_interval
@@ -143,12 +144,10 @@ def _block(
     )
     if family is None:
         work = kernel_kind(key.kind).work(device, columns, key.variant)
-        times = work_interval(key.kind, key.variant, work, device, rows.shape)
+        times: Sequence[Array] = work_interval(key.kind, key.variant, work, device, rows.shape)
     else:
         times = family.time_s(device, columns, cold=False)
-    low, mid, high = (
-        np.broadcast_to(np.asarray(t, dtype=np.float64), rows.shape) for t in times
-    )
+    low, mid, high = (np.broadcast_to(np.asarray(t, dtype=np.float64), rows.shape) for t in times)
     basis = "prior" if family is None else family.basis
     return Block(group=group, rows=rows, low=low, mid=mid, high=high, basis=basis, limit=limit)
 
