@@ -7,10 +7,12 @@ import matplotlib as mpl
 import numpy as np
 from accuracy_judged import Judged
 from matplotlib import pyplot as plt
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 #: Colour-blind-safe (Okabe and Ito).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+#: Axes that span less than this many times get ticks between powers of ten.
+NARROW = 50.0
 #: unit -> (factor, axis title)
 UNITS = {"s": (1e3, "ms"), "bytes": (2.0**-30, "GiB"), "W": (1.0, "W")}
 
@@ -64,6 +66,8 @@ def _figure(operation: str, members: Sequence[Judged], path: Path) -> None:
         axis.set_xlim(*ends)
         axis.xaxis.set_major_formatter(_plain)
         axis.xaxis.set_minor_formatter(NullFormatter())
+        if ends[1] / ends[0] < NARROW:
+            axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         axis.set_xlabel(f"observed, {unit}")
         axis.grid(visible=True, linewidth=0.4, alpha=0.4)
         axis.spines[["top", "right"]].set_visible(False)
@@ -71,10 +75,12 @@ def _figure(operation: str, members: Sequence[Judged], path: Path) -> None:
     left.set_ylim(*ends)
     left.yaxis.set_major_formatter(_plain)
     left.yaxis.set_minor_formatter(NullFormatter())
+    if ends[1] / ends[0] < NARROW:
+        left.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     left.set_ylabel(f"predicted, {unit}")
     left.legend(frameon=False, fontsize=8, markerscale=1.8)
     how = "Predicted by a fit that had not seen the row" if members[0].fitted else "Calculated"
-    left.set_title(f"{how}; dashed: -20 and +25 %", fontsize=9, loc="left")
+    left.set_title(f"{how}; dashed: -20, +25 %", fontsize=9, loc="left")
     right.axhline(0.0, color="#444444", linewidth=1)
     right.set_ylim(-1.05 * most, 1.05 * most)
     right.set_ylabel("error, %")

@@ -296,7 +296,7 @@ def _memory(path: Path) -> list[Judged]:
         "state": "KV cache in memory",
     }
     by_group: dict[tuple[str, ...], list[int]] = {}
-    for line, (group, _, _, _) in ours.items():
+    for line, (group, *_) in ours.items():
         if group["metric"] in names:
             key = (group["hw"], group["engine"], group["method"], names[group["metric"]])
             by_group.setdefault(key, []).append(line)
@@ -312,7 +312,7 @@ def _memory(path: Path) -> list[Judged]:
                 observed=np.array([ours[x][2] for x in lines]),
                 roofline=np.array([roofline[x][1] for x in lines]),
                 coverage=float(np.mean([ours[x][3] for x in lines]) * 100.0),
-                width=2.0,
+                width=float(np.median([ours[x][4] for x in lines]) * 100.0),
                 fitted=False,
                 unit="bytes",
             )
@@ -320,7 +320,7 @@ def _memory(path: Path) -> list[Judged]:
     return out
 
 
-def _rows_of(path: Path, baseline: str | None) -> dict[int, tuple[Any, float, float, bool]]:
+def _rows_of(path: Path, baseline: str | None) -> dict[int, tuple[Any, float, float, bool, float]]:
     result = validate(path, baseline=baseline, n_worst=100_000)
     return {
         row["line"]: (
@@ -328,6 +328,7 @@ def _rows_of(path: Path, baseline: str | None) -> dict[int, tuple[Any, float, fl
             row["predicted"],
             row["observed"],
             row["low"] is not None and row["low"] <= row["observed"] <= row["high"],
+            0.0 if row["low"] is None else (row["high"] - row["low"]) / row["predicted"],
         )
         for row in result.worst
     }

@@ -13,12 +13,12 @@ FOLDER = resources.files("hardware_profiles")
 
 #: The devices the project promises, by the name users type.
 PROMISED = [
-    "a100-pcie-40gb", "a100-pcie-80gb", "a100-sxm-40gb", "a100-sxm-80gb", "a10g", "a40",
-    "apple-m2-ultra", "apple-m3-ultra", "apple-m4-max", "b200-sxm", "b300-sxm", "epyc-9654",
-    "gaudi-2", "gaudi-3", "gb200", "h100-nvl", "h100-pcie", "h100-sxm", "h200-nvl", "h200-sxm",
-    "h800-sxm", "l4", "l40s", "mi250x", "mi300x", "mi325x", "mi355x", "rtx-3090", "rtx-4090",
-    "rtx-5090", "rtx-a6000", "t4", "tpu-v5e", "tpu-v5p", "tpu-v6e", "v100-sxm-32gb",
-    "xeon-8480plus",
+    "a10", "a100-pcie-40gb", "a100-pcie-80gb", "a100-sxm-40gb", "a100-sxm-80gb", "a10g",
+    "a30", "a40", "apple-m2-ultra", "apple-m3-ultra", "apple-m4-max", "b200-sxm", "b300-sxm",
+    "epyc-9654", "gaudi-2", "gaudi-3", "gb200", "gb300", "gh200", "h100-nvl", "h100-pcie",
+    "h100-sxm", "h20-sxm", "h200-nvl", "h200-sxm", "h800-sxm", "l4", "l40s", "mi250x",
+    "mi300x", "mi325x", "mi355x", "rtx-3090", "rtx-4090", "rtx-5090", "rtx-a6000",
+    "rtx-pro-6000", "t4", "tpu-v5e", "tpu-v5p", "tpu-v6e", "v100-sxm-32gb", "xeon-8480plus",
 ]  # fmt: skip
 
 #: Spellings found in drivers' output and in published measurement tables.
