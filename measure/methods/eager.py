@@ -18,7 +18,8 @@ def eager_prompt(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     k, v = repeat_kv(k, n_heads), repeat_kv(v, n_heads)
     scores = torch.matmul(q, k.transpose(-1, -2)) / q.shape[-1] ** 0.5
     mask = torch.full((s, s), torch.finfo(q.dtype).min, dtype=q.dtype, device=q.device)
-    weights = softmax_fp32(scores + mask.triu_(1))
+    scores = scores + mask.triu_(1)  # rebound: the unmasked square is not held any longer
+    weights = softmax_fp32(scores)
     return torch.matmul(weights, v), weights
 
 
