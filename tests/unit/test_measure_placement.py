@@ -40,7 +40,7 @@ def on_meta(architecture: Architecture) -> Weights:
             LayerWeights(norms=moved(x.norms), mixer=moved(x.mixer), mlp=moved(x.mlp))
             for x in made.layers
         ),
-        final_norm=made.final_norm.to(META),
+        outer=moved(made.outer),
         head=embedding,
     )
 
