@@ -38,6 +38,12 @@ from measure.kernels._tiles import dot_type, log2_scale, padded_group, warps_for
 from measure.kernels.merge_splits import merge_splits
 from measure.methods.packing import dequantise
 
+#: Arguments that change from case to case: a kernel each would take seconds to compile, and none
+#: would be faster, as every offset is a multiple of a head.
+COUNTS = (
+    *("key_capacity", "value_capacity", "recent_capacity"),
+    *("ring_start", "n_splits", "n_kv_heads"),
+)
 #: Partial results behind the splits: packed and ring values of the mixed block, and the residual.
 EXTRA_PARTS = 3
 
@@ -117,7 +123,7 @@ def _softmax(scores, m, l, CODES: tl.constexpr, DTYPE: tl.constexpr):
     return tl.reshape(ordered, (W * CODES, GP)), largest, l * alpha + tl.sum(total, 0), alpha
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _kernel(
     q_ptr, k_new_ptr, v_new_ptr, kw_ptr, ks_ptr, kz_ptr, vw_ptr, vs_ptr, vz_ptr, rk_ptr, rv_ptr,
     length_ptr, acc_ptr, m_ptr, l_ptr,
@@ -310,8 +316,7 @@ def _case(bits: int, size: int, group: int) -> CompileCase:
             **dict.fromkeys((*floats, "rk_ptr", "rv_ptr"), "*bf16"),
             **dict.fromkeys(("acc_ptr", "m_ptr", "l_ptr"), "*fp32"),
             "length_ptr": "*i64",
-            **dict.fromkeys(("key_capacity", "value_capacity", "recent_capacity"), "i32"),
-            **dict.fromkeys(("ring_start", "n_splits", "n_kv_heads"), "i32"),
+            **dict.fromkeys(COUNTS, "i32"),
             "log2_scale": "fp32",
         },
         constants={
@@ -327,7 +332,6 @@ def _case(bits: int, size: int, group: int) -> CompileCase:
         },
         num_warps=warps_for(size),
         num_stages=2,
-        aligned=("recent_capacity",),
         max_spilled_bytes=192,
     )
 

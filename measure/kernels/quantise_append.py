@@ -23,6 +23,9 @@ from torch import Tensor
 from measure.kernels._compile import CompileCase
 from measure.methods.packing import quantise, quantise_bytes
 
+#: Arguments that are not specialised: a compilation each would cost more than it gains.
+_KIVI_COUNTS = ("key_capacity", "value_capacity", "recent_capacity", "ring_start")
+_COUNTS = ("n_kv_heads", "n_sequences", "programs")
 #: Channels of a block that one program quantises.
 _CHANNELS = 32
 
@@ -114,7 +117,7 @@ def _advance(length_ptr, arrived_ptr, programs, n_sequences, BP: tl.constexpr):
         tl.store(arrived_ptr, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=(*_KIVI_COUNTS, *_COUNTS))
 def _kivi_kernel(
     k_new_ptr, v_new_ptr, kw_ptr, ks_ptr, kz_ptr, vw_ptr, vs_ptr, vz_ptr, rk_ptr, rv_ptr,
     length_ptr, arrived_ptr,
@@ -161,7 +164,7 @@ def _kivi_kernel(
     _advance(length_ptr, arrived_ptr, programs, n_sequences, BP)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("capacity", *_COUNTS))
 def _token_kernel(
     k_new_ptr, v_new_ptr, k_ptr, ks_ptr, kz_ptr, v_ptr, vs_ptr, vz_ptr, length_ptr, arrived_ptr,
     capacity, n_kv_heads, n_sequences, programs,
@@ -255,15 +258,13 @@ def _signature(words: str, scales: str, *names: str) -> dict[str, str]:
     }
 
 
-_COUNTS = ("n_kv_heads", "n_sequences", "programs")
 COMPILE_CASES = (
     CompileCase(
         name="KIVI-2, H 128",
         kernel=_kivi_kernel,
         signature={
             **_signature(
-                *("*i16", "*bf16", "kw_ptr", "vw_ptr", "key_capacity", "value_capacity"),
-                *("recent_capacity", "ring_start", *_COUNTS),
+                *("*i16", "*bf16", "kw_ptr", "vw_ptr", *_KIVI_COUNTS, *_COUNTS),
             ),
             **dict.fromkeys(("rk_ptr", "rv_ptr"), "*bf16"),
         },

@@ -79,7 +79,7 @@ def _elements(words, BITS: tl.constexpr, J: tl.constexpr, DTYPE: tl.constexpr, A
         return fractions(words, BITS, J, DTYPE, ASM)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("capacity", "n_splits", "n_kv_heads"))
 def _kernel(
     q_ptr, k_new_ptr, v_new_ptr, k_ptr, ks_ptr, kz_ptr, v_ptr, vs_ptr, vz_ptr,
     length_ptr, acc_ptr, m_ptr, l_ptr,
@@ -277,7 +277,6 @@ def _case(
         },
         num_warps=warps_for(size),
         num_stages=2,
-        aligned=("capacity",),
         architectures=architectures,
     )
 
