@@ -32,7 +32,7 @@ SHAPES = dict(
     seed=st.integers(0, 2**31),
 )
 FEW = settings(
-    max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 
