@@ -64,8 +64,9 @@ def test_twins(device, spec, reserve):
 
 
 @pytest.mark.parametrize("spec", [s for s in SPECS if "kv:" not in s])
-def test_a_step_in_16_bits(device, spec, size=128):
+def test_a_step_in_16_bits(device, spec):
     """Of a cache filled without queries: no rounding decides what is kept."""
+    size = 128
     mixer = Attention(n_heads=N_KV * GROUP, n_kv_heads=N_KV, head_dim=size, v_head_dim=size)
     generator = torch.Generator().manual_seed(11)
 
