@@ -201,7 +201,7 @@
         },
         axes: [
           axis(2, this.spec.x.label, this.spec.x.unit, 34),
-          axis(3, this.spec.y.label, this.spec.y.unit, width < 480 ? 58 : 72),
+          axis(3, this.spec.y.label, this.spec.y.unit, width < 480 ? 66 : 72),
         ],
         series: options,
         bands,
