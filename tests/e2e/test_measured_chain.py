@@ -98,7 +98,7 @@ def test_predictions_of_an_unseen_model_hold(tmp_path):
         )
         record = measure(
             point,
-            predict_point=lambda fields: predict_record(fields, hardware, MODEL),
+            (predict_record(point.fields, hardware, MODEL), ""),
             rules=Rules(how=How(budget=Budget(seconds=0.5, min_samples=5))),
         )
         assert record["status"] in ("ok", "noisy"), record["message"]
