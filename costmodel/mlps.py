@@ -59,6 +59,7 @@ class MoE:
     d_ff              hidden width of one expert
     shared_d_ff       hidden width of all shared experts together; 0 for none
     shared_gate       a d_model -> 1 gate on the shared expert
+    bias              of the shared experts' matrices and of those around the latent width
     router_bias       elements of a router bias or correction
     latent_dim        width the routed experts work in when it is not d_model (a down- and an
                       up-projection around them)
@@ -75,6 +76,7 @@ class MoE:
     shared_gate: bool = False
     router_bias: int = 0
     latent_dim: int | None = None
+    bias: bool = False
     extra_parameters: int = 0
 
     def expert_linears(self, d_model: int) -> tuple[Linear, ...]:
@@ -114,12 +116,18 @@ class MoE:
         ]
         if self.latent_dim:
             out += [
-                Linear(name="latent_down", n_in=d_model, n_out=self.latent_dim, role="mlp"),
-                Linear(name="latent_up", n_in=self.latent_dim, n_out=d_model, role="mlp"),
+                Linear(name=name, n_in=n_in, n_out=n_out, role="mlp", bias=self.bias * n_out)
+                for name, n_in, n_out in (
+                    ("latent_down", d_model, self.latent_dim),
+                    ("latent_up", self.latent_dim, d_model),
+                )
             ]
         if self.shared_d_ff:
             out += DenseMLP(
-                d_ff=self.shared_d_ff, gated=self.shared_gated, role="shared_expert"
+                d_ff=self.shared_d_ff,
+                gated=self.shared_gated,
+                bias=self.bias,
+                role="shared_expert",
             ).linears(d_model)
         if self.shared_gate:
             out.append(

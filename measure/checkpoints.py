@@ -6,6 +6,7 @@ w - 1 (Gemma, Qwen3-Next) turned into w.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,14 +23,35 @@ from costmodel.mlps import MLP, DenseMLP
 from measure.engine import LayerWeights, Weights
 from measure.parts import Tensors
 
-#: Families that store norms as w - 1; gated norms inside mixers are stored plainly.
-_SHIFTED = frozenset({"gemma", "gemma2", "gemma3", "gemma3_text", "recurrent_gemma", "qwen3_next"})
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Form:
+    """How a family stores what others store plainly.
+
+    shift        added to norms, which are stored as w - 1 (gated norms inside mixers are not)
+    interleaved  neighbours, not halves, form the rotary pairs of queries and keys
+    experts_in_out  experts are [E, in, out]
+    """
+
+    shift: float = 0.0
+    interleaved: bool = False
+    experts_in_out: bool = False
+
+
+_SHIFTED = _Form(shift=1.0)
+_FORMS: Mapping[str, _Form] = {
+    **dict.fromkeys(("gemma", "gemma2", "gemma3", "gemma3_text"), _SHIFTED),
+    **dict.fromkeys(("recurrent_gemma", "qwen3_next"), _SHIFTED),
+    "gpt_oss": _Form(experts_in_out=True),
+    "llama4_text": _Form(interleaved=True, experts_in_out=True),
+}
 #: Families whose logits equal transformers' with the same weights; tested one by one.
 PROVED = frozenset(
     {
         *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "mixtral"),
         *("qwen2_moe", "qwen3_moe", "gpt_oss", "deepseek_v2", "deepseek_v3", "mamba", "mamba2"),
         *("recurrent_gemma", "jamba", "bamba", "qwen3_next", "kimi_linear", "glm4_moe"),
+        *("nemotron_h", "llama4_text"),
     }
 )
 _ROOTS = ("model.", "backbone.", "model.language_model.", "language_model.model.")
@@ -103,47 +125,50 @@ def weights_from_state(architecture: Architecture, state: Mapping[str, Tensor]) 
     if root is None:
         raise ConfigError("checkpoint: expected layers under model. or backbone., got neither")
     top = _Part(state, root)
-    shift = 1.0 if architecture.family in _SHIFTED else 0.0
+    form = _FORMS.get(architecture.family, _Form())
     name = "embed_tokens.weight" if top.has("embed_tokens.weight") else "embeddings.weight"
     table = top.get(name)
     final = next(
         (n for n in ("norm", "final_norm", "final_layernorm", "norm_f") if top.has(f"{n}.weight")),
         "norm",
     )
+    head = table
+    if not architecture.tied_embeddings:
+        head = _Part(state, "").under("lm_head", "language_model.lm_head").get("weight")
     return Weights(
         embedding=table,
         layers=tuple(
-            _layer(_Part(state, f"{root}layers.{i}."), layer, shift)
+            _layer(_Part(state, f"{root}layers.{i}."), layer, form)
             for i, layer in enumerate(architecture.layers)
         ),
-        outer={"final": top.get(f"{final}.weight") + shift},
-        head=table if architecture.tied_embeddings else _Part(state, "").get("lm_head.weight"),
+        outer={"final": top.get(f"{final}.weight") + form.shift},
+        head=head,
     )
 
 
-def _layer(part: _Part, layer: Layer, shift: float) -> LayerWeights:
+def _layer(part: _Part, layer: Layer, form: _Form) -> LayerWeights:
     norms = {}
     if part.has("pre_feedforward_layernorm.weight"):
-        norms = {k: part.get(f"{n}.weight") + shift for k, n in _SANDWICH.items()}
+        norms = {k: part.get(f"{n}.weight") + form.shift for k, n in _SANDWICH.items()}
     else:
         for target, names in _NORMS.items():
             stored = next((n for n in names if part.has(f"{n}.weight")), None)
             if stored is not None:
-                norms[target] = part.get(f"{stored}.weight") + shift
-    mixer: Tensors = {}
-    if layer.mixers:
-        kind = layer.mixers[0]
-        own = part.under(
-            "self_attn", "linear_attn", "temporal_block", "mixer", "mamba", "attention"
-        )
-        mixer = _MIXERS[type(kind)](own, kind, shift)
+                norms[target] = part.get(f"{stored}.weight") + form.shift
+    if not layer.mixers:  # Nemotron-H: one norm, of whatever the layer is
+        norms = {"mlp": norms["mixer"]}
+    mixers = []
+    for kind in layer.mixers:
+        read, places = _MIXERS[type(kind)]
+        mixers.append(read(part.under(*places, "mixer"), kind, form))
     mlp: Tensors = {}
     if layer.mlps:
-        mlp = _mlp(part.under("mlp", "mlp_block", "feed_forward"), layer.mlps[0])
-    return LayerWeights(norms=norms, mixer=mixer, mlp=mlp)
+        own = part.under("mlp", "mlp_block", "feed_forward", "mixer")
+        mlp = _mlp(own, layer.mlps[0], form)
+    return LayerWeights(norms=norms, mixers=tuple(mixers), mlp=mlp)
 
 
-def _attention(part: _Part, mixer: AbstractMixer, shift: float) -> Tensors:
+def _attention(part: _Part, mixer: AbstractMixer, form: _Form) -> Tensors:
     assert isinstance(mixer, Attention)
     w = dict(part.linear("qkv", "q_proj", "k_proj", "v_proj"))
     if mixer.output_gate:  # every head stores its query, then its gate
@@ -151,16 +176,21 @@ def _attention(part: _Part, mixer: AbstractMixer, shift: float) -> Tensors:
             n = 2 * mixer.n_heads * mixer.head_dim
             q, gate = tensor[:n].unflatten(0, (mixer.n_heads, 2, -1)).unbind(1)
             w[name] = torch.cat((q.flatten(0, 1), tensor[n:], gate.flatten(0, 1)))
+    if form.interleaved:
+        for name, tensor in w.items():
+            n = (mixer.n_heads + mixer.n_kv_heads) * mixer.head_dim
+            turning = tensor[:n].unflatten(0, (-1, mixer.head_dim // 2, 2)).transpose(1, 2)
+            w[name] = torch.cat((turning.flatten(0, 2), tensor[n:]))
     w |= part.linear("o", "o_proj")
     for name in ("q_norm", "k_norm"):
         if part.has(f"{name}.weight"):
-            w[name] = part.get(f"{name}.weight") + shift
+            w[name] = part.get(f"{name}.weight") + form.shift
     if part.has("sinks"):
         w["sinks"] = part.get("sinks")
     return w
 
 
-def _mla(part: _Part, mixer: AbstractMixer, shift: float) -> Tensors:
+def _mla(part: _Part, mixer: AbstractMixer, form: _Form) -> Tensors:
     assert isinstance(mixer, MLA)
     w: dict[str, Tensor] = {}
     if mixer.q_lora_rank is None:
@@ -176,7 +206,7 @@ def _mla(part: _Part, mixer: AbstractMixer, shift: float) -> Tensors:
     return w
 
 
-def _state_space(part: _Part, mixer: AbstractMixer, shift: float) -> Tensors:
+def _state_space(part: _Part, mixer: AbstractMixer, form: _Form) -> Tensors:
     """Mamba-1 and Mamba-2."""
     w: dict[str, Tensor] = {}
     for name in ("in_proj", "x_proj", "dt_proj", "out_proj"):
@@ -194,7 +224,7 @@ def _state_space(part: _Part, mixer: AbstractMixer, shift: float) -> Tensors:
     return w | {k: part.get(n) for k, n in stored.items() if part.has(n)}
 
 
-def _rglru(part: _Part, mixer: AbstractMixer, shift: float) -> Tensors:
+def _rglru(part: _Part, mixer: AbstractMixer, form: _Form) -> Tensors:
     gates = ("input_gate", "recurrent_gate")
     return {
         **part.linear("xy", "linear_x", "linear_y"),
@@ -207,7 +237,7 @@ def _rglru(part: _Part, mixer: AbstractMixer, shift: float) -> Tensors:
     }
 
 
-def _delta(part: _Part, mixer: AbstractMixer, shift: float) -> Tensors:
+def _delta(part: _Part, mixer: AbstractMixer, form: _Form) -> Tensors:
     """Stored key head by key head: its q, k, then its value heads' v and z; and b and a alike."""
     assert isinstance(mixer, DeltaRule)
     if mixer.form == "kda":
@@ -242,36 +272,44 @@ def _kda(part: _Part) -> Tensors:
     }
 
 
-_MIXERS: Mapping[type[AbstractMixer], Callable[[_Part, AbstractMixer, float], Tensors]] = {
-    Attention: _attention,
-    MLA: _mla,
-    Mamba: _state_space,
-    Mamba2: _state_space,
-    RGLRU: _rglru,
-    DeltaRule: _delta,
+_Read = Callable[[_Part, AbstractMixer, _Form], Tensors]
+#: What reads a mixer, and the names it may have in its layer.
+_MIXERS: Mapping[type[AbstractMixer], tuple[_Read, tuple[str, ...]]] = {
+    Attention: (_attention, ("self_attn", "temporal_block", "attention")),
+    MLA: (_mla, ("self_attn",)),
+    Mamba: (_state_space, ("mamba",)),
+    Mamba2: (_state_space, ("mamba",)),
+    RGLRU: (_rglru, ("temporal_block",)),
+    DeltaRule: (_delta, ("linear_attn", "self_attn")),
 }
 
 
-def _mlp(part: _Part, mlp: MLP) -> Tensors:
+def _mlp(part: _Part, mlp: MLP, form: _Form) -> Tensors:
     if isinstance(mlp, DenseMLP):
         names = ("gate_proj", "up_proj") if mlp.gated else ("up_proj",)
         up = "gate_up_proj" if mlp.gated else "up_proj"
         return {**part.linear(up, *names), **part.linear("down_proj", "down_proj")}
     router = "router" if part.has("router.weight") else "gate"
     w = dict(part.linear("router", router))
-    up, down = part.get("experts.gate_up_proj"), part.get("experts.down_proj")
-    if mlp.expert_bias:  # GPT-OSS: [E, in, out], gate and up interleaved
+    name = "gate_up" if mlp.gated else "up"
+    up, down = part.get(f"experts.{name}_proj"), part.get("experts.down_proj")
+    if form.experts_in_out:
+        up, down = up.transpose(1, 2), down.transpose(1, 2)
+    if mlp.expert_bias:  # GPT-OSS: gate and up interleaved
         bias = part.get("experts.gate_up_proj_bias")
         w["experts_gate_up_bias"] = torch.cat((bias[:, ::2], bias[:, 1::2]), dim=1)
         w["experts_down_bias"] = part.get("experts.down_proj_bias")
-        up = torch.cat((up[..., ::2], up[..., 1::2]), dim=2).transpose(1, 2)
-        down = down.transpose(1, 2)
-    w["experts_gate_up"], w["experts_down"] = up, down
+        up = torch.cat((up[:, ::2], up[:, 1::2]), dim=1)
+    w[f"experts_{name}"], w["experts_down"] = up, down
     if part.has("gate.e_score_correction_bias"):
         w["correction"] = part.get("gate.e_score_correction_bias")
+    if mlp.latent_dim:
+        w |= part.linear("latent_down", "fc1_latent_proj")
+        w |= part.linear("latent_up", "fc2_latent_proj")
     if mlp.shared_d_ff:
         shared = part.under("shared_experts", "shared_expert")
-        w |= shared.linear("shared_gate_up_proj", "gate_proj", "up_proj")
+        up_names = ("gate_proj", "up_proj") if mlp.shared_gated else ("up_proj",)
+        w |= shared.linear(f"shared_{'gate_up' if mlp.shared_gated else 'up'}_proj", *up_names)
         w |= shared.linear("shared_down_proj", "down_proj")
     if mlp.shared_gate:
         w["shared_gate"] = part.get("shared_expert_gate.weight")

@@ -2,6 +2,7 @@
 
     x = embedding[tokens]
     per layer:  x += mixer( rms_norm(x) );  x += mlp( rms_norm(x) )    (either may be absent)
+                (several mixers of a layer read the same and are summed)
     logits = head( rms_norm(last x) )
 
 Mixers and MLPs are in ``measure.mixers`` and ``measure.mlps``. Attention lives in the layer's cache
@@ -51,12 +52,12 @@ class LayerWeights:
     """
 
     norms: Tensors
-    mixer: Tensors
+    mixers: tuple[Tensors, ...]
     mlp: Tensors
 
     def tensors(self) -> Iterator[Tensor]:
         """All of them, the parts of packed matrices too."""
-        for part in (self.norms, self.mixer, self.mlp):
+        for part in (self.norms, *self.mixers, self.mlp):
             for value in part.values():
                 yield from value.tensors() if isinstance(value, PackedMatrix) else (value,)
 
@@ -85,30 +86,29 @@ class Weights:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Block:
-    """What runs one layer; a layer has a mixer, an MLP, or both."""
+    """What runs one layer; a layer has mixers, an MLP, or both."""
 
-    mixer: AbstractRunner | None
+    mixers: tuple[AbstractRunner, ...]
     mlp: MLPRunner | ChannelMixing | None
 
     @classmethod
     def of(cls, layer: Layer, numerics: Numerics) -> "_Block":
         mixing = ChannelMixing.of(layer)
         if mixing is not None:
-            return cls(runner_of(layer.mixers[0], numerics), mixing)
-        if max(len(layer.mixers), len(layer.mlps)) > 1 or layer.linears:
-            raise NotApplicableError(
-                f"has {len(layer.mixers)} mixers, {len(layer.mlps)} MLPs, or further matrices"
-            )
+            return cls((runner_of(layer.mixers[0], numerics),), mixing)
+        if len(layer.mlps) > 1 or layer.linears:
+            raise NotApplicableError(f"has {len(layer.mlps)} MLPs, or further matrices")
         if layer.shared_with is not None:
             raise NotApplicableError("has weights that several layers share")
         return cls(
-            runner_of(layer.mixers[0], numerics) if layer.mixers else None,
+            tuple(runner_of(mixer, numerics) for mixer in layer.mixers),
             MLPRunner(layer.mlps[0], numerics) if layer.mlps else None,
         )
 
     def norms(self, numerics: Numerics) -> tuple[str, ...]:
         """Names of the layer's norms."""
-        blocks = [n for n, part in (("mixer", self.mixer), ("mlp", self.mlp)) if part is not None]
+        blocks = ["mixer"] if self.mixers else []
+        blocks += ["mlp"] if self.mlp is not None else []
         blocks += [f"{n}_post" for n in blocks if numerics.sandwich]
         return tuple(_with_biases(blocks, numerics))
 
@@ -185,11 +185,13 @@ def random_weights(
         return {name: draw(Shape((d,), kind)) for name, kind in kinds.items()}
 
     def layer(block: _Block) -> LayerWeights:
-        mixer = {} if block.mixer is None else block.mixer.shapes(d)
         mlp = {} if block.mlp is None else block.mlp.shapes(d)
         return LayerWeights(
             norms=norms(block.norms(numerics)),
-            mixer={name: draw(shape) for name, shape in mixer.items()},
+            mixers=tuple(
+                {name: draw(shape) for name, shape in runner.shapes(d).items()}
+                for runner in block.mixers
+            ),
             mlp={name: draw(shape) for name, shape in mlp.items()},
         )
 
@@ -238,7 +240,10 @@ def pack_weights(
     layers = [
         replace(
             layer,
-            mixer=part(layer.mixer, {} if block.mixer is None else block.mixer.shapes(d)),
+            mixers=tuple(
+                part(tensors, runner.shapes(d))
+                for tensors, runner in zip(layer.mixers, block.mixers, strict=True)
+            ),
             mlp=part(layer.mlp, {} if block.mlp is None else block.mlp.shapes(d)),
         )
         for block, layer in zip(blocks_of(architecture, numerics), weights.layers, strict=True)
@@ -268,11 +273,10 @@ class Decoder:
         self.weights = weights
         dtype, device = weights.embedding.dtype, weights.embedding.device
         self.tables: dict[tuple[Rope, int], Rotary] = {
-            block.mixer.rope: rope_table(
-                n_positions, block.mixer.rope[1], block.mixer.rope[0], dtype, device
-            )
+            mixer.rope: rope_table(n_positions, mixer.rope[1], mixer.rope[0], dtype, device)
             for block in dict.fromkeys(self.blocks)
-            if block.mixer is not None and block.mixer.rope is not None
+            for mixer in block.mixers
+            if mixer.rope is not None
         }
 
     @torch.inference_mode()
@@ -301,15 +305,18 @@ class Decoder:
         remaining = iter(caches)
         for block, layer in zip(self.blocks, weights.layers, strict=True):
             cache = None
-            if block.mixer is not None:
-                table = None
-                if block.mixer.rope is not None:
-                    cos, sin = self.tables[block.mixer.rope]
-                    table = cos[position:end], sin[position:end]
-                cache = next(remaining)
-                h = self._norm(x, layer.norms, "mixer")
-                h = block.mixer.run(h, layer.mixer, cache, table, first)
-                x = x + self._post(self._joined(h), layer.norms, "mixer_post")
+            if block.mixers:
+                h, mixed = self._norm(x, layer.norms, "mixer"), None
+                for mixer, tensors in zip(block.mixers, layer.mixers, strict=True):
+                    table = None
+                    if mixer.rope is not None:
+                        cos, sin = self.tables[mixer.rope]
+                        table = cos[position:end], sin[position:end]
+                    cache = next(remaining)
+                    out = mixer.run(h, tensors, cache, table, first)
+                    mixed = out if mixed is None else mixed + out
+                assert mixed is not None
+                x = x + self._post(self._joined(mixed), layer.norms, "mixer_post")
             if block.mlp is not None:
                 h = self._norm(x, layer.norms, "mlp")
                 if isinstance(block.mlp, ChannelMixing):

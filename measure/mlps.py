@@ -25,15 +25,15 @@ class MLPRunner:
     def __init__(self, mlp: MLP, numerics: Numerics) -> None:
         self.mlp, self.numerics = mlp, numerics
         self.activation = ACTIVATIONS[numerics.activation]
-        if isinstance(mlp, MoE) and (mlp.latent_dim or mlp.extra_parameters):
-            raise NotApplicableError("has experts of another width or with extra scales")
+        if isinstance(mlp, MoE) and mlp.extra_parameters:
+            raise NotApplicableError("has experts with extra scales")
 
     def shapes(self, d_model: int) -> Shapes:
         """Tensors as ``linears`` names them; experts [E, out, in]."""
         prefix = "shared_" if isinstance(self.mlp, MoE) else ""
         shapes: Shapes = {}
         for matrix in self.mlp.linears(d_model):
-            own = matrix.name.startswith(("router", "shared"))
+            own = matrix.name.startswith(("router", "shared", "latent"))
             name = matrix.name if own else prefix + matrix.name
             shapes[name] = Shape.of(matrix)
             if matrix.bias:
@@ -77,22 +77,28 @@ class MLPRunner:
 
     def _routed(self, mlp: MoE, x: Tensor, w: Tensors) -> Tensor:
         logits = linear(x, w["router"], w.get("router_bias"))
+        on_input = self.numerics.routing.on_input
         weights, chosen = route(logits, self.numerics.routing, mlp.top_k, w.get("correction"))
         up_name = "experts_gate_up" if mlp.gated else "experts_up"
         up_bias, down_bias = w.get(f"{up_name}_bias"), w.get("experts_down_bias")
+        if mlp.latent_dim:
+            x = linear(x, w["latent_down"], w.get("latent_down_bias"))
         out = torch.zeros_like(x)
         for expert in chosen.unique().tolist():
             rows, ranks = torch.where(chosen == expert)
+            scales, inputs = weights[rows, ranks, None].to(x.dtype), x[rows]
+            if on_input:
+                inputs = inputs * scales
             hidden = linear(
-                x[rows], w[up_name][expert], None if up_bias is None else up_bias[expert]
+                inputs, w[up_name][expert], None if up_bias is None else up_bias[expert]
             )
             result = linear(
                 self._activate(hidden, mlp.gated),
                 w["experts_down"][expert],
                 None if down_bias is None else down_bias[expert],
             )
-            out.index_add_(0, rows, result * weights[rows, ranks, None].to(result.dtype))
-        return out
+            out.index_add_(0, rows, result if on_input else result * scales)
+        return linear(out, w["latent_up"], w.get("latent_up_bias")) if mlp.latent_dim else out
 
 
 def route(

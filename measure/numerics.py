@@ -103,6 +103,7 @@ class Routing:
 
     score      "softmax" or "sigmoid" of all logits
     normalise  weights of the chosen experts sum to one; ``scale`` multiplies them then
+    on_input   weights multiply what an expert reads, not what it gives (Llama 4)
     groups     experts are chosen within the best ``top_groups`` of so many groups; a group counts
                its two best experts (sigmoid) or its best one (softmax)
     """
@@ -110,16 +111,34 @@ class Routing:
     score: Literal["softmax", "sigmoid"] = "softmax"
     normalise: bool = True
     scale: float = 1.0
+    on_input: bool = False
     groups: int = 1
     top_groups: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Temperature:
+    """Queries of layers without positions times 1 + scale log(1 + floor((position + 1) / floor))
+    (arXiv 2501.19399, Llama 4).
+    """
+
+    scale: float
+    floor: float
+
+    def factors(self, first: int, n: int, device: torch.device) -> Tensor:
+        """[n, 1] for the positions from ``first`` on, fp32."""
+        positions = torch.arange(first + 1, first + n + 1, device=device, dtype=torch.float32)
+        return 1.0 + self.scale * (positions / self.floor).floor().log1p().unsqueeze(-1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Numerics:
     """What changes the values but not the cost. Defaults: the llama family's.
 
-    local_rope        of windowed layers where it differs; rope None: no positions
+    local_rope        of windowed and chunked layers where it differs; rope None: no positions
     attention_scale   of the scores; None: 1 / sqrt(head size)
+    qk_norm           of every head's queries and keys, before the rotary embedding; "unit": without
+                      weights, in layers with positions only
     layer_norm        norms subtract the mean and have a bias; first_norm  the embedding is normed
     sandwich          norms behind both blocks too (Gemma 2 and 3)
     swiglu            "clamped": GPT-OSS' form, gate and up clamped at 7, sigmoid(1.702 gate)
@@ -134,7 +153,8 @@ class Numerics:
     attention_softcap: float | None = None
     final_softcap: float | None = None
     embedding_scale: float = 1.0
-    qk_norm: bool = False
+    temperature: Temperature | None = None
+    qk_norm: bool | Literal["unit"] = False
     sinks: bool = False
     layer_norm: bool = False
     first_norm: bool = False
@@ -157,13 +177,19 @@ _FAMILIES: Mapping[str, Numerics] = {
     "qwen3_5_moe_text": Numerics(norm_eps=1e-6, qk_norm=True),
     "glm4_moe": Numerics(routing=Routing(score="sigmoid")),
     "kimi_linear": Numerics(rope=None, routing=Routing(score="sigmoid")),
-    "nemotron_h": Numerics(rope=None, activation="relu2"),
+    "nemotron_h": Numerics(rope=None, activation="relu2", routing=Routing(score="sigmoid")),
+    "llama4_text": Numerics(
+        qk_norm="unit",
+        temperature=Temperature(scale=0.1, floor=8192.0),
+        routing=Routing(score="sigmoid", normalise=False, on_input=True),
+    ),
     "rwkv5": Numerics(rope=None, layer_norm=True, first_norm=True),
     "deepseek_v2": Numerics(norm_eps=1e-6, routing=Routing(normalise=False)),
     "deepseek_v3": Numerics(norm_eps=1e-6, routing=Routing(score="sigmoid")),
 }
 _ALIASES = {
     "gemma3": "gemma3_text",
+    "llama4": "llama4_text",
     "kimi_k2": "deepseek_v3",
     "kimi_k25": "deepseek_v3",
     "qwen3_5": "qwen3_5_text",
@@ -193,6 +219,9 @@ def numerics_of(
     c = text if isinstance(text, Mapping) else c
     width = c.get("hidden_size") or d_model
     rope, local = _ropes(family, c, known.rope)
+    if family == "llama4_text":
+        known = _llama4(known, c)
+        rope, local = None, rope
     scalar = c.get("query_pre_attn_scalar", 256 if family in ("gemma2", "gemma3_text") else None)
     eps = c.get("rms_norm_eps", c.get("layer_norm_epsilon", known.norm_eps))
     return replace(
@@ -223,7 +252,7 @@ def _embedding_scale(family: str, width: int | None) -> float:
 
 
 def _activation(c: Mapping[str, Any], default: Activation) -> Activation:
-    name = c.get("hidden_activation") or c.get("hidden_act")
+    name = c.get("hidden_activation") or c.get("hidden_act") or c.get("mlp_hidden_act")
     if name is None or default == "gelu_tanh":  # Gemma files say "gelu" and mean the tanh form
         return default
     if name not in _ACTIVATIONS:
@@ -264,6 +293,24 @@ def _ropes(
     return (
         _rope(family, whole, fraction, context),
         None if local is None else _rope(family, local, fraction, context),
+    )
+
+
+def _llama4(known: Numerics, c: Mapping[str, Any]) -> Numerics:
+    """Positions, and unit norms, in the chunked layers; tuned queries in the others."""
+    turning, kinds = c.get("no_rope_layers"), c.get("layer_types")
+    if turning and kinds and [bool(x) for x in turning] != [x != "full_attention" for x in kinds]:
+        raise NotApplicableError(
+            "no_rope_layers: expected positions in the chunked layers and in no others, "
+            f"got {turning} for {kinds}"
+        )
+    tuned = Temperature(
+        scale=float(c.get("attn_scale", 0.1)), floor=float(c.get("floor_scale", 8192))
+    )
+    return replace(
+        known,
+        temperature=tuned if c.get("attn_temperature_tuning", True) else None,
+        qk_norm="unit" if c.get("use_qk_norm", True) else False,
     )
 
 

@@ -32,7 +32,7 @@ def build(c: ConfigReader, model_type: str, wrapper: ConfigReader | None = None)
         mlp = DenseMLP(d_ff=c.integer("intermediate_size"), gated=False, bias=c.flag("mlp_bias"))
         layers[MLP_LAYER] = Layer(mixers=(), mlps=(mlp,), other_parameters=d)
     if MOE_LAYER in types:
-        layers[MOE_LAYER] = Layer(mixers=(), mlps=(_experts(c, d),), other_parameters=d)
+        layers[MOE_LAYER] = Layer(mixers=(), mlps=(_experts(c),), other_parameters=d)
     _ignore_unused(c)
     return Model(
         d_model=d,
@@ -96,13 +96,11 @@ def _attention(c: ConfigReader, d: int) -> Attention:
     )
 
 
-def _experts(c: ConfigReader, d: int) -> MoE:
+def _experts(c: ConfigReader) -> MoE:
     n = c.integer("n_routed_experts", "num_local_experts")
     shared = c.integer("moe_shared_expert_intermediate_size")
     if c.integer("n_shared_experts", default=1) != 1:
         raise c.error("n_shared_experts", "1", c.raw("n_shared_experts"))
-    latent = c.optional_integer("moe_latent_size")
-    bias = shared + d + ((latent or 0) + d if latent else 0) if c.flag("mlp_bias") else 0
     return MoE(
         n_experts=n,
         top_k=read_top_k(c, "num_experts_per_tok", n_experts=n),
@@ -110,8 +108,8 @@ def _experts(c: ConfigReader, d: int) -> MoE:
         gated=False,
         shared_d_ff=shared,
         shared_gated=False,
-        latent_dim=latent,
-        extra_parameters=bias,
+        latent_dim=c.optional_integer("moe_latent_size"),
+        bias=c.flag("mlp_bias"),
     )
 
 

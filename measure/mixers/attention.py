@@ -22,13 +22,17 @@ class AttentionRunner(AbstractRunner):
         if not mixer.owns_cache or mixer.k_eq_v or mixer.input_dim or mixer.o_dim:
             raise NotApplicableError("has attention that shares caches or projections")
         self.mixer, self.numerics = mixer, numerics
-        per_head = 2 * mixer.head_dim if numerics.qk_norm else 0
+        local = mixer.max_kv_tokens() is not None and numerics.local_rope is not None
+        rope = numerics.local_rope if local else numerics.rope
+        self.rope = None if rope is None else (rope, mixer.head_dim)
+        unit = numerics.qk_norm == "unit"
+        self._unit_norm = unit and rope is not None
+        self._learned_norm = bool(numerics.qk_norm) and not unit
+        self._temperature = numerics.temperature if rope is None else None
+        per_head = 2 * mixer.head_dim if self._learned_norm else 0
         sinks = mixer.n_heads if numerics.sinks else 0
         if per_head + sinks != mixer.extra_parameters:
             raise NotApplicableError("has attention with inner norms this engine does not know")
-        local = mixer.window_tokens is not None and numerics.local_rope is not None
-        rope = numerics.local_rope if local else numerics.rope
-        self.rope = None if rope is None else (rope, mixer.head_dim)
         scale = numerics.attention_scale
         # the caches scale by 1 / sqrt(H): what differs is folded into the queries
         self._query_factor = None if scale is None else scale * mixer.head_dim**0.5
@@ -44,7 +48,7 @@ class AttentionRunner(AbstractRunner):
         for name, matrix in (("qkv", qkv), ("o", o)):
             if matrix.bias:
                 shapes[f"{name}_bias"] = Shape((matrix.n_out,), "zeros")
-        if self.numerics.qk_norm:
+        if self._learned_norm:
             shapes |= {x: Shape((mixer.head_dim,), "ones") for x in ("q_norm", "k_norm")}
         if self.numerics.sinks:
             shapes["sinks"] = Shape((mixer.n_heads,), "zeros")
@@ -65,9 +69,14 @@ class AttentionRunner(AbstractRunner):
         heads = projected[..., :n_qk].view(b, s, -1, m.head_dim).transpose(1, 2)
         q, k = heads.split((m.n_heads, m.n_kv_heads), dim=1)
         v = projected[..., n_qk:].view(b, s, m.n_kv_heads, m.v_head_dim).transpose(1, 2)
-        if numerics.qk_norm:
+        if self._learned_norm:
             q = rms(q, w["q_norm"], numerics.norm_eps)
             k = rms(k, w["k_norm"], numerics.norm_eps)
+        elif self._unit_norm:  # turning keeps the length of a head: before it is as good as after
+            q, k = (rms(x, None, numerics.norm_eps) for x in (q, k))
+        if self._temperature is not None:
+            position = 0 if first else cache.n_tokens
+            q = (q * self._temperature.factors(position, s, q.device)).to(x.dtype)
         if cache.ROTATES:
             cache.rope = None if self.rope is None else self.rope[0]
         elif table is not None:

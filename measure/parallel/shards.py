@@ -67,9 +67,12 @@ def _vocabulary(table: Tensor, tp: int, rank: int) -> Tensor:
 
 
 def _layer(layer: Layer, weights: LayerWeights, tp: int, rank: int) -> LayerWeights:
-    mixer = _attention(layer.mixers[0], weights.mixer, tp, rank) if layer.mixers else {}
+    mixers = tuple(
+        _attention(mixer, tensors, tp, rank)
+        for mixer, tensors in zip(layer.mixers, weights.mixers, strict=True)
+    )
     mlp = _mlp(layer.mlps[0], weights.mlp, tp, rank) if layer.mlps else {}
-    return LayerWeights(norms=weights.norms, mixer=mixer, mlp=mlp)
+    return LayerWeights(norms=weights.norms, mixers=mixers, mlp=mlp)
 
 
 def _attention(mixer: object, w: Tensors, tp: int, rank: int) -> Tensors:

@@ -223,7 +223,7 @@ RUNS = {
     *("llama-3.1-8b", "mistral-7b-v0.1", "qwen2.5-7b", "qwen3-8b", "gemma-2-2b", "gemma-3-1b"),
     *("mixtral-8x7b", "gpt-oss-20b", "mamba2-2.7b", "mamba-2.8b", "recurrentgemma-2b"),
     *("deepseek-v3", "deepseek-v2-lite", "jamba-v0.1", "qwen3-next-80b-a3b", "qwen3-30b-a3b"),
-    "rwkv-5-world-7b",
+    *("rwkv-5-world-7b", "nemotron-nano-9b-v2", "nemotron-3-nano-30b-a3b", "llama-4-scout"),
 }
 
 
@@ -233,7 +233,7 @@ def counted_parameters(model: Architecture) -> int:
     total = ((1 if model.tied_embeddings else 2) * model.vocab_size + outer) * model.d_model
     for block in blocks_of(model, numerics):
         total += len(block.norms(numerics)) * model.d_model
-        for part in (block.mixer, block.mlp):
+        for part in (*block.mixers, block.mlp):
             shapes = {} if part is None else part.shapes(model.d_model)
             total += sum(math.prod(shape.sizes) for shape in shapes.values())
     return total

@@ -134,7 +134,7 @@ def test_unsupported_layers_are_refused_by_name():
     with pytest.raises(NotApplicableError, match="inner norms"):
         check_supported(architecture(extra_parameters=32))
     model = architecture()
-    both = Layer(mixers=model.layers[0].mixers * 2, other_parameters=128)
+    both = replace(model.layers[0], mlps=model.layers[0].mlps * 2)
     mixed = replace(model, name="m", layers=(*model.layers, both))
-    with pytest.raises(NotApplicableError, match="m: layer 2 has 2 mixers"):
+    with pytest.raises(NotApplicableError, match="m: layer 2 has 2 MLPs"):
         check_supported(mixed)

@@ -5,11 +5,15 @@ from dataclasses import replace
 import pytest
 import torch
 
+from costmodel.engines import load_engine
 from costmodel.errors import NotApplicableError
 from costmodel.methods.parse import parse_method
+from costmodel.mlps import MoE
 from costmodel.registry import load_architecture
+from costmodel.workload import Point
 from measure.checkpoints import PROVED, weights_from_state
 from measure.engine import Decoder
+from measure.flops import count_flops
 from measure.mixers import build_cache
 from measure.numerics import numerics_of
 
@@ -44,6 +48,19 @@ LATENT = BASE | {
     "topk_group": 2,
     "first_k_dense_replace": 1,
 }
+NEMOTRON = BASE | {
+    "num_hidden_layers": 4,
+    "head_dim": 8,
+    "ssm_state_size": 16,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 8,
+    "n_groups": 2,
+    "chunk_size": 8,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 16,
+    "moe_shared_expert_intermediate_size": 20,
+}
 YARN = {
     "rope_type": "yarn",
     "rope_theta": 10_000.0,
@@ -59,6 +76,16 @@ LLAMA3 = {
     "original_max_position_embeddings": 64,
 }
 LINEAR = {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0}
+LLAMA4 = BASE | {
+    "num_hidden_layers": 3,
+    "head_dim": 8,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 1,
+    "attention_chunk_size": 5,
+    "intermediate_size_mlp": 40,
+    "pad_token_id": 0,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
+}
 CASES = {
     "llama-llama3": ("llama", BASE | {"head_dim": 16, "rope_parameters": LLAMA3}),
     "llama-linear": ("llama", BASE | {"rope_parameters": LINEAR, "attention_bias": True}),
@@ -181,6 +208,49 @@ CASES = {
             "mamba_chunk_size": 8,
         },
     ),
+    "nemotron_h": (
+        "nemotron_h",
+        NEMOTRON | {"layers_block_type": ["mamba", "mlp", "attention", "moe"]},
+    ),
+    "nemotron_h-latent": (
+        "nemotron_h",
+        NEMOTRON
+        | {
+            "layers_block_type": ["moe", "mamba", "attention", "moe"],
+            "moe_latent_size": 12,
+            "mlp_bias": True,
+            "use_bias": True,
+            "n_group": 4,
+            "topk_group": 2,
+            "norm_topk_prob": False,
+            "routed_scaling_factor": 2.5,
+        },
+    ),
+    "llama4": (
+        "llama4_text",
+        LLAMA4 | {"no_rope_layer_interval": 2, "interleave_moe_layer_step": 2},
+    ),
+    "llama4-tuned": (
+        "llama4_text",
+        LLAMA4
+        | {
+            "no_rope_layers": [1, 0, 1],
+            "num_experts_per_tok": 2,
+            "attention_bias": True,
+            "floor_scale": 4,
+            "attn_scale": 0.7,
+            "rope_parameters": LLAMA3,
+        },
+    ),
+    "llama4-no-norm": (
+        "llama4_text",
+        LLAMA4
+        | {
+            "no_rope_layers": [0, 1, 1],
+            "use_qk_norm": False,
+            "attn_temperature_tuning": False,
+        },
+    ),
     "glm4_moe": (
         "glm4_moe",
         BASE
@@ -233,8 +303,8 @@ def test_every_readable_family_is_proved_and_others_are_refused():
         weights_from_state(replace(load_architecture("llama-3.2-1b"), family="granite"), {})
 
 
-@pytest.mark.parametrize(("family", "settings"), CASES.values(), ids=CASES)
-def test_logits_equal_transformers(family, settings, tmp_path):
+def built(family, settings, tmp_path):
+    """Transformers' model, and the decoder with its weights and empty caches."""
     config, theirs = reference(family, settings)
     path = tmp_path / "config.json"
     config.architectures = None
@@ -254,6 +324,26 @@ def test_logits_equal_transformers(family, settings, tmp_path):
         for layer in architecture.layers
         for mixer in layer.mixers
     ]
+    return theirs, decoder, caches
+
+
+def point(cached) -> Point:
+    return Point(
+        batch=float(BATCH),
+        prompt_tokens=float(PROMPT),
+        cached_tokens=float(cached),
+        reserved_tokens=float(cached),
+        dtype="fp32",
+        kv_dtype="fp32",
+        level="ideal",
+        engine=load_engine("torch"),
+    )
+
+
+@pytest.mark.parametrize(("family", "settings"), CASES.values(), ids=CASES)
+def test_logits_equal_transformers_and_states_the_prediction(family, settings, tmp_path):
+    theirs, decoder, caches = built(family, settings, tmp_path)
+    mixers = [m for layer in decoder.architecture.layers for m in layer.mixers]
     tokens = torch.randint(61, (BATCH, TOTAL), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         expected = theirs(tokens, use_cache=False).logits
@@ -261,5 +351,31 @@ def test_logits_equal_transformers(family, settings, tmp_path):
     found = decoder.prefill(tokens[:, :PROMPT], caches)
     torch.testing.assert_close(found, expected[:, PROMPT - 1], atol=TOLERANCE, rtol=TOLERANCE)
     for t in range(PROMPT, TOTAL):
+        held = [float(m.state_bytes(point(t))) for m in mixers]
+        assert [c.held_bytes for c in caches] == held
         found = decoder.decode(tokens[:, t : t + 1], caches)
         torch.testing.assert_close(found, expected[:, t], atol=TOLERANCE, rtol=TOLERANCE)
+
+
+#: Their steps run exactly the matmuls that are predicted; of MLA's absorbed form see the bridge.
+HYBRIDS = [x for x in CASES if x.startswith(("nemotron_h", "llama4", "bamba", "mixtral"))]
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_counted_flops_of_a_step_equal_the_prediction(name, tmp_path):
+    _, decoder, caches = built(*CASES[name], tmp_path)
+    model, batch, cached = decoder.architecture, BATCH, PROMPT + 1
+    for mixer, cache in zip((m for x in model.layers for m in x.mixers), caches, strict=True):
+        cache.fill(cached)
+        assert cache.held_bytes == float(mixer.state_bytes(point(cached)))
+    one = torch.zeros(batch, 1, dtype=torch.long)
+    counted = count_flops(lambda: decoder.decode(one, caches))
+    operations = (op for x in model.layers for m in x.mixers for op in m.decode(point(cached)))
+    mixing = sum(float(op.count * op.counted_flops) for op in operations)
+    matrices = sum(x.n_in * x.n_out * n for x, n in model.linear_groups)
+    for mlp, n in model.mlp_groups:
+        if isinstance(mlp, MoE):
+            visited = mlp.expert_linears(model.d_model)
+            matrices += n * mlp.top_k * sum(x.n_in * x.n_out for x in visited)
+    head = model.d_model * model.vocab_size
+    assert counted == mixing + 2.0 * batch * (matrices + head)

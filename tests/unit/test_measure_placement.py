@@ -37,7 +37,7 @@ def on_meta(architecture: Architecture) -> Weights:
     return Weights(
         embedding=embedding,
         layers=tuple(
-            LayerWeights(norms=moved(x.norms), mixer=moved(x.mixer), mlp=moved(x.mlp))
+            LayerWeights(norms=moved(x.norms), mixers=tuple(map(moved, x.mixers)), mlp=moved(x.mlp))
             for x in made.layers
         ),
         outer=moved(made.outer),

@@ -52,7 +52,7 @@ def logits_by_hand(weights, tokens):
             k: v.double().numpy()
             for k, v in [
                 *x.norms.items(),
-                *(("t_" + k, v) for k, v in x.mixer.items()),
+                *(("t_" + k, v) for k, v in x.mixers[0].items()),
                 *(("c_" + k, v) for k, v in x.mlp.items()),
             ]
         }
