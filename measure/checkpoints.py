@@ -51,7 +51,7 @@ PROVED = frozenset(
         *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "mixtral"),
         *("qwen2_moe", "qwen3_moe", "gpt_oss", "deepseek_v2", "deepseek_v3", "mamba", "mamba2"),
         *("recurrent_gemma", "jamba", "bamba", "qwen3_next", "kimi_linear", "glm4_moe"),
-        *("nemotron_h", "llama4_text"),
+        *("nemotron_h", "llama4_text", "falcon_h1"),
     }
 )
 _ROOTS = ("model.", "backbone.", "model.language_model.", "language_model.model.")

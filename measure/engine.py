@@ -25,7 +25,7 @@ from measure.mixers.base import AbstractRunner, FixedState, Init, LayerState, Sh
 from measure.mixers.rwkv5 import ChannelMixing
 from measure.mlps import MLPRunner
 from measure.numerics import Numerics, Rope, numerics_of
-from measure.parts import Rotary, Tensors, rms, rope_table, softcap
+from measure.parts import Rotary, Tensors, rms, rope_table, scaled, softcap
 from measure.weight_formats import PackedMatrix, packed
 
 __all__ = [
@@ -326,7 +326,8 @@ class Decoder:
                     h = block.mlp.run(h, layer.mlp)
                 x = x + self._post(self._joined(h), layer.norms, "mlp_post")
         last = self._norm(x[:, -1], weights.outer, "final")
-        return softcap(self._scores(last), numerics.final_softcap)
+        scores = scaled(self._scores(last), numerics.logit_scale)
+        return softcap(scores, numerics.final_softcap)
 
     def _embed(self, tokens: Tensor) -> Tensor:
         return embedding(tokens, self.weights.embedding)

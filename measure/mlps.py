@@ -12,7 +12,7 @@ from costmodel.errors import NotApplicableError
 from costmodel.mlps import MLP, DenseMLP, MoE
 from measure.mixers.base import Shape, Shapes
 from measure.numerics import Numerics, Routing
-from measure.parts import ACTIVATIONS, Tensors
+from measure.parts import ACTIVATIONS, Tensors, scaled
 from measure.weight_formats import linear
 
 #: GPT-OSS: clamp of gate and up, and the factor inside its sigmoid.
@@ -64,7 +64,8 @@ class MLPRunner:
     def _dense(self, x: Tensor, w: Tensors, prefix: str, gated: bool) -> Tensor:
         up, down = f"{prefix}{'gate_up_proj' if gated else 'up_proj'}", f"{prefix}down_proj"
         hidden = self._activate(linear(x, w[up], w.get(f"{up}_bias")), gated)
-        return linear(hidden, w[down], w.get(f"{down}_bias"))
+        out = linear(hidden, w[down], w.get(f"{down}_bias"))
+        return scaled(out, self.numerics.multipliers.mlp_down)
 
     def _activate(self, hidden: Tensor, gated: bool) -> Tensor:
         if not gated:
@@ -73,7 +74,7 @@ class MLPRunner:
         if self.numerics.swiglu == "clamped":
             gate, up = gate.clamp(max=_CLAMP), up.clamp(-_CLAMP, _CLAMP)
             return (up + 1) * gate * sigmoid(gate * _ALPHA)
-        return self.activation(gate).mul_(up)
+        return self.activation(scaled(gate, self.numerics.multipliers.mlp_gate)).mul_(up)
 
     def _routed(self, mlp: MoE, x: Tensor, w: Tensors) -> Tensor:
         logits = linear(x, w["router"], w.get("router_bias"))

@@ -132,6 +132,23 @@ class Temperature:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Multipliers:
+    """Factors on what the parts of a layer read and give (Falcon-H1, arXiv 2507.22448).
+
+    ssm  of Mamba-2's projected gate, x, B, C and step size
+    """
+
+    attention_in: float = 1.0
+    attention_out: float = 1.0
+    key: float = 1.0
+    ssm_in: float = 1.0
+    ssm_out: float = 1.0
+    ssm: tuple[float, ...] = (1.0,) * 5
+    mlp_gate: float = 1.0
+    mlp_down: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Numerics:
     """What changes the values but not the cost. Defaults: the llama family's.
 
@@ -139,6 +156,7 @@ class Numerics:
     attention_scale   of the scores; None: 1 / sqrt(head size)
     qk_norm           of every head's queries and keys, before the rotary embedding; "unit": without
                       weights, in layers with positions only
+    norm_before_gate  Mamba-2 norms its output first and gates it then
     layer_norm        norms subtract the mean and have a bias; first_norm  the embedding is normed
     sandwich          norms behind both blocks too (Gemma 2 and 3)
     swiglu            "clamped": GPT-OSS' form, gate and up clamped at 7, sigmoid(1.702 gate)
@@ -153,6 +171,9 @@ class Numerics:
     attention_softcap: float | None = None
     final_softcap: float | None = None
     embedding_scale: float = 1.0
+    logit_scale: float = 1.0
+    multipliers: Multipliers = Multipliers()
+    norm_before_gate: bool = False
     temperature: Temperature | None = None
     qk_norm: bool | Literal["unit"] = False
     sinks: bool = False
@@ -183,6 +204,7 @@ _FAMILIES: Mapping[str, Numerics] = {
         temperature=Temperature(scale=0.1, floor=8192.0),
         routing=Routing(score="sigmoid", normalise=False, on_input=True),
     ),
+    "falcon_h1": Numerics(norm_before_gate=True),
     "rwkv5": Numerics(rope=None, layer_norm=True, first_norm=True),
     "deepseek_v2": Numerics(norm_eps=1e-6, routing=Routing(normalise=False)),
     "deepseek_v3": Numerics(norm_eps=1e-6, routing=Routing(score="sigmoid")),
@@ -236,7 +258,10 @@ def numerics_of(
             "final_logit_softcapping",
             c.get("logits_soft_cap", 30.0 if family in ("gemma2", "recurrent_gemma") else None),
         ),
-        embedding_scale=_embedding_scale(family, width),
+        embedding_scale=_embedding_scale(family, width) * (c.get("embedding_multiplier") or 1.0),
+        logit_scale=c.get("lm_head_multiplier") or 1.0,
+        multipliers=_multipliers(c),
+        norm_before_gate=c.get("mamba_norm_before_gate", known.norm_before_gate),
         routing=_routing(c, known.routing),
     )
 
@@ -249,6 +274,16 @@ def _embedding_scale(family: str, width: int | None) -> float:
     if family == "recurrent_gemma":
         scale = float(torch.tensor(scale, dtype=torch.bfloat16))
     return scale
+
+
+def _multipliers(c: Mapping[str, Any]) -> Multipliers:
+    gate, down = c.get("mlp_multipliers") or (1.0, 1.0)
+    single = {
+        name: float(c.get(f"{name}_multiplier") or 1.0)
+        for name in ("attention_in", "attention_out", "key", "ssm_in", "ssm_out")
+    }
+    ssm = tuple(float(x) for x in c.get("ssm_multipliers") or Multipliers().ssm)
+    return Multipliers(ssm=ssm, mlp_gate=float(gate), mlp_down=float(down), **single)
 
 
 def _activation(c: Mapping[str, Any], default: Activation) -> Activation:

@@ -33,6 +33,11 @@ def rms(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return functional.rms_norm(x, x.shape[-1:], weight, eps)
 
 
+def scaled(x: Tensor, factor: float) -> Tensor:
+    """``x * factor``; ``x`` itself for a factor of one."""
+    return x if factor == 1.0 else x * factor
+
+
 def rope_table(
     n_positions: int, size: int, rope: Rope, dtype: torch.dtype, device: torch.device
 ) -> Rotary:

@@ -11,7 +11,7 @@ from measure.methods.base import AbstractLayerCache
 from measure.methods.full import FullCache
 from measure.mixers.base import AbstractRunner, Shape, Shapes
 from measure.numerics import Numerics
-from measure.parts import Rotary, Tensors, rms, rotate
+from measure.parts import Rotary, Tensors, rms, rotate, scaled
 from measure.weight_formats import linear
 
 
@@ -59,7 +59,8 @@ class AttentionRunner(AbstractRunner):
     ) -> Tensor:
         """Project, turn, attend in the cache, project."""
         m, numerics = self.mixer, self.numerics
-        projected = linear(x, w["qkv"], w.get("qkv_bias"))
+        factors = numerics.multipliers
+        projected = linear(scaled(x, factors.attention_in), w["qkv"], w.get("qkv_bias"))
         gate = None
         if m.output_gate:
             n_gate = m.n_heads * m.head_dim
@@ -68,6 +69,7 @@ class AttentionRunner(AbstractRunner):
         n_qk = (m.n_heads + m.n_kv_heads) * m.head_dim
         heads = projected[..., :n_qk].view(b, s, -1, m.head_dim).transpose(1, 2)
         q, k = heads.split((m.n_heads, m.n_kv_heads), dim=1)
+        k = scaled(k, factors.key)
         v = projected[..., n_qk:].view(b, s, m.n_kv_heads, m.v_head_dim).transpose(1, 2)
         if self._learned_norm:
             q = rms(q, w["q_norm"], numerics.norm_eps)
@@ -93,4 +95,4 @@ class AttentionRunner(AbstractRunner):
         out = out.transpose(1, 2).flatten(2)
         if gate is not None:
             out = out * gate.sigmoid()
-        return linear(out, w["o"], w.get("o_bias"))
+        return scaled(linear(out, w["o"], w.get("o_bias")), factors.attention_out)

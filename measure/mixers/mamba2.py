@@ -11,7 +11,7 @@ from torch.nn.functional import pad, silu, softplus
 from costmodel.mixers.mamba2 import Mamba2
 from measure.mixers.base import FixedState, RecurrentRunner, Shape, Shapes
 from measure.numerics import Numerics
-from measure.parts import Rotary, Tensors
+from measure.parts import Rotary, Tensors, scaled
 from measure.weight_formats import linear
 
 
@@ -20,6 +20,7 @@ class Mamba2Runner(RecurrentRunner):
 
     def __init__(self, mixer: Mamba2, numerics: Numerics) -> None:
         self.mixer, self.eps = mixer, numerics.norm_eps
+        self.factors, self.norm_before_gate = numerics.multipliers, numerics.norm_before_gate
 
     def shapes(self, d_model: int) -> Shapes:
         """Projections, convolution, step-size bias, decay, skip, norm."""
@@ -51,10 +52,15 @@ class Mamba2Runner(RecurrentRunner):
     ) -> Tensor:
         """Convolve, scan, norm, project."""
         m = self.mixer
-        projected = linear(x, w["in_proj"], w.get("in_proj_bias"))
+        factors = self.factors
+        projected = linear(scaled(x, factors.ssm_in), w["in_proj"], w.get("in_proj_bias"))
+        n_bc = m.n_groups * m.d_state
+        sizes = (m.d_inner, m.d_inner, n_bc, n_bc, m.n_heads)
+        for part, factor in zip(projected.split(sizes, dim=-1), factors.ssm, strict=True):
+            if factor != 1.0:
+                part.mul_(factor)
         gate, mixed, dt = projected.split((m.d_inner, m.conv_channels, m.n_heads), dim=-1)
         mixed = silu(cache.convolve(mixed, w["conv"], w.get("conv_bias"))).float()
-        n_bc = m.n_groups * m.d_state
         x, b, c = mixed.split((m.d_inner, n_bc, n_bc), dim=-1)
         x = x.unflatten(-1, (m.n_heads, m.head_dim))
         b, c = (y.unflatten(-1, (m.n_groups, m.d_state)) for y in (b, c))
@@ -65,12 +71,20 @@ class Mamba2Runner(RecurrentRunner):
             scan = self._fused_prompt if cache.fused and self._fits() else self._prompt
         y = scan(x * step.unsqueeze(-1), b, c, log_decay, cache.state)
         cache.n_tokens += x.shape[1]
-        y = (y + x * w["skip"].float().unsqueeze(-1)).flatten(2) * silu(gate.float())
-        if m.norm:
-            grouped = y.unflatten(-1, (m.n_groups, -1))
-            grouped = grouped * torch.rsqrt(grouped.square().mean(-1, keepdim=True) + self.eps)
-            y = grouped.flatten(2) * w["norm"].float()
-        return linear(y.to(gate.dtype), w["out_proj"], w.get("out_proj_bias"))
+        y = (y + x * w["skip"].float().unsqueeze(-1)).flatten(2)
+        if m.norm and self.norm_before_gate:
+            y = self._normed(y, w["norm"])
+        y = y * silu(gate.float())
+        if m.norm and not self.norm_before_gate:
+            y = self._normed(y, w["norm"])
+        out = linear(y.to(gate.dtype), w["out_proj"], w.get("out_proj_bias"))
+        return scaled(out, factors.ssm_out)
+
+    def _normed(self, y: Tensor, weight: Tensor) -> Tensor:
+        """RMS norm of every group."""
+        grouped = y.unflatten(-1, (self.mixer.n_groups, -1))
+        grouped = grouped * torch.rsqrt(grouped.square().mean(-1, keepdim=True) + self.eps)
+        return grouped.flatten(2) * weight.float()
 
     def _fits(self) -> bool:
         """Whether the scan kernel is built for these sizes: powers of two from 16 on."""

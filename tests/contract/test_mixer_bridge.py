@@ -224,6 +224,7 @@ RUNS = {
     *("mixtral-8x7b", "gpt-oss-20b", "mamba2-2.7b", "mamba-2.8b", "recurrentgemma-2b"),
     *("deepseek-v3", "deepseek-v2-lite", "jamba-v0.1", "qwen3-next-80b-a3b", "qwen3-30b-a3b"),
     *("rwkv-5-world-7b", "nemotron-nano-9b-v2", "nemotron-3-nano-30b-a3b", "llama-4-scout"),
+    "falcon-h1-1.5b",
 }
 
 

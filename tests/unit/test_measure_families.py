@@ -86,6 +86,23 @@ LLAMA4 = BASE | {
     "pad_token_id": 0,
     "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
 }
+FALCON = BASE | {
+    "mamba_d_ssm": 64,
+    "mamba_n_heads": 8,
+    "mamba_d_head": 8,
+    "mamba_d_state": 16,
+    "mamba_n_groups": 2,
+    "mamba_chunk_size": 8,
+    "lm_head_multiplier": 0.4,
+    "embedding_multiplier": 1.7,
+    "mlp_multipliers": [0.8, 0.6],
+    "key_multiplier": 0.5,
+    "attention_in_multiplier": 1.3,
+    "attention_out_multiplier": 0.9,
+    "ssm_multipliers": [0.7, 1.2, 0.9, 1.1, 0.8],
+    "ssm_in_multiplier": 1.25,
+    "ssm_out_multiplier": 0.75,
+}
 CASES = {
     "llama-llama3": ("llama", BASE | {"head_dim": 16, "rope_parameters": LLAMA3}),
     "llama-linear": ("llama", BASE | {"rope_parameters": LINEAR, "attention_bias": True}),
@@ -251,6 +268,22 @@ CASES = {
             "attn_temperature_tuning": False,
         },
     ),
+    "falcon_h1": ("falcon_h1", FALCON),
+    "falcon_h1-norm": (
+        "falcon_h1",
+        FALCON
+        | {
+            "mamba_rms_norm": True,
+            "mlp_bias": True,
+            "projectors_bias": True,
+            "mamba_proj_bias": True,
+            "attention_bias": True,
+        },
+    ),
+    "falcon_h1-norm-behind": (
+        "falcon_h1",
+        FALCON | {"mamba_rms_norm": True, "mamba_norm_before_gate": False},
+    ),
     "glm4_moe": (
         "glm4_moe",
         BASE
@@ -286,7 +319,7 @@ def reference(family, settings):
                 tensor.uniform_(-1.0, 1.5)
             elif "correction" in name or "sinks" in name:
                 tensor.normal_(0.0, 0.5)
-            elif name.endswith(("inv_freq", "normalizer", "embed_scale")):
+            elif name.endswith(("inv_freq", "normalizer", "embed_scale", "mup_vector")):
                 continue
             elif "norm" in name:
                 tensor.uniform_(0.5, 1.5)
@@ -358,7 +391,7 @@ def test_logits_equal_transformers_and_states_the_prediction(family, settings, t
 
 
 #: Their steps run exactly the matmuls that are predicted; of MLA's absorbed form see the bridge.
-HYBRIDS = [x for x in CASES if x.startswith(("nemotron_h", "llama4", "bamba", "mixtral"))]
+HYBRIDS = [x for x in CASES if x.startswith(("nemotron_h", "llama4", "falcon", "bamba"))]
 
 
 @pytest.mark.parametrize("name", HYBRIDS)
