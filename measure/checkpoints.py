@@ -15,6 +15,7 @@ from costmodel.architecture import Architecture, Layer
 from costmodel.errors import ConfigError, NotApplicableError
 from costmodel.mixers import AbstractMixer, Attention
 from costmodel.mixers.delta import DeltaRule
+from costmodel.mixers.lightning import Lightning
 from costmodel.mixers.mamba import Mamba
 from costmodel.mixers.mamba2 import Mamba2
 from costmodel.mixers.mla import MLA
@@ -51,7 +52,7 @@ PROVED = frozenset(
         *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "mixtral"),
         *("qwen2_moe", "qwen3_moe", "gpt_oss", "deepseek_v2", "deepseek_v3", "mamba", "mamba2"),
         *("recurrent_gemma", "jamba", "bamba", "qwen3_next", "kimi_linear", "glm4_moe"),
-        *("nemotron_h", "llama4_text", "falcon_h1"),
+        *("nemotron_h", "llama4_text", "falcon_h1", "minimax"),
     }
 )
 _ROOTS = ("model.", "backbone.", "model.language_model.", "language_model.model.")
@@ -237,6 +238,18 @@ def _rglru(part: _Part, mixer: AbstractMixer, form: _Form) -> Tensors:
     }
 
 
+def _lightning(part: _Part, mixer: AbstractMixer, form: _Form) -> Tensors:
+    """Stored head by head: its q, k and v."""
+    assert isinstance(mixer, Lightning)
+    by_head = part.get("qkv_proj.weight").unflatten(0, (mixer.n_heads, 3, -1))
+    return {
+        "qkv_proj": by_head.transpose(0, 1).flatten(0, 2),
+        **part.linear("output_gate", "output_gate"),
+        **part.linear("out_proj", "out_proj"),
+        "norm": part.get("norm.weight"),
+    }
+
+
 def _delta(part: _Part, mixer: AbstractMixer, form: _Form) -> Tensors:
     """Stored key head by key head: its q, k, then its value heads' v and z; and b and a alike."""
     assert isinstance(mixer, DeltaRule)
@@ -280,6 +293,7 @@ _MIXERS: Mapping[type[AbstractMixer], tuple[_Read, tuple[str, ...]]] = {
     Mamba: (_state_space, ("mamba",)),
     Mamba2: (_state_space, ("mamba",)),
     RGLRU: (_rglru, ("temporal_block",)),
+    Lightning: (_lightning, ("self_attn",)),
     DeltaRule: (_delta, ("linear_attn", "self_attn")),
 }
 

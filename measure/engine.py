@@ -21,7 +21,7 @@ from torch.nn.functional import embedding, layer_norm, linear
 from costmodel.architecture import Architecture, Layer
 from costmodel.errors import ConfigError, NotApplicableError
 from measure.mixers import runner_of
-from measure.mixers.base import AbstractRunner, FixedState, Init, LayerState, Shape
+from measure.mixers.base import AbstractRunner, FixedState, Init, LayerState, RecurrentRunner, Shape
 from measure.mixers.rwkv5 import ChannelMixing
 from measure.mlps import MLPRunner
 from measure.numerics import Numerics, Rope, numerics_of
@@ -105,12 +105,23 @@ class _Block:
             MLPRunner(layer.mlps[0], numerics) if layer.mlps else None,
         )
 
+    def at_layer(self, index: int, n_layers: int) -> "_Block":
+        """The same at its depth."""
+        placed = tuple(mixer.at_layer(index, n_layers) for mixer in self.mixers)
+        same = all(a is b for a, b in zip(placed, self.mixers, strict=True))
+        return self if same else _Block(placed, self.mlp)
+
     def norms(self, numerics: Numerics) -> tuple[str, ...]:
         """Names of the layer's norms."""
         blocks = ["mixer"] if self.mixers else []
         blocks += ["mlp"] if self.mlp is not None else []
         blocks += [f"{n}_post" for n in blocks if numerics.sandwich]
         return tuple(_with_biases(blocks, numerics))
+
+    def residual(self, numerics: Numerics) -> tuple[float, float]:
+        """Factors of the stream and of what the mixers add to it."""
+        recurrent = any(isinstance(mixer, RecurrentRunner) for mixer in self.mixers)
+        return numerics.recurrent_residual if recurrent else numerics.attention_residual
 
     def other_parameters(self, d_model: int, numerics: Numerics) -> int:
         """Elements outside mixer and MLP."""
@@ -155,7 +166,8 @@ def blocks_of(architecture: Architecture, numerics: Numerics) -> tuple[_Block, .
             f"the torch engine cannot run {architecture.name}: it has a head bias, or more than "
             "one norm behind the layers"
         )
-    return tuple(built[layer] for layer in architecture.layers)
+    n = len(architecture.layers)
+    return tuple(built[layer].at_layer(i, n) for i, layer in enumerate(architecture.layers))
 
 
 def check_supported(architecture: Architecture) -> None:
@@ -316,15 +328,19 @@ class Decoder:
                     out = mixer.run(h, tensors, cache, table, first)
                     mixed = out if mixed is None else mixed + out
                 assert mixed is not None
-                x = x + self._post(self._joined(mixed), layer.norms, "mixer_post")
+                kept, added = block.residual(numerics)
+                x = scaled(h if numerics.residual_normed else x, kept)
+                x = x + scaled(self._post(self._joined(mixed), layer.norms, "mixer_post"), added)
             if block.mlp is not None:
                 h = self._norm(x, layer.norms, "mlp")
+                x = scaled(h if numerics.residual_normed else x, numerics.mlp_residual[0])
                 if isinstance(block.mlp, ChannelMixing):
                     assert isinstance(cache, FixedState)
                     h = block.mlp.run(h, layer.mlp, cache)
                 else:
                     h = block.mlp.run(h, layer.mlp)
-                x = x + self._post(self._joined(h), layer.norms, "mlp_post")
+                h = self._post(self._joined(h), layer.norms, "mlp_post")
+                x = x + scaled(h, numerics.mlp_residual[1])
         last = self._norm(x[:, -1], weights.outer, "final")
         scores = scaled(self._scores(last), numerics.logit_scale)
         return softcap(scores, numerics.final_softcap)

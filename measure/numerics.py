@@ -159,6 +159,8 @@ class Numerics:
     norm_before_gate  Mamba-2 norms its output first and gates it then
     layer_norm        norms subtract the mean and have a bias; first_norm  the embedding is normed
     sandwich          norms behind both blocks too (Gemma 2 and 3)
+    attention_residual, recurrent_residual, mlp_residual  factors of the stream and of what is added
+    residual_normed   the stream goes on normed, as the block reads it (MiniMax)
     swiglu            "clamped": GPT-OSS' form, gate and up clamped at 7, sigmoid(1.702 gate)
     """
 
@@ -175,6 +177,10 @@ class Numerics:
     multipliers: Multipliers = Multipliers()
     norm_before_gate: bool = False
     temperature: Temperature | None = None
+    attention_residual: tuple[float, float] = (1.0, 1.0)
+    recurrent_residual: tuple[float, float] = (1.0, 1.0)
+    mlp_residual: tuple[float, float] = (1.0, 1.0)
+    residual_normed: bool = False
     qk_norm: bool | Literal["unit"] = False
     sinks: bool = False
     layer_norm: bool = False
@@ -205,6 +211,7 @@ _FAMILIES: Mapping[str, Numerics] = {
         routing=Routing(score="sigmoid", normalise=False, on_input=True),
     ),
     "falcon_h1": Numerics(norm_before_gate=True),
+    "minimax": Numerics(residual_normed=True),
     "rwkv5": Numerics(rope=None, layer_norm=True, first_norm=True),
     "deepseek_v2": Numerics(norm_eps=1e-6, routing=Routing(normalise=False)),
     "deepseek_v3": Numerics(norm_eps=1e-6, routing=Routing(score="sigmoid")),
@@ -261,6 +268,9 @@ def numerics_of(
         embedding_scale=_embedding_scale(family, width) * (c.get("embedding_multiplier") or 1.0),
         logit_scale=c.get("lm_head_multiplier") or 1.0,
         multipliers=_multipliers(c),
+        attention_residual=_residual(c, "full_attn"),
+        recurrent_residual=_residual(c, "linear_attn"),
+        mlp_residual=_residual(c, "mlp"),
         norm_before_gate=c.get("mamba_norm_before_gate", known.norm_before_gate),
         routing=_routing(c, known.routing),
     )
@@ -274,6 +284,11 @@ def _embedding_scale(family: str, width: int | None) -> float:
     if family == "recurrent_gemma":
         scale = float(torch.tensor(scale, dtype=torch.bfloat16))
     return scale
+
+
+def _residual(c: Mapping[str, Any], block: str) -> tuple[float, float]:
+    kept, added = (c.get(f"{block}_{name}_factor", 1.0) for name in ("alpha", "beta"))
+    return float(kept), float(added)
 
 
 def _multipliers(c: Mapping[str, Any]) -> Multipliers:

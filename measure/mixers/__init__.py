@@ -8,6 +8,7 @@ from costmodel.errors import NotApplicableError
 from costmodel.methods.stack import MethodStack
 from costmodel.mixers import AbstractMixer, Attention
 from costmodel.mixers.delta import DeltaRule
+from costmodel.mixers.lightning import Lightning
 from costmodel.mixers.mamba import Mamba
 from costmodel.mixers.mamba2 import Mamba2
 from costmodel.mixers.mla import MLA
@@ -19,6 +20,7 @@ from measure.methods.base import Realisation
 from measure.mixers.attention import AttentionRunner
 from measure.mixers.base import AbstractRunner, LayerState, RecurrentRunner
 from measure.mixers.delta import DeltaRunner
+from measure.mixers.lightning import LightningRunner
 from measure.mixers.mamba import MambaRunner
 from measure.mixers.mamba2 import Mamba2Runner
 from measure.mixers.mla import LatentCache, MLARunner
@@ -34,6 +36,7 @@ _RUNNERS: dict[type[AbstractMixer], type[AbstractRunner]] = {
     RGLRU: RGLRURunner,
     DeltaRule: DeltaRunner,
     RWKV5: RWKV5Runner,
+    Lightning: LightningRunner,
 }
 
 

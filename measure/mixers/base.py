@@ -143,6 +143,10 @@ class AbstractRunner(ABC):
     def __init__(self, mixer: Any, numerics: Numerics) -> None:
         """Keep what is needed; raise ``NotApplicableError`` for what cannot be run."""
 
+    def at_layer(self, index: int, n_layers: int) -> "AbstractRunner":
+        """What runs layer ``index`` of ``n_layers``: itself, where nothing depends on the depth."""
+        return self
+
     @abstractmethod
     def shapes(self, d_model: int) -> Shapes:
         """Tensors by name."""

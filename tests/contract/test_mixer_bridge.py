@@ -18,6 +18,7 @@ from costmodel.errors import NotApplicableError
 from costmodel.methods.parse import parse_method
 from costmodel.mixers import Attention
 from costmodel.mixers.delta import DeltaRule
+from costmodel.mixers.lightning import Lightning
 from costmodel.mixers.mamba import Mamba
 from costmodel.mixers.mamba2 import Mamba2
 from costmodel.mixers.mla import MLA
@@ -65,6 +66,7 @@ MIXERS = {
     "kda": DeltaRule(
         form="kda", n_key_heads=4, n_value_heads=4, key_dim=8, value_dim=8, conv_kernel=4
     ),
+    "lightning": Lightning(n_heads=4, head_dim=8, block_tokens=8),
     "rwkv5": RWKV5(n_heads=4, head_dim=8, shift_dim=D),
 }
 NUMERICS = Numerics()
@@ -161,7 +163,7 @@ def test_a_prompt_equals_its_tokens_one_by_one_and_steps_can_be_undone(name):
 
 
 #: Mixers whose steps and prompts run exactly the matmuls that are predicted.
-EXACT_STEPS = ("full", "gated", "window", "mamba", "mamba2", "rglru", "gdn", "kda")
+EXACT_STEPS = ("full", "gated", "window", "mamba", "mamba2", "rglru", "gdn", "kda", "lightning")
 
 
 @pytest.mark.parametrize("name", EXACT_STEPS)
@@ -176,7 +178,7 @@ def test_counted_flops_of_a_step_equal_the_prediction(name):
     assert counted == 2 * float(mixing) + batch * (matrices + 2.0 * D * V)
 
 
-@pytest.mark.parametrize("name", ["mamba2", "rglru", "mamba"])
+@pytest.mark.parametrize("name", ["mamba2", "rglru", "mamba", "lightning"])
 @pytest.mark.parametrize("context", [5, 16, 19])
 def test_counted_flops_of_a_prompt_equal_the_prediction(name, context):
     mixer, batch = MIXERS[name], 2
@@ -224,7 +226,7 @@ RUNS = {
     *("mixtral-8x7b", "gpt-oss-20b", "mamba2-2.7b", "mamba-2.8b", "recurrentgemma-2b"),
     *("deepseek-v3", "deepseek-v2-lite", "jamba-v0.1", "qwen3-next-80b-a3b", "qwen3-30b-a3b"),
     *("rwkv-5-world-7b", "nemotron-nano-9b-v2", "nemotron-3-nano-30b-a3b", "llama-4-scout"),
-    "falcon-h1-1.5b",
+    *("falcon-h1-1.5b", "minimax-text-01"),
 }
 
 

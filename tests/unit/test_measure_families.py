@@ -103,6 +103,14 @@ FALCON = BASE | {
     "ssm_in_multiplier": 1.25,
     "ssm_out_multiplier": 0.75,
 }
+MINIMAX = BASE | {
+    "num_hidden_layers": 3,
+    "head_dim": 8,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "block_size": 4,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+}
 CASES = {
     "llama-llama3": ("llama", BASE | {"head_dim": 16, "rope_parameters": LLAMA3}),
     "llama-linear": ("llama", BASE | {"rope_parameters": LINEAR, "attention_bias": True}),
@@ -284,6 +292,21 @@ CASES = {
         "falcon_h1",
         FALCON | {"mamba_rms_norm": True, "mamba_norm_before_gate": False},
     ),
+    "minimax": ("minimax", MINIMAX),
+    "minimax-scaled": (
+        "minimax",
+        MINIMAX
+        | {
+            "layer_types": ["linear_attention", "linear_attention", "full_attention"],
+            "block_size": 256,
+            "full_attn_alpha_factor": 1.3,
+            "full_attn_beta_factor": 0.8,
+            "linear_attn_alpha_factor": 0.9,
+            "linear_attn_beta_factor": 1.4,
+            "mlp_alpha_factor": 1.2,
+            "mlp_beta_factor": 0.7,
+        },
+    ),
     "glm4_moe": (
         "glm4_moe",
         BASE
@@ -319,7 +342,9 @@ def reference(family, settings):
                 tensor.uniform_(-1.0, 1.5)
             elif "correction" in name or "sinks" in name:
                 tensor.normal_(0.0, 0.5)
-            elif name.endswith(("inv_freq", "normalizer", "embed_scale", "mup_vector")):
+            elif name.endswith(
+                ("inv_freq", "normalizer", "embed_scale", "mup_vector", "_decay", "slope_rate")
+            ):
                 continue
             elif "norm" in name:
                 tensor.uniform_(0.5, 1.5)
@@ -391,7 +416,7 @@ def test_logits_equal_transformers_and_states_the_prediction(family, settings, t
 
 
 #: Their steps run exactly the matmuls that are predicted; of MLA's absorbed form see the bridge.
-HYBRIDS = [x for x in CASES if x.startswith(("nemotron_h", "llama4", "falcon", "bamba"))]
+HYBRIDS = [x for x in CASES if x.startswith(("nemotron_h", "llama4", "falcon", "bamba", "minimax"))]
 
 
 @pytest.mark.parametrize("name", HYBRIDS)
