@@ -6,7 +6,7 @@ w - 1 (Gemma, Qwen3-Next) turned into w.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -52,7 +52,7 @@ PROVED = frozenset(
         *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "mixtral"),
         *("qwen2_moe", "qwen3_moe", "gpt_oss", "deepseek_v2", "deepseek_v3", "mamba", "mamba2"),
         *("recurrent_gemma", "jamba", "bamba", "qwen3_next", "kimi_linear", "glm4_moe"),
-        *("nemotron_h", "llama4_text", "falcon_h1", "minimax"),
+        *("nemotron_h", "llama4_text", "falcon_h1", "minimax", "zamba2"),
     }
 )
 _ROOTS = ("model.", "backbone.", "model.language_model.", "language_model.model.")
@@ -136,19 +136,59 @@ def weights_from_state(architecture: Architecture, state: Mapping[str, Tensor]) 
     head = table
     if not architecture.tied_embeddings:
         head = _Part(state, "").under("lm_head", "language_model.lm_head").get("weight")
+    layers = tuple(
+        _layer(_Part(state, f"{root}layers.{i}."), layer, form)
+        for i, layer in enumerate(architecture.layers)
+    )
     return Weights(
         embedding=table,
-        layers=tuple(
-            _layer(_Part(state, f"{root}layers.{i}."), layer, form)
-            for i, layer in enumerate(architecture.layers)
-        ),
+        layers=_with_shared_blocks(state, root, architecture, layers, form),
         outer={"final": top.get(f"{final}.weight") + form.shift},
         head=head,
     )
 
 
+def _with_shared_blocks(
+    state: Mapping[str, Tensor],
+    root: str,
+    architecture: Architecture,
+    layers: tuple[LayerWeights, ...],
+    form: _Form,
+) -> tuple[LayerWeights, ...]:
+    """Zamba2: a block is stored in the first layer that uses it, with the adapters of all."""
+    blocks: dict[int, tuple[_Part, Tensors]] = {}
+    found = []
+    for index, (layer, weights) in enumerate(zip(architecture.layers, layers, strict=True)):
+        if layer.shared_with is None:
+            found.append(weights)
+            continue
+        if layer.shared_with not in blocks:
+            part = _Part(state, f"{root}layers.{index}.shared_transformer.")
+            feed_forward = part.under("feed_forward")
+            tensors = {
+                **_attention(part.under("self_attn"), layer.mixers[0], form),
+                **feed_forward.linear("gate_up_proj", "gate_up_proj"),
+                **feed_forward.linear("down_proj", "down_proj"),
+                "input_norm": part.get("input_layernorm.weight"),
+                "mlp_norm": part.get("pre_ff_layernorm.weight"),
+            }
+            blocks[layer.shared_with] = part, tensors
+        part, shared = blocks[layer.shared_with]
+        ordinal = sum(x.shared_with is not None for x in architecture.layers[:index])
+        places = {"gate_up": "feed_forward.gate_up_proj_adapter_list"}
+        places |= {n: f"self_attn.linear_{n}_adapter_list" for n in "qkv"}
+        own = {"hybrid_proj": _Part(state, f"{root}layers.{index}.").get("linear.weight")}
+        for matrix in layer.linears[1:]:
+            name, half = matrix.name.removeprefix("adapter_").rsplit("_", 1)
+            own[matrix.name] = part.get(f"{places[name]}.{ordinal}.{'ab'.index(half)}.weight")
+        found.append(replace(weights, shared=shared, linears=own))
+    return tuple(found)
+
+
 def _layer(part: _Part, layer: Layer, form: _Form) -> LayerWeights:
     norms = {}
+    if layer.shared_with is not None:
+        part, layer = part.under("mamba_decoder"), replace(layer, mixers=layer.mixers[1:], mlps=())
     if part.has("pre_feedforward_layernorm.weight"):
         norms = {k: part.get(f"{n}.weight") + form.shift for k, n in _SANDWICH.items()}
     else:

@@ -12,7 +12,7 @@ given: dimensions decide cost, values do not. Prefill takes the whole prompt at 
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -20,12 +20,14 @@ from torch.nn.functional import embedding, layer_norm, linear
 
 from costmodel.architecture import Architecture, Layer
 from costmodel.errors import ConfigError, NotApplicableError
+from measure.methods.base import AbstractLayerCache
 from measure.mixers import runner_of
 from measure.mixers.base import AbstractRunner, FixedState, Init, LayerState, RecurrentRunner, Shape
 from measure.mixers.rwkv5 import ChannelMixing
 from measure.mlps import MLPRunner
 from measure.numerics import Numerics, Rope, numerics_of
 from measure.parts import Rotary, Tensors, rms, rope_table, scaled, softcap
+from measure.shared_block import SharedBlock
 from measure.weight_formats import PackedMatrix, packed
 
 __all__ = [
@@ -49,15 +51,19 @@ class LayerWeights:
 
     norms  "mixer" and "mlp" before the blocks, "mixer_post" and "mlp_post" behind them; layer
            norms have biases besides ("mixer_bias", ...)
+    shared, linears  of a ``SharedBlock``: the same tensors in every layer that shares them, and
+           the layer's own
     """
 
     norms: Tensors
     mixers: tuple[Tensors, ...]
     mlp: Tensors
+    shared: Tensors = field(default_factory=dict)
+    linears: Tensors = field(default_factory=dict)
 
     def tensors(self) -> Iterator[Tensor]:
         """All of them, the parts of packed matrices too."""
-        for part in (self.norms, *self.mixers, self.mlp):
+        for part in (self.norms, *self.mixers, self.mlp, self.shared, self.linears):
             for value in part.values():
                 yield from value.tensors() if isinstance(value, PackedMatrix) else (value,)
 
@@ -90,26 +96,33 @@ class _Block:
 
     mixers: tuple[AbstractRunner, ...]
     mlp: MLPRunner | ChannelMixing | None
+    shared: SharedBlock | None = None
 
     @classmethod
     def of(cls, layer: Layer, numerics: Numerics) -> "_Block":
         mixing = ChannelMixing.of(layer)
         if mixing is not None:
             return cls((runner_of(layer.mixers[0], numerics),), mixing)
+        if layer.shared_with is not None:
+            own = tuple(runner_of(mixer, numerics) for mixer in layer.mixers[1:])
+            return cls(own, None, SharedBlock(layer, numerics))
         if len(layer.mlps) > 1 or layer.linears:
             raise NotApplicableError(f"has {len(layer.mlps)} MLPs, or further matrices")
-        if layer.shared_with is not None:
-            raise NotApplicableError("has weights that several layers share")
         return cls(
             tuple(runner_of(mixer, numerics) for mixer in layer.mixers),
             MLPRunner(layer.mlps[0], numerics) if layer.mlps else None,
         )
 
+    @property
+    def runners(self) -> tuple[AbstractRunner, ...]:
+        """Mixers in the order of their caches."""
+        return self.mixers if self.shared is None else (self.shared.attention, *self.mixers)
+
     def at_layer(self, index: int, n_layers: int) -> "_Block":
         """The same at its depth."""
         placed = tuple(mixer.at_layer(index, n_layers) for mixer in self.mixers)
         same = all(a is b for a, b in zip(placed, self.mixers, strict=True))
-        return self if same else _Block(placed, self.mlp)
+        return self if same else _Block(placed, self.mlp, self.shared)
 
     def norms(self, numerics: Numerics) -> tuple[str, ...]:
         """Names of the layer's norms."""
@@ -196,21 +209,27 @@ def random_weights(
         kinds: dict[str, Init] = {n: "zeros" if n.endswith("_bias") else "ones" for n in names}
         return {name: draw(Shape((d,), kind)) for name, kind in kinds.items()}
 
-    def layer(block: _Block) -> LayerWeights:
-        mlp = {} if block.mlp is None else block.mlp.shapes(d)
+    def tensors(shapes: Mapping[str, Shape]) -> Tensors:
+        return {name: draw(shape) for name, shape in shapes.items()}
+
+    shared: dict[int, Tensors] = {}
+
+    def layer(block: _Block, spec: Layer) -> LayerWeights:
+        if block.shared is not None and spec.shared_with not in shared:
+            assert spec.shared_with is not None
+            shared[spec.shared_with] = tensors(block.shared.shapes(d))
         return LayerWeights(
             norms=norms(block.norms(numerics)),
-            mixers=tuple(
-                {name: draw(shape) for name, shape in runner.shapes(d).items()}
-                for runner in block.mixers
-            ),
-            mlp={name: draw(shape) for name, shape in mlp.items()},
+            mixers=tuple(tensors(runner.shapes(d)) for runner in block.mixers),
+            mlp=tensors({} if block.mlp is None else block.mlp.shapes(d)),
+            shared={} if spec.shared_with is None else shared[spec.shared_with],
+            linears=tensors({} if block.shared is None else block.shared.own_shapes()),
         )
 
     table = draw(Shape((v, d)))
     return Weights(
         embedding=table,
-        layers=tuple(layer(x) for x in blocks),
+        layers=tuple(map(layer, blocks, architecture.layers)),
         outer=norms(_outer_norms(numerics)),
         head=table if architecture.tied_embeddings else draw(Shape((v, d))),
     )
@@ -242,10 +261,16 @@ def pack_weights(
     """The same weights with the matrices of mixers and MLPs in ``weight_dtype``."""
     numerics = numerics or numerics_of(architecture.family)
     d = architecture.d_model
+    done: dict[int, PackedMatrix] = {}  # tensors that several layers share stay shared
+
+    def pack(tensor: Tensor) -> PackedMatrix:
+        if id(tensor) not in done:
+            done[id(tensor)] = packed(tensor, weight_dtype)
+        return done[id(tensor)]
 
     def part(tensors: Tensors, shapes: Mapping[str, Shape]) -> Tensors:
         return {
-            name: packed(tensor, weight_dtype) if shapes[name].packable else tensor
+            name: pack(tensor) if shapes[name].packable else tensor
             for name, tensor in tensors.items()
         }
 
@@ -257,6 +282,8 @@ def pack_weights(
                 for tensors, runner in zip(layer.mixers, block.mixers, strict=True)
             ),
             mlp=part(layer.mlp, {} if block.mlp is None else block.mlp.shapes(d)),
+            shared=part(layer.shared, {} if block.shared is None else block.shared.shapes(d)),
+            linears=part(layer.linears, {} if block.shared is None else block.shared.own_shapes()),
         )
         for block, layer in zip(blocks_of(architecture, numerics), weights.layers, strict=True)
     ]
@@ -287,7 +314,7 @@ class Decoder:
         self.tables: dict[tuple[Rope, int], Rotary] = {
             mixer.rope: rope_table(n_positions, mixer.rope[1], mixer.rope[0], dtype, device)
             for block in dict.fromkeys(self.blocks)
-            for mixer in block.mixers
+            for mixer in block.runners
             if mixer.rope is not None
         }
 
@@ -314,18 +341,27 @@ class Decoder:
             x = x * torch.tensor(numerics.embedding_scale, dtype=x.dtype)
         if numerics.first_norm:
             x = self._norm(x, weights.outer, "first")
-        remaining = iter(caches)
+        embedded, remaining = x, iter(caches)
+
+        def table_of(runner: AbstractRunner) -> Rotary | None:
+            if runner.rope is None:
+                return None
+            cos, sin = self.tables[runner.rope]
+            return cos[position:end], sin[position:end]
+
         for block, layer in zip(self.blocks, weights.layers, strict=True):
             cache = None
             if block.mixers:
-                h, mixed = self._norm(x, layer.norms, "mixer"), None
+                read = x
+                if block.shared is not None:
+                    cache, table = next(remaining), table_of(block.shared.attention)
+                    assert isinstance(cache, AbstractLayerCache)
+                    w = {**layer.shared, **layer.linears}
+                    read = x + block.shared.run(x, embedded, w, cache, table, first)
+                h, mixed = self._norm(read, layer.norms, "mixer"), None
                 for mixer, tensors in zip(block.mixers, layer.mixers, strict=True):
-                    table = None
-                    if mixer.rope is not None:
-                        cos, sin = self.tables[mixer.rope]
-                        table = cos[position:end], sin[position:end]
                     cache = next(remaining)
-                    out = mixer.run(h, tensors, cache, table, first)
+                    out = mixer.run(h, tensors, cache, table_of(mixer), first)
                     mixed = out if mixed is None else mixed + out
                 assert mixed is not None
                 kept, added = block.residual(numerics)

@@ -63,9 +63,13 @@ class MLPRunner:
 
     def _dense(self, x: Tensor, w: Tensors, prefix: str, gated: bool) -> Tensor:
         up, down = f"{prefix}{'gate_up_proj' if gated else 'up_proj'}", f"{prefix}down_proj"
-        hidden = self._activate(linear(x, w[up], w.get(f"{up}_bias")), gated)
+        hidden = self._activate(self.project_up(x, w, up), gated)
         out = linear(hidden, w[down], w.get(f"{down}_bias"))
         return scaled(out, self.numerics.multipliers.mlp_down)
+
+    def project_up(self, x: Tensor, w: Tensors, name: str) -> Tensor:
+        """Gate and up, or up."""
+        return linear(x, w[name], w.get(f"{name}_bias"))
 
     def _activate(self, hidden: Tensor, gated: bool) -> Tensor:
         if not gated:

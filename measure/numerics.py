@@ -212,6 +212,7 @@ _FAMILIES: Mapping[str, Numerics] = {
     ),
     "falcon_h1": Numerics(norm_before_gate=True),
     "minimax": Numerics(residual_normed=True),
+    "zamba2": Numerics(activation="gelu"),
     "rwkv5": Numerics(rope=None, layer_norm=True, first_norm=True),
     "deepseek_v2": Numerics(norm_eps=1e-6, routing=Routing(normalise=False)),
     "deepseek_v3": Numerics(norm_eps=1e-6, routing=Routing(score="sigmoid")),
@@ -251,7 +252,11 @@ def numerics_of(
     if family == "llama4_text":
         known = _llama4(known, c)
         rope, local = None, rope
+    if family == "zamba2" and not c.get("use_mem_rope"):
+        rope = None
     scalar = c.get("query_pre_attn_scalar", 256 if family in ("gemma2", "gemma3_text") else None)
+    if family == "zamba2" and "attention_head_dim" in c:  # scores scaled as of half the head
+        scalar = c["attention_head_dim"] / 2
     eps = c.get("rms_norm_eps", c.get("layer_norm_epsilon", known.norm_eps))
     return replace(
         known,

@@ -18,8 +18,12 @@ from measure.weight_formats import linear
 class AttentionRunner(AbstractRunner):
     """q, k, v and gate in one matmul, stacked in this order; then o."""
 
+    #: what is read beside the stream; nothing
+    READS = ""
+
     def __init__(self, mixer: Attention, numerics: Numerics) -> None:
-        if not mixer.owns_cache or mixer.k_eq_v or mixer.input_dim or mixer.o_dim:
+        wide = mixer.input_dim and not self.READS
+        if not mixer.owns_cache or mixer.k_eq_v or wide or mixer.o_dim:
             raise NotApplicableError("has attention that shares caches or projections")
         self.mixer, self.numerics = mixer, numerics
         local = mixer.max_kv_tokens() is not None and numerics.local_rope is not None
@@ -54,13 +58,17 @@ class AttentionRunner(AbstractRunner):
             shapes["sinks"] = Shape((mixer.n_heads,), "zeros")
         return shapes
 
+    def project(self, x: Tensor, w: Tensors) -> Tensor:
+        """q, k, v and gate."""
+        return linear(x, w["qkv"], w.get("qkv_bias"))
+
     def run(
         self, x: Tensor, w: Tensors, cache: AbstractLayerCache, table: Rotary | None, first: bool
     ) -> Tensor:
         """Project, turn, attend in the cache, project."""
         m, numerics = self.mixer, self.numerics
         factors = numerics.multipliers
-        projected = linear(scaled(x, factors.attention_in), w["qkv"], w.get("qkv_bias"))
+        projected = self.project(scaled(x, factors.attention_in), w)
         gate = None
         if m.output_gate:
             n_gate = m.n_heads * m.head_dim

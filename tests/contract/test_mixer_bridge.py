@@ -226,7 +226,7 @@ RUNS = {
     *("mixtral-8x7b", "gpt-oss-20b", "mamba2-2.7b", "mamba-2.8b", "recurrentgemma-2b"),
     *("deepseek-v3", "deepseek-v2-lite", "jamba-v0.1", "qwen3-next-80b-a3b", "qwen3-30b-a3b"),
     *("rwkv-5-world-7b", "nemotron-nano-9b-v2", "nemotron-3-nano-30b-a3b", "llama-4-scout"),
-    *("falcon-h1-1.5b", "minimax-text-01"),
+    *("falcon-h1-1.5b", "minimax-text-01", "zamba2-2.7b"),
 }
 
 
@@ -234,12 +234,16 @@ def counted_parameters(model: Architecture) -> int:
     numerics = numerics_of(model.family)
     outer = (1 + numerics.layer_norm) * (1 + numerics.first_norm)
     total = ((1 if model.tied_embeddings else 2) * model.vocab_size + outer) * model.d_model
-    for block in blocks_of(model, numerics):
+    shared = {}
+    for block, layer in zip(blocks_of(model, numerics), model.layers, strict=True):
+        if block.shared is not None:
+            shared[layer.shared_with] = block.shared.shapes(model.d_model)
+            total += sum(math.prod(x.sizes) for x in block.shared.own_shapes().values())
         total += len(block.norms(numerics)) * model.d_model
         for part in (*block.mixers, block.mlp):
             shapes = {} if part is None else part.shapes(model.d_model)
             total += sum(math.prod(shape.sizes) for shape in shapes.values())
-    return total
+    return total + sum(math.prod(x.sizes) for part in shared.values() for x in part.values())
 
 
 def test_bundled_models_run_with_exactly_their_parameters():

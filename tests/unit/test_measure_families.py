@@ -12,7 +12,7 @@ from costmodel.mlps import MoE
 from costmodel.registry import load_architecture
 from costmodel.workload import Point
 from measure.checkpoints import PROVED, weights_from_state
-from measure.engine import Decoder
+from measure.engine import Decoder, pack_weights, random_weights
 from measure.flops import count_flops
 from measure.mixers import build_cache
 from measure.numerics import numerics_of
@@ -110,6 +110,16 @@ MINIMAX = BASE | {
     "num_experts_per_tok": 2,
     "block_size": 4,
     "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+}
+ZAMBA = BASE | {
+    "num_hidden_layers": 5,
+    "num_key_value_heads": 4,
+    "layers_block_type": ["mamba", "hybrid", "hybrid", "mamba", "hybrid"],
+    "mamba_d_state": 16,
+    "mamba_ngroups": 2,
+    "n_mamba_heads": 8,
+    "chunk_size": 8,
+    "adapter_rank": 4,
 }
 CASES = {
     "llama-llama3": ("llama", BASE | {"head_dim": 16, "rope_parameters": LLAMA3}),
@@ -307,6 +317,17 @@ CASES = {
             "mlp_beta_factor": 0.7,
         },
     ),
+    "zamba2": ("zamba2", ZAMBA),
+    "zamba2-adapted": (
+        "zamba2",
+        ZAMBA
+        | {
+            "num_mem_blocks": 2,
+            "use_shared_attention_adapter": True,
+            "use_mem_rope": True,
+            "add_bias_linear": True,
+        },
+    ),
     "glm4_moe": (
         "glm4_moe",
         BASE
@@ -331,7 +352,7 @@ CASES = {
 def reference(family, settings):
     """Transformers' model with random weights, wide enough for attention to be far from uniform."""
     config = transformers.AutoConfig.for_model(
-        family, **settings, tie_word_embeddings=family.startswith(("gemma", "recurrent"))
+        family, **settings, tie_word_embeddings=family.startswith(("gemma", "recurrent", "zamba2"))
     )
     config._attn_implementation = "eager"
     torch.manual_seed(0)
@@ -416,7 +437,11 @@ def test_logits_equal_transformers_and_states_the_prediction(family, settings, t
 
 
 #: Their steps run exactly the matmuls that are predicted; of MLA's absorbed form see the bridge.
-HYBRIDS = [x for x in CASES if x.startswith(("nemotron_h", "llama4", "falcon", "bamba", "minimax"))]
+HYBRIDS = [
+    x
+    for x in CASES
+    if x.startswith(("nemotron_h", "llama4", "falcon", "bamba", "minimax", "zamba2"))
+]
 
 
 @pytest.mark.parametrize("name", HYBRIDS)
@@ -437,3 +462,15 @@ def test_counted_flops_of_a_step_equal_the_prediction(name, tmp_path):
             matrices += n * mlp.top_k * sum(x.n_in * x.n_out for x in visited)
     head = model.d_model * model.vocab_size
     assert counted == mixing + 2.0 * batch * (matrices + head)
+
+
+def test_shared_blocks_are_held_once(tmp_path):
+    _, decoder, _ = built(*CASES["zamba2-adapted"], tmp_path)
+    model = decoder.architecture
+    assert [x.shared_with for x in model.layers] == [None, 0, 1, None, 0]
+    drawn = random_weights(model, torch.float32, torch.device("cpu"))
+    assert drawn.nbytes == 4 * model.n_parameters
+    for weights in (decoder.weights, drawn, pack_weights(model, drawn, "int8")):
+        first, other, again = (weights.layers[i].shared for i in (1, 2, 4))
+        assert first["qkv"] is again["qkv"]
+        assert first["qkv"] is not other["qkv"]
