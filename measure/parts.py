@@ -145,7 +145,8 @@ def attend_prompt(
     out = q.new_empty(*q.shape[:3], v.shape[-1])
     folded, target = q.unflatten(1, (n_kv, group)), out.unflatten(1, (n_kv, group))
     positions = torch.arange(s, device=q.device)
-    for start in range(0, s, block):
+    # The largest block first: what it frees holds the others.
+    for start in reversed(range(0, s, block)):
         stop = min(s, start + block)
         first = 0
         if window:

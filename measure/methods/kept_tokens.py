@@ -80,13 +80,15 @@ def overwrite(buffer: GrowingBuffer, slots: Tensor, entry: Tensor) -> None:
 
 
 def query_blocks(q: Tensor, k: Tensor) -> Iterator[tuple[int, int, Tensor]]:
-    """Causal probabilities of a prompt, block after block of its queries.
+    """Causal probabilities of a prompt, block by block of its queries, the last one first.
 
     q [B, N, S, H], k [B, K, S, H] -> (start, stop, [B, K, G, queries, stop]) in fp32.
     """
     b, n_kv, s, size = k.shape
     folded = q.view(b, n_kv, -1, s, size) * size**-0.5
-    for start in range(0, s, QUERY_BLOCK):
+    # The last block is the largest: what it frees holds every earlier one. The other way round a
+    # heap that keeps what it has grows by a new piece a block, S x S in all.
+    for start in reversed(range(0, s, QUERY_BLOCK)):
         stop = min(s, start + QUERY_BLOCK)
         queries = folded[:, :, :, start:stop].flatten(2, 3)
         yield start, stop, _causal_probabilities(queries, k[:, :, :stop], start)
