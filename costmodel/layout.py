@@ -315,5 +315,7 @@ def total(operations: Operations, amount: Callable[[Operation], Array]) -> Array
     """Sum over a pass: count times the amount of each operation."""
     out: Array = np.float64(0.0)
     for op in operations:
-        out = out + op.count * amount(op)
+        value = amount(op)
+        if np.ndim(value) or value != 0.0:
+            out = out + op.count * value
     return out

@@ -32,6 +32,7 @@ from costmodel.phase import (
     collective_bytes,
     hbm_bytes,
     link_bytes,
+    middle_of,
     pass_time,
     peak_s,
 )
@@ -200,7 +201,8 @@ class Model:
         body = busy_of(prefill[:-1], hardware, self.engine) + step.head
         ttft = self._pass_time(body, decode=False)
         tpot = self._pass_time(busy_of(decode, hardware, self.engine) + step.busy, decode=True)
-        tpot_last = self._pass_time(busy_of(last, hardware, self.engine) + step.busy, decode=True)
+        # Of the last step only the middle counts: its interval is that of the first, moved on.
+        tpot_last = self._pass_time(middle_of(last, hardware, self.engine) + step.busy, decode=True)
         prefill_bytes, decode_bytes = hbm_bytes(prefill), hbm_bytes(decode) + step.hbm_bytes
         mean_tpot = (tpot.mid_s + tpot_last.mid_s) / 2
         tokens_per_s = batch * output / (ttft.mid_s + (output - 1) * mean_tpot)

@@ -93,12 +93,12 @@ class Operation:
     @property
     def hbm_bytes(self) -> Array:
         """Bytes the algorithm must move through HBM; activations between kernels are left out."""
-        return self.weight_bytes + self.state_bytes + self.workspace_bytes
+        return added(self.weight_bytes, self.state_bytes, self.workspace_bytes)
 
     @property
     def moved_bytes(self) -> Array:
         """All bytes the kernel touches, activations included: what its time model uses."""
-        return self.hbm_bytes + self.activation_bytes
+        return added(self.hbm_bytes, self.activation_bytes)
 
 
 Operations = tuple[Operation, ...]
@@ -109,6 +109,16 @@ def some(amount: Array) -> bool:
     if isinstance(amount, np.ndarray) and amount.size:
         return bool(amount.flat[0]) or bool(amount.any())
     return bool(np.any(amount))
+
+
+def added(*amounts: Array) -> Array:
+    """The sum, without touching arrays for the amounts that are plainly nothing: most are."""
+    out: Array = 0.0
+    for amount in amounts:
+        if isinstance(amount, float) and amount == 0.0:
+            continue
+        out = amount if isinstance(out, float) and out == 0.0 else out + amount
+    return out
 
 
 def causal_pairs(n_queries: Array, window_tokens: Array | None = None) -> Array:

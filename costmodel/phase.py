@@ -15,7 +15,7 @@ from costmodel.engines import Engine
 from costmodel.hardware import HardwareProfile
 from costmodel.kernels import KernelTime, time_operation
 from costmodel.layout import total
-from costmodel.operation import Array, Operation, Operations, some
+from costmodel.operation import Array, Operation, Operations, added, some
 from costmodel.workload import Level
 
 #: What can bind a pass, in the order of ``PhaseTime.parts``.
@@ -111,6 +111,23 @@ def _taken(value: Array, index: NDArray[np.intp]) -> Array:
     return value[index] if isinstance(value, np.ndarray) and value.ndim else value
 
 
+def middle_of(operations: Operations, hardware: HardwareProfile, engine: Engine) -> Busy:
+    """The middle estimate of ``busy_of`` alone: no interval, no parts, no bases."""
+    mid: Array = np.float64(0.0)
+    link_mid: Array = np.float64(0.0)
+    launches: Array = np.float64(0.0)
+    host_waits: Array = np.float64(0.0)
+    for op in operations:
+        t = time_operation(op, hardware, engine.kernels, engine.in_situ, middle_only=True)
+        launches = _more(launches, op.count, op.launches)
+        host_waits = _waiting(host_waits, op)
+        if op.kind == "host_link":
+            link_mid = _more(link_mid, op.count, t.mid_s)
+        else:
+            mid = _more(mid, op.count, t.mid_s)
+    return Busy(mid_s=mid, link_mid_s=link_mid, launches=launches, host_waits=host_waits)
+
+
 def busy_of(operations: Operations, hardware: HardwareProfile, engine: Engine) -> Busy:
     """Time every operation and add up."""
     zero: Array = np.float64(0.0)
@@ -126,18 +143,17 @@ def busy_of(operations: Operations, hardware: HardwareProfile, engine: Engine) -
         mid_s = n * t.mid_s
         bases[t.basis] = bases.get(t.basis, 0.0) + float(np.sum(mid_s))
         extrapolated = np.maximum(extrapolated, t.extrapolated)
-        launches = launches + n * op.launches
-        if op.host_waits:
-            host_waits = np.maximum(host_waits, np.where(np.asarray(n) > 0, 1.0, 0.0))
-        launch = launch + n * t.launch_s
+        launches = _more(launches, n, op.launches)
+        host_waits = _waiting(host_waits, op)
+        launch = _more(launch, n, t.launch_s)
         if op.kind == "host_link":
-            link_low, link_mid = link_low + n * t.low_s, link_mid + mid_s
-            link_high = link_high + n * t.high_s
+            link_low, link_mid = _more(link_low, n, t.low_s), link_mid + mid_s
+            link_high = _more(link_high, n, t.high_s)
             continue
-        low, mid, high = low + n * t.low_s, mid + mid_s, high + n * t.high_s
-        link = link + n * t.link_s
+        low, mid, high = _more(low, n, t.low_s), mid + mid_s, _more(high, n, t.high_s)
+        link = _more(link, n, t.link_s)
         c, w, k = _split(op, t)
-        compute, weight, kv = compute + n * c, weight + n * w, kv + n * k
+        compute, weight, kv = _more(compute, n, c), _more(weight, n, w), _more(kv, n, k)
     return Busy(
         low_s=low,
         mid_s=mid,
@@ -151,6 +167,24 @@ def busy_of(operations: Operations, hardware: HardwareProfile, engine: Engine) -
         extrapolated=extrapolated,
         bases=bases,
     )
+
+
+def _more(total: Array, count: Array, seconds: Array) -> Array:
+    """``total + count * seconds``."""
+    if not isinstance(seconds, np.ndarray) and seconds == 0.0:
+        return total
+    more: Array = count * seconds
+    if isinstance(more, np.ndarray) and np.shape(total) in ((), more.shape):
+        more += total
+        return more
+    return total + more
+
+
+def _waiting(host_waits: Array, op: Operation) -> Array:
+    if not op.host_waits:
+        return host_waits
+    waits: Array = np.maximum(host_waits, np.where(np.asarray(op.count) > 0, 1.0, 0.0))
+    return waits
 
 
 def overhead_s(
@@ -233,8 +267,15 @@ def _split(op: Operation, t: KernelTime) -> tuple[Array, Array, Array]:
         return t.compute_s, 0.0, 0.0
     compute_binds = t.compute_s > t.memory_s
     busy = np.where(compute_binds, 0.0, t.memory_s) / np.maximum(moved, 1e-300)
-    compute = np.where(compute_binds, t.compute_s, busy * op.activation_bytes)
-    return compute, busy * op.weight_bytes, busy * (op.state_bytes + op.workspace_bytes)
+    compute = np.where(compute_binds, t.compute_s, _times(busy, op.activation_bytes))
+    kv_bytes = added(op.state_bytes, op.workspace_bytes)
+    return compute, _times(busy, op.weight_bytes), _times(busy, kv_bytes)
+
+
+def _times(rate: Array, amount: Array) -> Array:
+    if isinstance(amount, float) and amount == 0.0:
+        return 0.0
+    return rate * amount
 
 
 def peak_s(operations: Operations, hardware: HardwareProfile) -> Array:

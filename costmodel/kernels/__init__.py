@@ -22,23 +22,25 @@ def time_operation(
     hardware: HardwareProfile,
     engine: str = "",
     in_situ: InSitu | None = None,
+    *,
+    middle_only: bool = False,
 ) -> KernelTime:
     """Interval, parts and basis of one run of ``operation``.
 
     ``engine`` names whose fitted families to use; without one only a profile's own families count.
     ``in_situ`` turns the time of a kernel alone into that inside a pass; curves and the prior,
-    which come from passes, need none.
+    which come from passes, need none. ``middle_only`` leaves the interval out: it is the middle.
     """
     if hardware.curves:
         calibrated = calibrated_time(operation, hardware)
         if calibrated is not None:
             return calibrated
     if engine or hardware.families:
-        fitted = fitted_time(operation, hardware, engine, in_situ)
+        fitted = fitted_time(operation, hardware, engine, in_situ, middle_only=middle_only)
         if fitted is not None:
             return fitted
-    prior = prior_time(operation, hardware)
-    if in_situ is None or operation.kind != "elementwise":
+    prior = prior_time(operation, hardware, middle_only=middle_only)
+    if middle_only or in_situ is None or operation.kind != "elementwise":
         return prior
     # Small kernels were in the passes that the factors around passes come from.
     low, high = in_situ.interval()

@@ -135,7 +135,7 @@ class Family:
 
     def extrapolated(self, shape: Mapping[str, Array]) -> Array:
         """1.0 where a shape lies ``far`` times or more outside what the rows covered, else 0.0."""
-        outside: Array = np.float64(0.0)
+        outside: Any = False
         for name, (least, most) in self.ranges.items():
             if name not in shape:
                 continue
@@ -144,9 +144,8 @@ class Family:
                 value.min() >= least / self.far and value.max() <= most * self.far
             ):
                 continue
-            far = np.logical_or(value < least / self.far, value > most * self.far)
-            outside = np.maximum(outside, far)
-        return outside
+            outside = outside | (value < least / self.far) | (value > most * self.far)
+        return np.where(outside, 1.0, 0.0) if np.any(outside) else 0.0
 
 
 @functools.cache

@@ -45,10 +45,13 @@ def fitted_time(
     hardware: HardwareProfile,
     engine: str = "",
     in_situ: InSitu | None = None,
+    *,
+    middle_only: bool = False,
 ) -> KernelTime | None:
     """Interval, parts and basis of one run; None where no fitted family describes it.
 
     ``in_situ``: what becomes of the kernel inside a pass; without it the kernel runs alone.
+    ``middle_only``: the interval is of no interest, and is the middle.
     """
     reader = _READERS.get(operation.kind)
     if reader is None or hardware.is_cpu or not hardware.n_units:
@@ -67,10 +70,10 @@ def fitted_time(
     if family is None:
         return None
     mid = _seconds(family, hardware, asked)
-    found = _kernel_time(operation, hardware, family, asked, mid, in_situ)
-    return (
-        found if np.all(asked.mask) else _mixed(asked.mask, found, prior_time(operation, hardware))
-    )
+    found = _kernel_time(operation, hardware, family, asked, mid, in_situ, middle_only)
+    if np.all(asked.mask):
+        return found
+    return _mixed(asked.mask, found, prior_time(operation, hardware, middle_only=middle_only))
 
 
 def _mixed(mask: Mask, found: KernelTime, prior: KernelTime) -> KernelTime:
@@ -109,13 +112,16 @@ def _kernel_time(
     asked: Asked,
     mid: Array,
     in_situ: InSitu | None,
+    middle_only: bool,
 ) -> KernelTime:
     """Split the middle estimate into the parts that say what binds.
 
     Launch is the family's own; the rest goes to compute and memory as the roofline divides it.
     """
-    launch = np.minimum(float(getattr(family.parameters, "launch_s", 0.0)), mid)
-    extrapolated = family.extrapolated(asked.shape)
+    launch: Array = float(getattr(family.parameters, "launch_s", 0.0))
+    if np.size(mid) and np.min(mid) < launch:
+        launch = np.minimum(launch, mid)
+    extrapolated = 0.0 if middle_only else family.extrapolated(asked.shape)
     if asked.kind == "collective":
         if in_situ is not None:
             mid, launch = mid * in_situ.collective_factor, launch * in_situ.collective_factor
@@ -141,12 +147,17 @@ def _kernel_time(
     else:
         compute = compute * (scale * in_situ.compute_factor)
         memory = memory * (scale * in_situ.memory_factor(operation.kind))
-        mid = np.maximum(launch + np.maximum(compute, memory), floor)
-    low, high = _factors(family, mid, in_situ)
+        longer = np.maximum(compute, memory)
+        longer += launch
+        mid = np.maximum(longer, floor)
+    low_s, high_s = mid, mid
+    if not middle_only:
+        low, high = _factors(family, mid, in_situ)
+        low_s, high_s = np.maximum(mid * low, floor), mid * high
     return KernelTime(
-        low_s=np.maximum(mid * low, floor),
+        low_s=low_s,
         mid_s=mid,
-        high_s=mid * high,
+        high_s=high_s,
         compute_s=compute,
         memory_s=memory,
         launch_s=launch,

@@ -144,20 +144,21 @@ def gemm_time_s(
     m, n, k = (np.asarray(v, dtype=np.float64) for v in (m, n, k))
     width = element_bytes(dtype)
     peak = tensor_peak(device, dtype)
-    a_bytes, b_bytes, c_bytes = m * k * width, n * k * width, 2.0 * m * n
-    flops = 2.0 * m * n * k
-    memory = _memory_s(p, device, (m, n), (a_bytes, b_bytes, c_bytes), cold)
+    # Of n and k there often is one each: what they make is made before the rows come in.
+    a_bytes, b_bytes = m * (k * width), n * k * width
+    n_bytes = m * (k * width + 2.0 * n) + b_bytes
+    flops = m * (2.0 * n * k)
+    memory = _memory_s(p, device, (m, n), (a_bytes, b_bytes, n_bytes), cold)
     busy = flops / (peak * p.tensor_fraction)
     rate = peak * p.tensor_fraction * burst_gain(busy, p.burst_gain, BURST_S)
     compute = _compute_s(p, device, (m, n, k), rate, width)
     seconds = p.launch_s + overlapped(compute, memory, p.unhidden_fraction)
     if width == 1.0:
-        quantised = QUANTISE_BYTES * m * k
         bandwidth = p.quantise_bandwidth_fraction * device.hbm_bytes_per_s
-        seconds = seconds + m * p.quantise_row_s + quantised / bandwidth
+        seconds = seconds + m * (p.quantise_row_s + QUANTISE_BYTES * k / bandwidth)
     if not cold and p.eager_s:
         seconds = np.maximum(seconds, p.eager_s)
-    return limited(seconds, flops, peak, a_bytes + b_bytes + c_bytes, device, cold)
+    return limited(seconds, flops, peak, n_bytes, device, cold)
 
 
 def _memory_s(
@@ -167,16 +168,20 @@ def _memory_s(
     parts: tuple[Array, Array, Array],
     cold: bool,
 ) -> Array:
+    """``parts`` are the bytes of A, of B and of A, B and C together."""
     m, n = mn
-    a_bytes, b_bytes, c_bytes = parts
+    a_bytes, b_bytes, n_bytes = parts
     resident = p.cache_fraction * cache_bytes(device)
     columns = np.maximum(p.raster_columns, units(device) / np.ceil(m / RASTER_TILE))
     passes = np.maximum(np.ceil(n / RASTER_TILE) / columns, 1.0)
-    moved = a_bytes + b_bytes + c_bytes
+    moved = n_bytes
     if not cold:
-        moved = moved * miss_fraction(REPLAYED_COPIES * b_bytes + a_bytes + c_bytes, resident)
-    again = a_bytes * (passes - 1.0) * miss_fraction(a_bytes, resident)
-    seconds: Array = (moved + again) / (p.bandwidth_fraction * device.hbm_bytes_per_s)
+        working_set = n_bytes + (REPLAYED_COPIES - 1.0) * b_bytes
+        moved = moved * miss_fraction(working_set, resident)
+    again = (passes - 1.0) * a_bytes
+    again *= miss_fraction(a_bytes, resident)
+    seconds: Array = moved + again
+    seconds /= p.bandwidth_fraction * device.hbm_bytes_per_s
     return seconds
 
 

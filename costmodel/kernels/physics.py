@@ -93,10 +93,10 @@ def miss_fraction(working_set_bytes: Array, resident_bytes: float) -> Array:
     not fit evicts itself before it comes round again, so residency ends sharply.
     """
     z = np.minimum(np.asarray(working_set_bytes, dtype=np.float64) / resident_bytes, 1e6)
-    z = z * z
-    z = z * z
-    z = z * z
-    z = z * z
+    z *= z
+    z *= z
+    z *= z
+    z *= z
     miss: Array = z / (1.0 + z)
     return miss
 
@@ -109,7 +109,10 @@ def waves(ctas_per_slot: Array, rounding: Array) -> Array:
     """
     x = np.maximum(ctas_per_slot, 1.0)
     # Splits are chosen to fill slots exactly: rounding errors must not start another round.
-    rounds: Array = x + (np.ceil(x - 1e-9) - x) * rounding
+    started = np.ceil(x - 1e-9)
+    started -= x
+    rounds: Array = started * rounding
+    rounds += x
     return rounds
 
 
@@ -125,7 +128,10 @@ def burst_gain(busy_s: Array, gain: float, burst_s: float) -> Array:
     A short call runs before power and temperature limits lower the clock.
     """
     busy = np.asarray(busy_s, dtype=np.float64)
-    factor: Array = (1.0 + gain) / (1.0 + gain * busy / (busy + burst_s))
+    share = gain * busy
+    share /= busy + burst_s
+    share += 1.0
+    factor: Array = (1.0 + gain) / share
     return factor
 
 

@@ -153,33 +153,47 @@ def _peak(operation: Operation, hardware: HardwareProfile) -> float:
     return hardware.peak(operation.dtype)
 
 
-def prior_time(operation: Operation, hardware: HardwareProfile) -> KernelTime:
-    """The prior's interval for one run; shape: that of the operation's amounts."""
+def prior_time(
+    operation: Operation, hardware: HardwareProfile, *, middle_only: bool = False
+) -> KernelTime:
+    """The prior's interval for one run; shape: that of the operation's amounts.
+
+    ``middle_only``: the interval is of no interest, and may be the middle.
+    """
     if operation.kind == "collective":
         return _collective(operation, hardware)
     if operation.kind == "host_link":
         return _host_link(operation, hardware)
     prior = PRIORS.get(operation.name) or PRIORS[operation.kind]
     flops = timed_flops(operation)
-    compute = flops / _peak(operation, hardware) if some(flops) else 0.0
+    has_flops = some(flops)
+    compute = flops / _peak(operation, hardware) if has_flops else 0.0
     vector = operation.vector_flops / vector_peak(hardware)
     memory = operation.moved_bytes / hardware.hbm_bytes_per_s
     launches = operation.launches
     has_vector = some(vector)
 
     def busy(i: int) -> tuple[Array, Array]:
-        work = compute / prior.compute_fraction[i]
+        work: Array = 0.0
+        if has_flops:
+            work = compute / prior.compute_fraction[i]
         if has_vector:
-            work = np.maximum(work, vector / prior.vector_fraction[i])
+            also = vector / prior.vector_fraction[i]
+            work = np.maximum(work, also) if has_flops else also
         return work, memory / prior.bandwidth_fraction[i]
 
-    c0, m0 = busy(0)
     c1, m1 = busy(1)
-    c2, m2 = busy(2)
+    mid = (np.sqrt(c1 * c1 + m1 * m1) if np.any(c1) else m1) + launches * prior.floor_s[1]
+    low, high = mid, mid
+    if not middle_only:
+        c0, m0 = busy(0)
+        c2, m2 = busy(2)
+        low = np.maximum(c0, m0) + launches * prior.floor_s[0]
+        high = c2 + m2 + launches * prior.floor_s[2]
     return KernelTime(
-        low_s=np.maximum(c0, m0) + launches * prior.floor_s[0],
-        mid_s=np.sqrt(c1 * c1 + m1 * m1) + launches * prior.floor_s[1],
-        high_s=c2 + m2 + launches * prior.floor_s[2],
+        low_s=low,
+        mid_s=mid,
+        high_s=high,
         compute_s=c1,
         memory_s=m1,
         launch_s=launches * prior.floor_s[1],
