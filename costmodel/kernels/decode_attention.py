@@ -143,7 +143,7 @@ def decode_attention_time_s(
     if p.swaps_heads and np.any(window):
         packs = np.where(np.asarray(window) > 0, group, packs)
         group = np.where(np.asarray(window) > 0, 1.0, group)
-    n_units = np.asarray(batch, dtype=np.float64) * n_kv_heads * packs
+    n_units = np.asarray(batch, dtype=np.float64) * (n_kv_heads * packs)
     width = head_dim + (head_dim if v_head_dim is None else v_head_dim)
     kv_bytes = tokens * (width * np.asarray(element_bytes, dtype=np.float64))
     total_bytes = batch * n_kv_heads * kv_bytes
@@ -162,7 +162,8 @@ def decode_attention_time_s(
     per_byte = miss / p.bandwidth_fraction + (1.0 - miss) / p.cache_rate_ratio
     memory = total_bytes * (per_byte / bandwidth)
     # Queries and outputs, or the fp32 partial outputs of the splits, stay in the cache.
-    rows = batch * n_heads * (width / 2.0) * 4.0 * splits / (bandwidth * p.cache_rate_ratio)
+    row_s = n_heads * (width / 2.0) * 4.0 / (bandwidth * p.cache_rate_ratio)
+    rows = batch * row_s * splits
     seconds = (
         p.launch_s
         + p.combine_s * joined
@@ -170,7 +171,7 @@ def decode_attention_time_s(
         + overlapped(ctas, memory, p.unhidden_fraction)
         + rows
     )
-    flops = 2.0 * batch * n_heads * width * tokens
+    flops = batch * tokens * (2.0 * n_heads * width)
     return limited(seconds, flops, tensor_peak(device, "bf16"), total_bytes, device, cold)
 
 

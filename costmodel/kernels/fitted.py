@@ -176,6 +176,8 @@ def _factors(family: Family, mid: Array, in_situ: InSitu | None) -> tuple[Array,
 
 
 def _close(a: Array, b: Array) -> Mask:
+    if a is b:
+        return True
     near: Mask = np.abs(np.asarray(a) - b) <= SAME * np.abs(np.asarray(b)) + 1e-9
     return near
 
@@ -226,15 +228,17 @@ def _decode(operation: Operation) -> Asked | None:
     if not needed <= shape.keys() or some(operation.workspace_bytes):
         return None
     width = np.asarray(shape["head_dim"]) + shape["v_head_dim"]
-    elements = np.asarray(shape["batch"]) * shape["kv_len"] * shape["n_kv_heads"] * width
+    elements = np.asarray(shape["batch"]) * shape["kv_len"] * (shape["n_kv_heads"] * width)
     stored = np.asarray(shape["kv_bytes"]) / np.maximum(elements, 1.0)
     names = ("batch", "kv_len", "n_heads", "n_kv_heads", "head_dim", "v_head_dim")
-    element_bytes = next((b for b in (2.0, 1.0) if np.any(_close(stored, b))), None)
-    if element_bytes is None:
+    for element_bytes in (2.0, 1.0):
+        mask = _close(stored, element_bytes)
+        if np.any(mask):
+            break
+    else:
         variant, mask = _packed_form(stored)
         asked = {name: shape[name] for name in names} | {"element_bytes": stored, "window": 0.0}
         return Asked("decode_attention", variant, asked, mask=mask) if variant else None
-    mask = _close(stored, element_bytes)
     asked = {name: shape[name] for name in names} | {"element_bytes": element_bytes, "window": 0.0}
     within = {"element_bytes": element_bytes}
     return Asked("decode_attention", "", asked, within=within, mask=mask)
@@ -266,14 +270,15 @@ def _prefill(operation: Operation) -> Asked | None:
     if not needed <= shape.keys() or some(operation.workspace_bytes):
         return None
     q, window = np.asarray(shape["q_len"]), np.asarray(shape.get("window_tokens", np.inf))
-    expected = causal_pairs(q, None if np.all(np.isinf(window)) else window)
-    mask = _close(shape["kv_len"], q) & _close(shape["pairs"], expected)
+    unbounded = bool(np.all(np.isinf(window)))
+    expected = causal_pairs(q, None if unbounded else window)
+    mask = _close(shape["kv_len"], shape["q_len"]) & _close(shape["pairs"], expected)
     if not np.any(mask):
         return None
     names = ("batch", "q_len", "n_heads", "n_kv_heads", "head_dim", "v_head_dim")
     more: dict[str, Array] = {
         "element_bytes": 2.0,
-        "window": np.where(np.isinf(window) | (window >= q), 0.0, window),
+        "window": 0.0 if unbounded else np.where(window >= q, 0.0, window),
         "causal": 1.0,
     }
     asked = {**{name: shape[name] for name in names}, **more}

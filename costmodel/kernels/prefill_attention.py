@@ -151,25 +151,25 @@ def prefill_attention_time_s(
     compute = np.maximum(waves(batch * tiles / sms, rounding) * mean, longest)
 
     width = head_dim + v_dim
-    cache = batch * keys * n_kv_heads * width * 2.0
-    moved = batch * q * n_heads * width * 2.0 + cache
+    queries = batch * q
+    cache = batch * keys * (n_kv_heads * width * 2.0)
+    moved = queries * (n_heads * width * 2.0) + cache
     miss: Array = np.float64(1.0)
     if not cold:
         miss = miss_fraction(moved, p.cache_fraction * cache_bytes(device))
     bandwidth = device.hbm_bytes_per_s
     per_byte = miss / p.bandwidth_fraction + (1.0 - miss) / p.cache_rate_ratio
     memory = moved * (per_byte / bandwidth)
-    new = batch * q * n_kv_heads * width * 2.0
+    new_bytes = n_kv_heads * width * 2.0
     slowdown = p.bandwidth_fraction / p.append_fraction
-    append = causal * (
-        batch * q * p.append_token_s + (2.0 * new) * (per_byte * slowdown / bandwidth)
-    )
+    append_s = p.append_token_s + 2.0 * new_bytes * (per_byte * slowdown / bandwidth)
+    append = queries * (causal * append_s)
     seconds = p.launch_s + overlapped(compute, memory, p.unhidden_fraction) + append
     is_fp8 = np.less(element_bytes, 1.5)
     if np.any(is_fp8):
-        convert = p.fp8_s + new * (1.5 * p.fp8_passes / bandwidth)
+        convert = p.fp8_s + queries * new_bytes * (1.5 * p.fp8_passes / bandwidth)
         seconds = seconds + np.where(is_fp8, convert, 0.0)
-    flops = 2.0 * batch * n_heads * width * pairs * fp8_share(device, element_bytes)
+    flops = batch * pairs * (2.0 * n_heads * width * fp8_share(device, element_bytes))
     least = np.where(is_fp8, 0.5 * cache, cache) + (moved - cache)
     return limited(seconds, flops, tensor_peak(device, "bf16"), least, device, cold)
 

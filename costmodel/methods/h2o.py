@@ -101,7 +101,10 @@ class H2O(AbstractMethod):
         plain = self.resolved(0)
         s = np.asarray(prompt_tokens, dtype=np.float64)
         heavy = np.floor(s * plain.heavy_fraction)
-        return heavy, np.maximum(np.floor(s * plain.recent_fraction), 1.0)
+        recent = heavy
+        if plain.recent_fraction != plain.heavy_fraction:
+            recent = np.floor(s * plain.recent_fraction)
+        return heavy, np.maximum(recent, 1.0)
 
     def slots(self, point: Point) -> Array:
         """C: tokens a KV head keeps."""
@@ -118,12 +121,13 @@ class H2O(AbstractMethod):
     def state(self, group: MixerGroup, point: Point) -> State:
         """C tokens with scores and positions; the whole cache for ``mask``."""
         mixer = attention_of(group)
-        entries = self.slots(point) * point.batch * (mixer.n_kv_heads * _ENTRY_BYTES)
+        slots = self.slots(point)
+        entries = slots * point.batch * (mixer.n_kv_heads * _ENTRY_BYTES)
         if self.variant == "mask":
             decoding = np.asarray(point.cached_tokens) > point.prompt_tokens
             whole = layer_bytes(mixer, point, point.cached_tokens)
             return State(group.n_layers * (whole + np.where(decoding, entries, 0.0)))
-        return State(group.n_layers * (layer_bytes(mixer, point, self.slots(point)) + entries))
+        return State(group.n_layers * (layer_bytes(mixer, point, slots) + entries))
 
     def prefill_attention(
         self, group: MixerGroup, point: Point, attention: Operations

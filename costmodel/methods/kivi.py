@@ -104,8 +104,11 @@ class Kivi(AbstractMethod):
         """(quantised keys, residual keys, quantised values, residual values) in tokens."""
         t = np.asarray(tokens, dtype=np.float64)
         r = float(self.residual_tokens)
-        held = np.minimum(t, mixer.limit_tokens)
         rk = t - r * np.floor(t / r)  # exact for whole numbers, and faster than a remainder
+        if np.isinf(mixer.limit_tokens):
+            rv = np.minimum(t, r)
+            return t - rk, rk, t - rv, rv
+        held = np.minimum(t, mixer.limit_tokens)
         nk = np.minimum(t - rk, np.ceil(np.maximum(held - rk, 0.0) / r) * r)
         rv = np.minimum(held, r)
         return nk, rk, held - rv, rv
@@ -121,7 +124,8 @@ class Kivi(AbstractMethod):
             # whole groups: exact also where a group is no power of two
             return elements * (self.bits / 8) + elements / self.group * (2 * point.element_bytes)
 
-        return packed(heads * nk * hk), packed(heads * nv * hv), heads * (rk * hk + rv * hv) * b
+        residual = rk * (hk * b) + rv * (hv * b)
+        return packed(heads * nk * hk), packed(heads * nv * hv), heads * residual
 
     def state(self, group: MixerGroup, point: Point) -> State:
         """Exact packed bytes."""

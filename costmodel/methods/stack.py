@@ -164,10 +164,11 @@ class MethodStack:
         if store is not None:
             point = self._kept(evict, group, point)
         method = store or evict
-        native = group.mixer.decode(point)
         if method is None:
-            return native
-        return _choose(_is_full(method, group, point), native, method.decode(group, point))
+            return group.mixer.decode(point)
+        full = _is_full(method, group, point)
+        native = group.mixer.decode(point) if np.any(full) else ()
+        return _choose(full, native, method.decode(group, point))
 
     def _covering(self, group: MixerGroup) -> tuple[AbstractMethod, ...]:
         return tuple(m for m in self.methods if m.covers(group.mixer))

@@ -171,8 +171,7 @@ class Attention(AbstractMixer):
                 executed_tokens=np.minimum(point.cached_tokens + 1, self.limit_tokens),
                 read_bytes=point.batch * held * per_token,
                 written_bytes=point.batch
-                * float(self.kv_elements_per_token())
-                * point.kv_element_bytes,
+                * (float(self.kv_elements_per_token()) * point.kv_element_bytes),
             )
         ]
         if point.engine.kv_growth == "cat" and self.owns_cache:
@@ -213,12 +212,15 @@ def prefill_attention(
         executed_pairs = s * s if point.level == "reference" else pairs
     per_pair = mixer.flops_per_pair()
     b = point.element_bytes
-    q_out = point.batch * s * mixer.n_heads * (mixer.head_dim + mixer.v_head_dim) * b
+    q_out = point.batch * s * (mixer.n_heads * (mixer.head_dim + mixer.v_head_dim) * b)
+    flops = point.batch * pairs * per_pair
     return Operation(
         name=name,
         kind="prefill_attention",
-        flops=point.batch * pairs * per_pair,
-        executed_flops=point.batch * executed_pairs * per_pair,
+        flops=flops,
+        executed_flops=flops
+        if executed_pairs is pairs
+        else point.batch * executed_pairs * per_pair,
         state_bytes=state_bytes,
         activation_bytes=q_out,
         dtype=point.dtype,
