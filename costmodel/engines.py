@@ -9,10 +9,10 @@ import functools
 import tomllib
 from collections.abc import Collection
 from dataclasses import dataclass, replace
-from importlib import resources
 from typing import Any, Literal
 
 from costmodel.errors import UnknownNameError
+from costmodel.files import DATA
 from costmodel.in_situ import InSitu, in_situ
 
 
@@ -67,7 +67,7 @@ OWN_RULES = "vllm"
 
 @functools.cache
 def _table() -> dict[str, Any]:
-    text = resources.files("costmodel").joinpath("data/engines.toml").read_text("utf-8")
+    text = (DATA / "engines.toml").read_text("utf-8")
     return tomllib.loads(text)
 
 

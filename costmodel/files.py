@@ -1,10 +1,14 @@
-"""Files that are written whole or not at all."""
+"""Files that come with the cost model, and files that are written whole or not at all."""
 
 import os
-import tempfile
 from pathlib import Path
 
 from costmodel.errors import ConfigError
+
+#: Data of the cost model, and the device profiles beside it. Plain paths, because importing
+#: ``importlib.resources`` would be felt at every start.
+DATA = Path(__file__).parent / "data"
+HARDWARE_PROFILES = Path(__file__).parents[1] / "hardware_profiles"
 
 
 def write_atomic(path: str | Path, data: str | bytes) -> Path:
@@ -31,6 +35,8 @@ def write_atomic(path: str | Path, data: str | bytes) -> Path:
 
 
 def _replace(path: Path, raw: bytes) -> None:
+    import tempfile  # felt at start-up, and most runs write nothing
+
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:100]}.")
     try:
         with os.fdopen(handle, "wb") as file:

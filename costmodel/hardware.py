@@ -11,12 +11,11 @@ import itertools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from importlib import resources
-from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
 from costmodel.errors import ConfigError, UnknownNameError
+from costmodel.files import HARDWARE_PROFILES
 from costmodel.prices import Price, bundled_prices, user_prices
 from costmodel.tables import Fields, read_toml, short
 
@@ -106,8 +105,8 @@ class HardwareProfile:
 # Names ---------------------------------------------------------------------------------------
 
 
-def _folder() -> Traversable:
-    return resources.files("hardware_profiles")
+def _folder() -> Path:
+    return HARDWARE_PROFILES
 
 
 def _is_profile(file_name: str) -> bool:
@@ -157,7 +156,7 @@ def load_hardware(name_or_path: str | Path, *, prices: str | Path | None = None)
     """
     text = str(name_or_path)
     if isinstance(name_or_path, Path) or text.endswith(".toml") or "/" in text or "\\" in text:
-        path: Traversable = _file(text)
+        path = _file(text)
     else:
         path = _folder().joinpath(f"{resolve_gpu(text)}.toml")
     profile = profile_from_table(read_toml(path), str(path))

@@ -20,8 +20,9 @@ import functools
 import math
 import tomllib
 from dataclasses import dataclass
-from importlib import resources
 from typing import Any
+
+from costmodel.files import DATA
 
 #: Table of ``serving.toml`` that holds the fit of all engines' runs.
 _POOLED = "any"
@@ -73,7 +74,7 @@ class InSitu:
 
 def _pooled() -> dict[str, Any]:
     """The one table of the file that is needed: reading all of it would be felt at start-up."""
-    text = resources.files("costmodel").joinpath("data/serving.toml").read_text("utf-8")
+    text = (DATA / "serving.toml").read_text("utf-8")
     head = f'[engine."{_POOLED}"]'
     _, found, rest = text.partition(head)
     own, *_ = rest.partition("\n[")

@@ -22,11 +22,11 @@ import functools
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib import resources
 from typing import Literal
 
 import numpy as np
 
+from costmodel.files import DATA
 from costmodel.hardware import HardwareProfile
 from costmodel.operation import Array
 
@@ -82,7 +82,7 @@ class PowerLaw:
 @functools.cache
 def load_power(regime: Regime) -> PowerLaw:
     """The law of a regime that ships."""
-    text = resources.files("costmodel").joinpath("data/power.toml").read_text("utf-8")
+    text = (DATA / "power.toml").read_text("utf-8")
     row = tomllib.loads(text)[regime]
     return PowerLaw(
         **row["parameters"],

@@ -13,11 +13,10 @@ import functools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import resources
-from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
+from costmodel.files import HARDWARE_PROFILES
 from costmodel.tables import Fields, read_toml, short
 
 _DATE = re.compile(r"^\d{4}-\d{2}(-\d{2})?$")
@@ -37,7 +36,7 @@ class Price:
     note: str = ""
 
 
-def read_prices(path: Traversable) -> dict[str, Price]:
+def read_prices(path: Path) -> dict[str, Price]:
     """Every price of a file by the name it stands under; raises ``ConfigError``."""
     table = read_toml(path)
     where = str(path)
@@ -95,10 +94,7 @@ def _date(fields: Fields, key: str, default: str) -> str:
 @functools.cache
 def bundled_prices() -> dict[str, Price]:
     """The latest bundled price file."""
-    folder = resources.files("hardware_profiles")
-    files = sorted(
-        (f for f in folder.iterdir() if f.name.startswith("prices-")), key=lambda f: f.name
-    )
+    files = sorted(HARDWARE_PROFILES.glob("prices-*"))
     return read_prices(files[-1]) if files else {}
 
 

@@ -15,8 +15,9 @@ import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import resources
 from typing import Any
+
+from costmodel.files import DATA
 
 _TOLERANCE = 0.06
 _REACH = 1.25
@@ -258,7 +259,7 @@ def rows(method: str) -> tuple[Evidence, ...]:
 
 @functools.cache
 def _files() -> tuple[list[str], ...]:
-    folder = resources.files("costmodel").joinpath("data/quality")
+    folder = DATA / "quality"
     files = sorted((f for f in folder.iterdir() if f.name.endswith(".csv")), key=lambda f: f.name)
     return tuple(f.read_text("utf-8").splitlines() for f in files)
 

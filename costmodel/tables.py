@@ -8,7 +8,7 @@ import math
 import tomllib
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
-from importlib.resources.abc import Traversable
+from pathlib import Path
 from typing import Any
 
 from costmodel.errors import ConfigError
@@ -17,7 +17,7 @@ from costmodel.errors import ConfigError
 MAX_FILE_BYTES = 1_000_000
 
 
-def read_toml(path: Traversable) -> dict[str, Any]:
+def read_toml(path: Path) -> dict[str, Any]:
     """Parse a regular file of at most ``MAX_FILE_BYTES``; raises ``ConfigError``."""
     if not path.is_file():
         what = "a folder" if path.is_dir() else "no regular file"

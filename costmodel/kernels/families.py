@@ -15,11 +15,11 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib import resources
 from typing import Any, Literal
 
 import numpy as np
 
+from costmodel.files import DATA
 from costmodel.hardware import HardwareProfile
 from costmodel.kernels.kinds import KernelKind, kernel_class, kernel_kind
 from costmodel.operation import Array
@@ -151,7 +151,7 @@ class Family:
 @functools.cache
 def shipped_families(kind: str) -> tuple[Family, ...]:
     """All families of a kind that ship; none where there is no file."""
-    file = resources.files("costmodel").joinpath(f"data/families/{kind}.json")
+    file = DATA / f"families/{kind}.json"
     if not file.is_file():
         return ()
     document = json.loads(file.read_text("utf-8"))
