@@ -19,12 +19,13 @@ from costmodel.architecture import Architecture
 from costmodel.errors import MeasurementError
 from costmodel.registry import load_config
 from measure.checkpoints import weights_from_state
+from measure.config_numerics import numerics_of
 from measure.engine import TORCH_DTYPES, Decoder, Weights, pack_weights, random_weights
 from measure.methods import prompt_compressor
 from measure.methods.base import AbstractLayerCache
 from measure.mixers import build_cache
 from measure.mixers.base import LayerState
-from measure.numerics import Numerics, numerics_of
+from measure.numerics import Numerics
 from measure.points import MeasurePoint
 
 

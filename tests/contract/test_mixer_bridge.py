@@ -27,17 +27,16 @@ from costmodel.mixers.rwkv5 import RWKV5
 from costmodel.mlps import DenseMLP, MoE
 from costmodel.registry import load_architecture, model_names
 from costmodel.workload import Point
+from measure.blocks import blocks_of, check_supported
+from measure.config_numerics import numerics_of
 from measure.engine import (
     TORCH_DTYPES,
     Decoder,
     Numerics,
-    blocks_of,
-    check_supported,
     random_weights,
 )
 from measure.flops import count_flops
 from measure.mixers import build_cache
-from measure.numerics import numerics_of
 
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits
 

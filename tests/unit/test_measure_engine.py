@@ -10,8 +10,9 @@ from costmodel.errors import ConfigError, NotApplicableError
 from costmodel.methods.parse import parse_method
 from costmodel.mixers import Attention
 from costmodel.mlps import DenseMLP
+from measure.blocks import check_supported
 from measure.checkpoints import weights_from_state
-from measure.engine import Decoder, Numerics, check_supported, random_weights
+from measure.engine import Decoder, Numerics, random_weights
 from measure.methods import build_layer_cache
 from measure.numerics import Rope
 

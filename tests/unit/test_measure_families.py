@@ -12,10 +12,10 @@ from costmodel.mlps import MoE
 from costmodel.registry import load_architecture
 from costmodel.workload import Point
 from measure.checkpoints import PROVED, weights_from_state
+from measure.config_numerics import numerics_of
 from measure.engine import Decoder, pack_weights, random_weights
 from measure.flops import count_flops
 from measure.mixers import build_cache
-from measure.numerics import numerics_of
 
 transformers = pytest.importorskip("transformers")
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits

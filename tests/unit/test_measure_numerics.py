@@ -6,10 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from measure import parts
+from measure.config_numerics import numerics_of
 from measure.mixers.base import linear_scan
 from measure.mixers.rwkv5 import recur
 from measure.mlps import route
-from measure.numerics import Routing, numerics_of
+from measure.numerics import Routing
 
 torch.set_num_threads(1)
 

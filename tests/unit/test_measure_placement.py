@@ -13,11 +13,11 @@ from costmodel.methods.parse import parse_method
 from costmodel.mixers.mamba2 import Mamba2
 from costmodel.mixers.rglru import RGLRU
 from costmodel.mlps import DenseMLP
+from measure.config_numerics import numerics_of
 from measure.engine import Decoder, LayerWeights, Weights, random_weights
 from measure.methods import runnable_names
 from measure.methods.base import AbstractLayerCache
 from measure.mixers import build_cache
-from measure.numerics import numerics_of
 
 META = torch.device("meta")
 #: What cannot run without data, and why.

@@ -6,7 +6,8 @@ import torch
 
 from costmodel.methods.parse import parse_method
 from costmodel.registry import architecture_from_config, load_architecture
-from measure.engine import Decoder, check_supported, random_weights
+from measure.blocks import check_supported
+from measure.engine import Decoder, random_weights
 from measure.mixers import build_cache
 
 torch.set_num_threads(1)
