@@ -203,6 +203,7 @@ class Model:
         tpot = self._pass_time(busy_of(decode, hardware, self.engine) + step.busy, decode=True)
         # Of the last step only the middle counts: its interval is that of the first, moved on.
         tpot_last = self._pass_time(middle_of(last, hardware, self.engine) + step.busy, decode=True)
+        prefill_flops = total(whole_prefill, _flops)
         prefill_bytes, decode_bytes = hbm_bytes(prefill), hbm_bytes(decode) + step.hbm_bytes
         mean_tpot = (tpot.mid_s + tpot_last.mid_s) / 2
         tokens_per_s = batch * output / (ttft.mid_s + (output - 1) * mean_tpot)
@@ -224,9 +225,9 @@ class Model:
             "state_allocated_bytes": memory.state_allocated_bytes,
             "peak_prefill_bytes": memory.peak_prefill_bytes,
             "peak_decode_bytes": memory.peak_decode_bytes,
-            "prefill_flops": total(whole_prefill, _flops),
+            "prefill_flops": prefill_flops,
             "decode_flops": total(whole_decode, _flops) + step.flops,
-            "executed_prefill_flops": total(whole_prefill, _counted),
+            "executed_prefill_flops": _executed(whole_prefill, prefill_flops),
             "executed_decode_flops": total(whole_decode, _counted) + step.counted_flops,
             "prefill_hbm_bytes": prefill_bytes,
             "decode_hbm_bytes": decode_bytes,
@@ -309,3 +310,10 @@ def _flops(op: Operation) -> Array:
 
 def _counted(op: Operation) -> Array:
     return op.counted_flops
+
+
+def _executed(operations: Operations, flops: Array) -> Array:
+    """FLOPs that really run; ``flops``, the useful ones, where they are the same throughout."""
+    if all(op.counted_flops is op.flops for op in operations):
+        return flops
+    return total(operations, _counted)

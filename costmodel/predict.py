@@ -103,7 +103,7 @@ def predict(
         tp=tp,
         memory_fraction=memory_fraction,
         metrics={k: out[k].reshape(shape) for k in METRICS},
-        prefill_bound=names[bounds["prefill_bound"]].reshape(shape),
-        decode_bound=names[bounds["decode_bound"]].reshape(shape),
+        prefill_bound=names.take(bounds["prefill_bound"]).reshape(shape),
+        decode_bound=names.take(bounds["decode_bound"]).reshape(shape),
         basis=weakest(bases),
     )

@@ -195,7 +195,7 @@ def _compute_s(
     m, n, k = mnk
     sms = units(device)
     stream = p.stream_bytes_per_s * clock_ratio(device)
-    reduce_s = m * n * (8.0 / (2.0 * device.hbm_bytes_per_s))
+    reduce_s = m * (n * (8.0 / (2.0 * device.hbm_bytes_per_s)))
     most_splits = np.minimum(k / MIN_SPLIT_K, MAX_SPLITS)
     parts = (m, n, k, rate, reduce_s, most_splits)
     largest, x = _tile_s(p, TILES[-1], parts, sms, width / stream)
