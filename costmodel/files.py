@@ -20,10 +20,7 @@ def write_atomic(path: str | Path, data: str | bytes) -> Path:
     """
     path = Path(path)
     raw = data if isinstance(data, bytes) else data.encode("utf-8", "replace")
-    if path.is_dir():
-        raise ConfigError(f"{path} is a folder; give a file name")
-    if not path.parent.is_dir():
-        raise ConfigError(f"{path}: the folder {path.parent} does not exist")
+    _require_file_name(path)
     try:
         if path.exists() and not path.is_file():
             path.write_bytes(raw)
@@ -32,6 +29,28 @@ def write_atomic(path: str | Path, data: str | bytes) -> Path:
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written ({error.strerror})") from error
     return path
+
+
+def require_writable(path: str | Path) -> None:
+    """Raise what ``write_atomic`` would, before the work whose result is to be written."""
+    import tempfile
+
+    path = Path(path)
+    _require_file_name(path)
+    try:
+        if path.exists() and not path.is_file():
+            return
+        with tempfile.TemporaryFile(dir=path.resolve().parent):
+            pass
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written ({error.strerror})") from error
+
+
+def _require_file_name(path: Path) -> None:
+    if os.path.isdir(path):  # ``is_dir`` raises where a name is too long
+        raise ConfigError(f"{path} is a folder; give a file name")
+    if not os.path.isdir(path.parent):
+        raise ConfigError(f"{path}: the folder {path.parent} does not exist")
 
 
 def _replace(path: Path, raw: bytes) -> None:

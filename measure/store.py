@@ -27,7 +27,12 @@ class RecordStore:
         #: how far the file was read for ``finished_keys``, and what was finished there
         self._read_bytes = 0
         self._finished: set[tuple[str, str | None]] = set()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if os.path.isdir(self.path):  # ``is_dir`` raises where a name is too long
+            raise ConfigError(f"{self.path} is a folder; give a file name")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"{self.path}: cannot be written ({error.strerror})") from error
         if fresh:
             with self._locked() as fd:
                 os.ftruncate(fd, 0)
@@ -92,19 +97,38 @@ class RecordStore:
             if not line.strip():
                 continue
             try:
-                yield json.loads(line), end
-            except ValueError as error:
+                record = _record(line)
+            except (ValueError, RecursionError) as error:
                 number = self.path.read_bytes()[:end].count(b"\n")
                 raise ConfigError(f"{self.path}:{number}: not a JSON record: {error}") from None
+            yield record, end
 
     @contextmanager
     def _locked(self) -> Iterator[int]:
-        fd = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            fd = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise ConfigError(f"{self.path}: cannot be written ({error.strerror})") from error
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
             yield fd
         finally:
             os.close(fd)  # closing releases the lock
+
+
+def _record(line: bytes) -> dict[str, Any]:
+    """One line; raises ``ValueError`` where it is no object, or keys a resume needs are odd."""
+    record = json.loads(line)
+    if not isinstance(record, dict):
+        raise ValueError("expected an object in braces")
+    if not isinstance(record.get("record_key", ""), str):
+        raise ValueError("record_key: expected text")
+    environment = record.get("environment") or {}
+    if not isinstance(environment, dict) or not isinstance(environment.get("id", ""), str | None):
+        raise ValueError("environment: expected an object with a text id")
+    if not isinstance(record.get("status", ""), str):
+        raise ValueError("status: expected text")
+    return record
 
 
 def _cut_torn_line(fd: int) -> None:

@@ -120,11 +120,12 @@ def _anchor(records: Path, profile: Path, output: Path) -> None:
 
 
 def _measure(device: str, quick: bool, threads: int, gpu: str | None, output: Path) -> None:
+    from costmodel.files import require_writable
     from lccost.measuring import require_torch
     from measure.calibrate import calibrate as run
 
     require_torch()
-
+    require_writable(output)
     path = run(device=device, quick=quick, threads=threads, gpu=gpu, output=output)
     click.echo(f"wrote {path}; use it with --gpu {path}", err=True)
 

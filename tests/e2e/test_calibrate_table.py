@@ -203,3 +203,14 @@ def test_options_of_the_other_form_are_refused(folder: Path) -> None:
     out = ("--output", str(folder / "never.toml"))
     assert run("calibrate", "--gpu", "h100-sxm", *out).exit_code == 2
     assert run("calibrate", "--table", "x.csv", "--device", "cpu", *out).exit_code == 2
+
+
+def test_a_profile_that_cannot_be_written_is_said_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("measure.calibrate.calibrate", lambda **_: pytest.fail("it ran"))
+    for output, words in ((tmp_path, "is a folder"), (tmp_path / "no" / "x", "does not exist")):
+        result = CliRunner().invoke(cli, ["calibrate", "--quick", "--output", str(output)])
+        assert result.exit_code == 2
+        assert words in result.output
+    assert list(tmp_path.iterdir()) == []

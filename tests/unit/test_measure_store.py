@@ -108,3 +108,36 @@ def test_a_killed_writer_loses_at_most_its_last_record(tmp_path):
     keys = [r["record_key"] for r in RecordStore(path).records()]
     assert len(keys) > 5
     assert keys == [f"a{i}" for i in range(len(keys) - 1)] + ["after"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[1, 2]",
+        "null",
+        '{"record_key": ["a"], "status": "ok"}',
+        '{"record_key": "a", "status": ["ok"]}',
+        '{"record_key": "a", "status": "ok", "environment": "here"}',
+        '{"record_key": "a", "status": "ok", "environment": {"id": []}}',
+    ],
+)
+def test_a_foreign_line_is_named_with_its_number(tmp_path, line):
+    path = tmp_path / "runs.jsonl"
+    RecordStore(path).append(record("a"))
+    before = path.read_text() + line + "\n"
+    path.write_text(before)
+    with pytest.raises(ConfigError, match=r"runs\.jsonl:2: not a JSON record"):
+        RecordStore(path).finished_keys()
+    assert path.read_text() == before
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_a_folder_is_no_records_file(tmp_path, fresh):
+    with pytest.raises(ConfigError, match="is a folder"):
+        RecordStore(tmp_path, fresh=fresh)
+
+
+def test_a_file_that_cannot_be_opened_is_said(tmp_path):
+    path = tmp_path / ("x" * 300)
+    with pytest.raises(ConfigError, match="cannot be written"):
+        RecordStore(path, fresh=True)
