@@ -149,7 +149,7 @@ def parse_fields(by: str | Sequence[str]) -> tuple[str, ...]:
         if full not in GROUP_FIELDS:
             raise UnknownNameError("field to group by", name, [*GROUP_FIELDS, *_ALIASES])
         fields.append(full)
-    return tuple(fields)
+    return tuple(dict.fromkeys(fields))
 
 
 def error_groups(

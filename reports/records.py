@@ -38,6 +38,16 @@ _TEXT = (
     *("status", "message", "device", "realisation", "record_key"),
 )
 _POSITIVE = ("batch", "context_tokens", "output_tokens", "tp", "layers", "gpus")
+#: Measured and drawn on logarithmic axes: below zero, errors and pictures turn upside down.
+_NOT_NEGATIVE = frozenset(
+    (
+        *("ttft_s", "ttft_low_s", "ttft_high_s", "tpot_s", "tpot_low_s", "tpot_high_s"),
+        *("weights_bytes", "state_bytes", "state_host_bytes", "peak_prefill_bytes"),
+        *("peak_decode_bytes", "executed_prefill_flops", "executed_decode_flops"),
+        *("prefill_flops", "decode_flops", "prefill_hbm_bytes", "decode_hbm_bytes"),
+        *("energy_j_per_token", "tokens_per_s"),
+    )
+)
 _NUMBER_SUFFIXES = ("_bytes", "_s", "_flops", "_j_per_token", "_tokens", "_per_s", "_points")
 _MAPPINGS = ("method_parameters", "predicted", "environment", "statistics")
 #: A realisation names the level it is compared with (a record may carry only one of the two).
@@ -278,6 +288,8 @@ def _number_problems(name: str, value: object) -> Iterator[str]:
         yield f"{name}: expected a number below 1e300, got one of {len(str(value))} digits"
     elif name in _POSITIVE and not value > 0:
         yield f"{name}: expected a number above 0, got {value}"
+    elif name in _NOT_NEGATIVE and value < 0:
+        yield f"{name}: expected a number of 0 or more, got {value}"
 
 
 def _shown(value: object) -> str:

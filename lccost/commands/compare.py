@@ -1,6 +1,7 @@
 """``lccost compare``."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,8 @@ def compare(
     comparison = join(read_records(records), predicted)
     # People want news; scripts want every group.
     table = error_table(comparison, by, exact_rows=form != "table")
+    # What reading tolerated (an empty file, a torn last line) must not pass unsaid.
+    table = replace(table, notes=(*table.notes, *comparison.notes))
     if form == "json":
         text = to_json(
             {

@@ -169,3 +169,12 @@ def test_examples_of_the_help_run(
         assert result.exit_code in ((0, 5) if "--max-error" in line else (0,)), result.output
     if command == "report":
         assert Path("report.html").stat().st_size > 100_000
+
+
+def test_compare_says_what_reading_left_out(tmp_path: Path) -> None:
+    torn, empty = tmp_path / "torn.jsonl", tmp_path / "empty.jsonl"
+    torn.write_text('{"model": "llama-3-8b", "status": "failed", "method": "full"}\n{"mod')
+    empty.write_text("")
+    result = run("compare", str(torn), str(empty))
+    assert f"{torn}:2: the last line is incomplete; left out" in result.output
+    assert f"{empty}: the file is empty" in result.output

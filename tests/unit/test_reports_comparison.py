@@ -159,6 +159,7 @@ def test_past_tolerance_lists_the_worst_first():
 
 def test_fields_to_group_by():
     assert parse_fields("method, context") == ("method", "context_tokens")
+    assert parse_fields("context,method,context_tokens") == ("context_tokens", "method")
     with pytest.raises(UnknownNameError, match=r"unknown field to group by 'metod'.*method"):
         parse_fields("metod")
 

@@ -70,6 +70,7 @@ def test_level_follows_from_the_realisation():
         (line(ttft_s="fast"), "f:1: ttft_s: expected a number or null, got 'fast'"),
         (line(ttft_s=True), "f:1: ttft_s: expected a number or null, got True"),
         (line(batch=0), "f:1: batch: expected a number above 0, got 0"),
+        (line(ttft_s=-1.0), "f:1: ttft_s: expected a number of 0 or more, got -1.0"),
         (line(model=["m"]), r"f:1: model: expected text, got \['m'\]"),
         (line(predicted=[]), r"f:1: predicted: expected an object, got \[\]"),
         (line(predicted={"tpot_s": "1"}), "f:1: predicted.tpot_s: expected a number or null"),
