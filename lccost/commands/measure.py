@@ -12,6 +12,7 @@ from lccost.commands.common import (
     CommandError,
     Count,
     CountList,
+    FiniteRange,
     flatten,
     handle_errors,
 )
@@ -107,7 +108,7 @@ Examples:
 @click.option("--resume", is_flag=True, help="Keep the file; run only what is not finished.")
 @click.option(
     "--timeout",
-    type=click.FloatRange(0, min_open=True),
+    type=FiniteRange(0, min_open=True),
     default=600.0,
     show_default=True,
     help="Seconds a point may take.",
@@ -142,7 +143,7 @@ Examples:
 )
 @click.option(
     "--energy",
-    type=click.FloatRange(0),
+    type=FiniteRange(0),
     default=5.0,
     show_default=True,
     metavar="SECONDS",
@@ -150,14 +151,14 @@ Examples:
 )
 @click.option(
     "--seconds",
-    type=click.FloatRange(0, min_open=True),
+    type=FiniteRange(0, min_open=True),
     default=3.0,
     show_default=True,
     help="Most seconds of samples per phase.",
 )
 @click.option(
     "--max-prefill",
-    type=click.FloatRange(0),
+    type=FiniteRange(0),
     default=None,
     metavar="SECONDS",
     help="Longer prompts (as predicted) are not run: caches hold random tokens, TTFT is null.",
