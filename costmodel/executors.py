@@ -12,7 +12,7 @@ from multiprocessing import get_context
 from types import TracebackType
 from typing import Any, Self
 
-from costmodel.errors import ConfigError, MissingExtraError
+from costmodel.errors import ConfigError, LccostError, MissingExtraError
 
 Task = tuple[Callable[..., Any], tuple[Any, ...]]
 Progress = Callable[[int], None]
@@ -126,7 +126,13 @@ class RayCluster:
         self.ray = ray
         self.started_here = not ray.is_initialized()
         if self.started_here:
-            ray.init(address=address, log_to_driver=False, include_dashboard=False)
+            try:
+                ray.init(address=address, log_to_driver=False, include_dashboard=False)
+            except (ValueError, ImportError) as error:
+                # Ray's client for ray:// addresses is a part of its own.
+                raise MissingExtraError(f"Ray cannot use {address}: {error}") from error
+            except (ConnectionError, OSError, RuntimeError) as error:
+                raise LccostError(f"no Ray cluster answers at {address}: {error}") from error
         self.setup = ray.put(setup)
         self.remote = ray.remote(_on_ray).options(
             max_retries=_RESTARTS, num_cpus=num_cpus, num_gpus=num_gpus

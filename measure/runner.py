@@ -101,7 +101,8 @@ def run_sweep(
     predict_point
         Gives each record its ``predicted``; an ``LccostError`` from it becomes a note.
     resume
-        Keep the file and run only what is not finished in this environment; otherwise start over.
+        Keep the file and run only what is not finished in this environment; otherwise start over
+        (the old records stay beside it, with ``.bak`` behind the name).
     refused
         Combinations that do not exist; each becomes a row that says why.
     executor

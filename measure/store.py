@@ -14,13 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from costmodel.errors import ConfigError
+from costmodel.files import write_atomic
 
 #: Statuses that a resumed sweep does not repeat: they are results.
 FINISHED = frozenset({"ok", "noisy", "oom", "skipped_oom_predicted", "not_applicable"})
 
 
 class RecordStore:
-    """One records file. ``fresh`` empties it; nothing is written until the first record."""
+    """One records file; nothing is written until the first record.
+
+    ``fresh`` starts over: what the file held is kept beside it, with ``.bak`` behind its name.
+    """
 
     def __init__(self, path: str | os.PathLike[str], *, fresh: bool = False) -> None:
         self.path = Path(path)
@@ -35,7 +39,14 @@ class RecordStore:
             raise ConfigError(f"{self.path}: cannot be written ({error.strerror})") from error
         if fresh:
             with self._locked() as fd:
+                if size := os.fstat(fd).st_size:
+                    write_atomic(self.backup, os.pread(fd, size, 0))
                 os.ftruncate(fd, 0)
+
+    @property
+    def backup(self) -> Path:
+        """Where the records of an earlier sweep are kept when a new one starts over."""
+        return self.path.with_name(self.path.name + ".bak")
 
     def append(self, record: Mapping[str, Any], *, unless_finished: bool = False) -> bool:
         """Add one record and wait until it is on disk. NaN and Infinity are refused.

@@ -6,7 +6,7 @@ group has one basis and names it.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -134,8 +134,18 @@ def compare(records: Records, predict: Predict | None = None) -> Comparison:
         pairs=tuple(pairs),
         errors=tuple(errors),
         unjoined=tuple(unjoined),
-        notes=records.notes,
+        notes=(*records.notes, *_unknown_times(pairs)),
     )
+
+
+def _unknown_times(pairs: Sequence[Pair]) -> Iterator[str]:
+    """Times that were predicted and that records which ran do not know."""
+    both = [p for p in pairs if p.predicted is not None and p.observed is not None]
+    for metric in ("ttft_s", "tpot_s"):
+        expected = [p for p in both if p.value(metric, "predicted") is not None]
+        lacking = [p for p in expected if p.value(metric, "observed") is None]
+        if lacking:
+            yield f"{metric} is unknown in {len(lacking)} of {len(expected)} records compared"
 
 
 def parse_fields(by: str | Sequence[str]) -> tuple[str, ...]:

@@ -123,8 +123,13 @@ class Records:
 def read_records(paths: Iterable[str | Path]) -> Records:
     """Read result files in order; raises ``ConfigError`` naming file and line."""
     records = Records()
-    for path in paths:
-        records = records.merged(parse_records(_read_text(Path(path)), str(path)))
+    seen: set[Path] = set()
+    for path in map(Path, paths):
+        if path.resolve() in seen:
+            records = records.merged(Records(notes=(f"{path}: given twice; read once",)))
+            continue
+        seen.add(path.resolve())
+        records = records.merged(parse_records(_read_text(path), str(path)))
     return records
 
 

@@ -130,8 +130,15 @@ def _remarks(comparison: Comparison, records: Records) -> tuple[str, ...]:
     exact = [e for e in comparison.errors if e.metric == "state_bytes"]
     if exact and all(e.error == 0 for e in exact):
         remarks.append(f"State: all {len(exact)} measured caches equal the prediction to the byte.")
+    if records.measurements and not comparison.errors:
+        remarks.append(
+            "No record of this report ran and could be compared: all of it is predicted."
+        )
     if comparison.unjoined:
-        remarks.append(f"{len(comparison.unjoined)} records could not be compared (listed below).")
+        remarks.append(
+            f"Could not be compared (listed below): {len(comparison.unjoined)} "
+            f"of {len(records.measurements)} records."
+        )
     bases = sorted({p.basis for p in comparison.pairs if p.basis})
     if len(bases) > 1:
         remarks.append(f"Predictions of different basis stand side by side: {', '.join(bases)}.")

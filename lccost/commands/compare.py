@@ -1,5 +1,6 @@
 """``lccost compare``."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -137,9 +138,15 @@ def compare(
         ]
         if late:
             worst = max(late, key=lambda g: g.mape_percent)
+            of = ", ".join(f"{name} {value}" for name, value in worst.group.items()) or "all"
+            size = (
+                f"{worst.mape_percent:.1f} %"
+                if math.isfinite(worst.mape_percent)
+                else f"no bound (zero was observed in {worst.worst_origin})"
+            )
             raise CommandError(
-                f"{len(late)} groups are outside {max_error:.0%}; the largest: {worst.metric} of "
-                f"{dict(worst.group)} with {worst.mape_percent:.1f} %",
+                f"{len(late)} of the groups are outside {max_error:.0%}; the largest: "
+                f"{worst.metric} of {of} with {size}",
                 EXIT_TOLERANCE,
             )
         if not comparison.errors:

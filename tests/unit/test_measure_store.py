@@ -141,3 +141,14 @@ def test_a_file_that_cannot_be_opened_is_said(tmp_path):
     path = tmp_path / ("x" * 300)
     with pytest.raises(ConfigError, match="cannot be written"):
         RecordStore(path, fresh=True)
+
+
+def test_what_a_fresh_sweep_replaces_is_kept_beside_it(tmp_path):
+    path = tmp_path / "runs.jsonl"
+    RecordStore(path).append(record("a"))
+    before = path.read_bytes()
+    store = RecordStore(path, fresh=True)
+    assert store.backup == tmp_path / "runs.jsonl.bak"
+    assert store.backup.read_bytes() == before
+    RecordStore(path, fresh=True)  # nothing to keep: the older records stay
+    assert store.backup.read_bytes() == before

@@ -8,7 +8,7 @@ import pytest
 
 from costmodel.errors import ConfigError, UnknownNameError
 from reports.comparison import compare, error_groups, metric_errors, parse_fields
-from reports.records import Records, parse_records
+from reports.records import Records, parse_records, read_records
 from reports.tables import error_table, point_table, render, rich_table, unjoined_table
 
 KEY = {
@@ -216,3 +216,20 @@ def test_a_record_that_cannot_be_predicted_says_why():
 
     comparison = compare(read(measurement(ttft_s=1.0)), predict)
     assert comparison.unjoined[0].reason == "no prediction could be computed: unknown model"
+
+
+def test_a_time_that_records_lack_is_said():
+    predicted = {"ttft_s": 1.0, "tpot_s": 0.01, "basis": "prior"}
+    rows = [measurement(predicted, ttft_s=1.0, tpot_s=0.01), measurement(predicted, tpot_s=0.01)]
+    rows[1]["context_tokens"] = 2048
+    assert "ttft_s is unknown in 1 of 2 records compared" in compare(read(*rows)).notes
+    assert not any("tpot_s" in note for note in compare(read(*rows)).notes)
+
+
+def test_a_file_given_twice_is_read_once(tmp_path):
+    path = tmp_path / "r.jsonl"
+    row = measurement({"ttft_s": 1.0, "basis": "prior"}, ttft_s=1.0)
+    path.write_text(json.dumps(row) + "\n", "utf-8")
+    records = read_records([path, str(path)])
+    assert len(records.measurements) == 1
+    assert f"{path}: given twice; read once" in records.notes
