@@ -9,16 +9,26 @@ from numpy.typing import NDArray
 
 Result = TypeVar("Result")
 
-#: Points evaluated at once: about 20 live arrays of this many float64 stay in a 2 MB L2 cache.
+#: Points evaluated at once by one thread: about 20 live arrays of this many float64 stay in a
+#: 2 MB L2 cache.
 CHUNK_POINTS = 16384
-PARALLEL_CHUNKS = 8
+#: Points of a chunk where threads share the work: a call of numpy must last long enough for the
+#: others to run meanwhile, or they wait for the interpreter more than they compute (16,384 points
+#: in two threads take as long as in one).
+THREAD_POINTS = 65536
+PARALLEL_CHUNKS = 4
 #: Up to here distinct batches are found by listing, not by sorting.
 MOST_LISTED = 2**20
 
 
 def chunks(size: int) -> list[slice]:
-    """Slices of at most ``CHUNK_POINTS`` points that cover ``size`` of them."""
-    return [slice(i, i + CHUNK_POINTS) for i in range(0, size, CHUNK_POINTS)]
+    """Slices that cover ``size`` points: large ones where there is work for several threads."""
+    step = THREAD_POINTS if _is_shared(size) else CHUNK_POINTS
+    return [slice(i, min(i + step, size)) for i in range(0, size, step)]
+
+
+def _is_shared(size: int) -> bool:
+    return size >= PARALLEL_CHUNKS * THREAD_POINTS
 
 
 def distinct(
@@ -37,10 +47,10 @@ def distinct(
 
 
 def in_threads(function: Callable[[slice], Result], parts: list[slice]) -> Iterator[Result]:
-    """Results in order. numpy lets go of the interpreter, so several chunks run at once; few chunks
-    are not worth the threads.
+    """Results in order. numpy lets go of the interpreter, so large chunks run at once; smaller
+    work is not worth the threads.
     """
-    if len(parts) < PARALLEL_CHUNKS:
+    if not parts or not _is_shared(parts[-1].stop):
         yield from map(function, parts)
         return
     from concurrent.futures import ThreadPoolExecutor
