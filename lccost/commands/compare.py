@@ -127,7 +127,13 @@ def compare(
         names = {str(p.key.values.get("gpu")) for p in comparison.pairs}
         if not names:
             raise CommandError("--plot: no record has a prediction to be drawn beside", EXIT_USAGE)
-        profile = hardware or load_hardware(sorted(names)[0])
+        if hardware is None and len(names) > 1:
+            raise CommandError(
+                f"--plot: one roofline is of one device, and the records are of {len(names)} "
+                f"({', '.join(sorted(names))}): give files of one, or --gpu",
+                EXIT_USAGE,
+            )
+        profile = hardware or load_hardware(names.pop())
         save_figure(roofline(comparison.pairs, profile), plot)
     emit(text, output)
     if max_error is not None:

@@ -178,3 +178,14 @@ def test_compare_says_what_reading_left_out(tmp_path: Path) -> None:
     result = run("compare", str(torn), str(empty))
     assert f"{torn}:2: the last line is incomplete; left out" in result.output
     assert f"{empty}: the file is empty" in result.output
+
+
+def test_a_roofline_is_of_one_device(two: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in two.read_text("utf-8").splitlines()]
+    for row, gpu in zip(rows, ("h100-sxm", "l40s"), strict=True):
+        row["gpu"] = row["predicted"]["gpu"] = gpu
+    two.write_text("\n".join(map(json.dumps, rows)) + "\n", "utf-8")
+    result = run("compare", two, "--plot", tmp_path / "r.png")
+    assert result.exit_code == 2
+    assert "h100-sxm, l40s" in result.output
+    assert not (tmp_path / "r.png").exists()
