@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from reports.axes import AXES
 from reports.comparison import Points, as_pairs
 from reports.curves import CurvePoint, CurveSeries, curve_series
-from reports.figures.legend import legend_below
+from reports.figures.legend import WIDE_FROM_INCHES, legend_below
 from reports.figures.style import (
     COLOURS,
     GREY,
@@ -54,7 +54,8 @@ def side_by_side(points: Points, metric: str, *, size: tuple[float, float] = WID
         axes.set_yticks(range(len(shown)), [safe_text(name, 36) for name, _ in shown])
         axes.set_ylim(len(shown) - 0.4, -0.6)
         left, right = axes.get_xlim()
-        log_ticks(axes.xaxis, (left, right), most=8, base=2.0 if text.unit == "B" else 10.0)
+        most = 8 if size[0] >= WIDE_FROM_INCHES else 5
+        log_ticks(axes.xaxis, (left, right), most=most, base=2.0 if text.unit == "B" else 10.0)
         axes.set_xlim(left, right)
         format_axis(axes.xaxis, text.format)
         axes.set_xlabel(text.label)
@@ -71,7 +72,9 @@ def _rows(
     named: dict[str, list[CurveSeries]] = {}
     for s in series:
         if _values(s):
-            named.setdefault(s.name, []).append(s)
+            # Levels of one method share a row, whatever their predictions rest on.
+            basis = s.points[0].pair.basis
+            named.setdefault(s.name.removesuffix(f" [{basis}]"), []).append(s)
     sign = 1.0 if lower_is_better else -1.0
     return sorted(
         named.items(), key=lambda item: min(sign * v for s in item[1] for v in _values(s))

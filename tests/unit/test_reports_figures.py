@@ -54,8 +54,8 @@ def pairs():
 def test_side_by_side_sorts_by_the_better_level_and_marks_the_full_cache():
     rows = [
         row("full", 4096, tpot_s=0.020, tpot_low_s=0.018, tpot_high_s=0.026),
-        row("kivi", 4096, tpot_s=0.012, tpot_low_s=0.010, tpot_high_s=0.015),
-        {**row("kivi", 4096, tpot_s=0.040), "level": "reference"},
+        row("kivi", 4096, tpot_s=0.012, tpot_low_s=0.010, tpot_high_s=0.015, basis="calibrated"),
+        {**row("kivi", 4096, tpot_s=0.040), "level": "reference", "basis": "prior"},
         {
             **row("h2o", 4096, tpot_s=0.015, status="ok"),
             "predicted": row("h2o", 4096, tpot_s=0.014),
