@@ -5,17 +5,22 @@ and checked at its neighbours; the largest context is bracketed with whole grids
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from costmodel.errors import NotApplicableError
+from costmodel.layout import holding_operations
 from costmodel.memory import memory_of
 from costmodel.model import Model
 from costmodel.operation import Array
 
 _MAX_BATCH = float(2**24)
 _MAX_CONTEXT = float(2**30)
+#: Shares of a bracket that are tried, and the contexts around where memory would cross the limit.
+_EVENLY = np.linspace(0.0, 1.0, 129)
+_NEAR = np.arange(-64.0, 65.0)
 TP_CANDIDATES = (1, 2, 4, 8, 16, 32, 64)
 
 Peak = Callable[[NDArray[np.float64], NDArray[np.float64]], NDArray[np.float64]]
@@ -55,34 +60,50 @@ def solve_max_context(
     """Largest context that fits, per batch; 0 where none does, infinity where memory does not grow.
 
     A cache's size may saw (a block is quantised every R tokens), so the answer is an edge: it
-    fits and the next token does not. Grids of 257 contexts are evaluated at once, four times.
+    fits and the next token does not. A grid over all contexts brackets it; memory grows nearly
+    straight from there, so the next grid has every context around where it would cross, and the
+    bracket evenly: two evaluations are usually enough.
     """
     b = np.asarray(batch, dtype=np.float64)[..., None]
-    low = np.ones(b.shape)
-    high = np.full(b.shape, _MAX_CONTEXT)
-    steps = np.linspace(0.0, 1.0, 257)
-    ends = peak(b, np.concatenate([low, high], axis=-1)) <= capacity
-    first_fits, last_fits = ends[..., 0], ends[..., 1]
-    logarithmic = True
-    while np.any(high - low > 1):
-        grid = low * (high / low) ** steps if logarithmic else low + (high - low) * steps
-        grid = np.floor(np.maximum(grid, low))
-        grid[..., -1:] = high
-        fits = peak(b, grid) <= capacity
-        fits[..., 0] = True
-        fits[..., -1] = False
-        edge = fits.shape[-1] - 1 - np.argmax(fits[..., ::-1], axis=-1)[..., None]
-        new_low = np.take_along_axis(grid, edge, axis=-1)
-        after = np.where(grid > new_low, grid, np.inf).min(axis=-1, keepdims=True)
-        low, high = new_low, np.minimum(after, high)
-        logarithmic = False
+    every = np.floor(_MAX_CONTEXT**_EVENLY)
+    grid: NDArray[np.float64] = np.broadcast_to(every, (*b.shape[:-1], every.size))
+    bytes_ = peak(b, grid)
+    first_fits, last_fits = bytes_[..., 0] <= capacity, bytes_[..., -1] <= capacity
+    while True:
+        low, high, low_bytes, high_bytes = _bracket(grid, bytes_, capacity)
+        if not np.any(high - low > 1):
+            break
+        grown = np.maximum(high_bytes - low_bytes, 1.0)
+        share = np.clip((capacity - low_bytes) / grown, 0.0, 1.0)
+        near = np.floor(low + share * (high - low)) + _NEAR
+        even = np.floor(low + (high - low) * _EVENLY)
+        grid = np.sort(np.clip(np.concatenate([even, near], axis=-1), low, high), axis=-1)
+        bytes_ = peak(b, grid)
     return np.where(last_fits, np.inf, np.where(first_fits, low[..., 0], 0.0))
+
+
+def _bracket(
+    grid: NDArray[np.float64], bytes_: NDArray[np.float64], capacity: float
+) -> tuple[NDArray[np.float64], ...]:
+    """The last point of a sorted grid that fits and the next that does not, with their bytes.
+
+    The first point counts as fitting, the last as not.
+    """
+    fits = (bytes_ <= capacity) | (grid == grid[..., :1])
+    fits &= grid < grid[..., -1:]
+    last = fits.shape[-1] - 1 - np.argmax(fits[..., ::-1], axis=-1)[..., None]
+    ends = (np.take_along_axis(a, i, axis=-1) for i in (last, last + 1) for a in (grid, bytes_))
+    low, low_bytes, high, high_bytes = ends
+    return low, high, low_bytes, high_bytes
 
 
 def peak_bytes(model: Model, batch: Array, context: Array, output: Array) -> NDArray[np.float64]:
     """Peak bytes of one GPU."""
     point = model.point(batch, context, output)
-    prefill = model.prefill(batch, context, output)
+    compressed = model.run.stack.prompt_operations(
+        replace(point, prompt_tokens=context, cached_tokens=context)
+    )
+    prefill = (*compressed, *holding_operations(model.run, point, decode=False))
     shape = np.broadcast_shapes(np.shape(batch), np.shape(context), np.shape(output))
     memory = memory_of(model.run, point, output, prefill)
     return np.broadcast_to(np.asarray(memory.peak_bytes), shape)

@@ -12,7 +12,6 @@ Messages say what was expected, what was got, and what to do. The command line p
 a traceback.
 """
 
-import difflib
 from collections.abc import Iterable
 
 
@@ -34,6 +33,8 @@ class UnknownNameError(LccostError):
         # A name that is part of others ("h100") is a family: its members come first.
         near = [n for n in names if len(low) > 2 and low in n][:6]
         if len(near) < 3:
+            import difflib  # only for the user's mistakes
+
             close = difflib.get_close_matches(low, names, n=3, cutoff=0.45)
             near += [n for n in close if n not in near]
         text = f"unknown {kind} {name!r}."

@@ -135,6 +135,20 @@ def mixing_operations(run: Execution, point: Point, *, decode: bool) -> Operatio
     )
 
 
+def holding_operations(run: Execution, point: Point, *, decode: bool) -> Operations:
+    """The operations of a pass that can have bytes alive beyond weights and state: products and
+    collectives work on what the elementwise operations around them hold already.
+    """
+    tokens = point.batch if decode else point.batch * point.prompt_tokens
+    if not decode:
+        point = replace(point, fed_tokens=run.stack.fed_tokens(point))
+    return (
+        *mixing_operations(run, point, decode=decode),
+        _elementwise(run, point, tokens),
+        _head(run, point),
+    )
+
+
 def step_operations(run: Execution, point: Point) -> Operations:
     """A decode step without ``mixing_operations``: what depends on the batch alone.
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from costmodel.architecture import MixerGroup
-from costmodel.layout import Execution, decode_operations, prefill_operations
+from costmodel.layout import Execution, holding_operations
 from costmodel.methods.base import State
 from costmodel.operation import Array, Operations
 from costmodel.workload import Point
@@ -95,8 +95,8 @@ def memory_of(
     # a CPU has no context; what libraries keep for themselves is not the engine's to reserve
     reserved = 0.0 if run.hardware.is_cpu else engine.reserved_bytes[0 if run.tp == 1 else 1]
     fixed = weights + reserved
-    prefill = prefill_operations(run, prompt) if prefill is None else prefill
-    decode = decode_operations(run, last) if decode is None else decode
+    prefill = holding_operations(run, prompt, decode=False) if prefill is None else prefill
+    decode = holding_operations(run, last, decode=True) if decode is None else decode
     transient = np.maximum(decode_transient_bytes, largest_transient(decode))
     return Memory(
         weights_bytes=weights,

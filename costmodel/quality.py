@@ -250,10 +250,11 @@ def rows(method: str) -> tuple[Evidence, ...]:
     """Every figure for a method, in file order."""
     out = []
     for lines in _files():
-        meta = dict(line[2:].split(": ", 1) for line in lines if line.startswith("# "))
-        body = [line for line in lines if not line.startswith("#")]
-        wanted = [line for line in body[1:] if line.startswith(f"{method},")]
-        out += [_evidence(row, meta) for row in csv.DictReader([body[0], *wanted])]
+        wanted = [line for line in lines if line.startswith(f"{method},")]
+        if wanted:
+            meta = dict(line[2:].split(": ", 1) for line in lines if line.startswith("# "))
+            head = next(line for line in lines if not line.startswith("#"))
+            out += [_evidence(row, meta) for row in csv.DictReader([head, *wanted])]
     return tuple(out)
 
 

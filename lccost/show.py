@@ -6,7 +6,6 @@ one of ``--explain``.
 """
 
 import io
-import shutil
 import sys
 import textwrap
 from collections.abc import Iterable, Sequence
@@ -35,8 +34,11 @@ COMPACT_BELOW = 185
 
 def width() -> int:
     """Columns to write for: the terminal's, or many in a pipe."""
-    wide = shutil.get_terminal_size().columns if sys.stdout.isatty() else PIPE_WIDTH
-    return max(wide, 100)
+    if not sys.stdout.isatty():
+        return PIPE_WIDTH
+    import shutil  # a pipe does without
+
+    return max(shutil.get_terminal_size().columns, 100)
 
 
 def console(file: io.StringIO) -> "Console":

@@ -15,7 +15,6 @@ from costmodel.hardware import HardwareProfile
 from costmodel.in_situ import InSitu
 from costmodel.kernels.decode_attention import PACKED_BYTES, RESIDUAL_SHARE, WITH_RESIDUAL
 from costmodel.kernels.families import Family, load_family
-from costmodel.kernels.moe import grouped_product_time_s
 from costmodel.kernels.prior import KernelTime, prior_time
 from costmodel.operation import Array, Operation, causal_pairs, some
 
@@ -90,6 +89,8 @@ def _seconds(family: Family, hardware: HardwareProfile, asked: Asked) -> Array:
     """The kernel alone, with cold caches."""
     if asked.kind != "moe_gemm":
         return family.kind.time_s(family.parameters, hardware, asked.shape, family.variant, True)
+    from costmodel.kernels.moe import grouped_product_time_s  # dense models do without
+
     s = asked.shape
     dtype = "fp8" if family.variant.startswith("fp8") else family.variant
     return grouped_product_time_s(

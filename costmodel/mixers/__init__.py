@@ -3,4 +3,3 @@
 from costmodel.mixers.attention import Attention as Attention
 from costmodel.mixers.base import AbstractMixer as AbstractMixer
 from costmodel.mixers.base import Linear as Linear
-from costmodel.mixers.mla import MLA as MLA
