@@ -2,26 +2,26 @@
 
     python benchmarks/kernels_gpu.py --output out/gpu/kernels.jsonl
 
-Llama-3-8B geometry (32 query heads, 8 KV heads of 128), bf16, contexts of 8k, 32k and 128k, batches
-of 1, 8 and 32. A step is what a twin does in a decode step: attention over the filled cache and the
-new token, merge, quantise and append, replayed as a CUDA graph with cold caches. Beside it
-PyTorch's SDPA over a bf16 cache, FlashAttention and FlashInfer where they are installed, the same
-twin without kernels, and for the quantised caches the published chain (realisation ``reference``).
+Llama-3-8B geometry (32 query heads, 8 KV heads of 128), bf16, contexts of 8k, 32k and 128k (then
+64k and 4k, which fits need), batches of 1, 8 and 32. A step is what a twin does in a decode step:
+attention over the filled cache and the new token, merge, quantise and append, replayed as a CUDA
+graph with cold caches. Beside it PyTorch's SDPA over a bf16 cache, FlashAttention and FlashInfer
+where they are installed, the same twin without kernels, and for the quantised caches the published
+chain (realisation ``reference``).
 
-One JSON line a measurement, a row each of the kernel tables that ``lccost calibrate --table`` reads
-(``<output>.csv``), and at the end the figures that are required of the kernels. Points are taken
-from the most important on, until ``--seconds`` are spent. Exit: 0 measured; 1 a kernel failed or
-gave a wrong result; 4 no device or no Triton.
+One JSON line a measurement, from which ``lccost calibrate --table`` fits the families of the
+kernels, and at the end the figures that are required of them. Points are taken from the most
+important on, until ``--seconds`` are spent. Exit: 0 measured; 1 a kernel failed or gave a wrong
+result; 4 no device or no Triton.
 """
 
 import argparse
-import csv
 import importlib.util
 import json
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -32,11 +32,13 @@ from torch.nn.functional import scaled_dot_product_attention
 from costmodel.architecture import MixerGroup
 from costmodel.engines import load_engine
 from costmodel.errors import LccostError, NotApplicableError
+from costmodel.fused_kernels import work_of
 from costmodel.hardware import HardwareProfile, load_hardware
-from costmodel.kernels.decode_attention import PACKED_BYTES
-from costmodel.kernels.prior import prior_time
+from costmodel.kernels import time_operation
+from costmodel.kernels.fused import arithmetic_s
 from costmodel.methods.parse import parse_method
 from costmodel.mixers import Attention
+from costmodel.operation import Operation
 from costmodel.workload import Point
 from measure.devices.base import AbstractDevice
 from measure.devices.open import open_device
@@ -49,21 +51,12 @@ GEOMETRY = Attention(n_heads=32, n_kv_heads=8, head_dim=128, v_head_dim=128)
 POINTS = [
     *((131_072, 8), (32_768, 8), (131_072, 32), (32_768, 32)),
     *((8_192, 8), (131_072, 1), (32_768, 1), (8_192, 32), (8_192, 1)),
+    *((65_536, 8), (4_096, 8), (65_536, 32), (65_536, 1), (4_096, 32), (4_096, 1)),
 ]
-#: Specs of methods -> type of the cache in the kernel tables.
-METHODS = {
-    "full": "bfloat16",
-    "kivi:bits=2": "kivi2",
-    "kivi:bits=4": "kivi4",
-    "fp8_kv": "fp8",
-    "flexgen": "flexgen4",
-    "h2o": "h2o",
-    "tova": "tova",
-    "streaming_llm": "streaming_llm",
-    "quest": "quest",
-}
-#: Types of a cache that the kernel tables know; others have records only.
-TABLE_TYPES = ("bfloat16", "fp8", *PACKED_BYTES)
+METHODS = (
+    *("full", "kivi:bits=2", "kivi:bits=4", "fp8_kv", "flexgen", "h2o", "tova"),
+    *("streaming_llm", "quest"),
+)
 #: Methods whose kernels must reach a share of the copy bandwidth, not only of their ceiling.
 PLAIN = ("full", "fp8_kv", "streaming_llm")
 #: Speed over bf16 SDPA at 128k x 8: required, aimed at.
@@ -71,17 +64,9 @@ FASTER = {"kivi:bits=2": (2.5, 4.0), "kivi:bits=4": (1.9, 2.7)}
 #: Largest difference from the torch form, over the largest output.
 MAX_ERROR = 0.02
 CEILING_SHARE, COPY_SHARE, SCORING_COST = 0.75, 0.80, 0.10
-#: Integer instructions per cached element that unpacking takes (docstrings of the kernels), and
-#: lanes of that pipe in one SM.
-UNPACK = {"kivi:bits=2": 0.75, "kivi:bits=4": 0.875, "flexgen": 0.875, "fp8_kv": 1.75}
-INTEGER_LANES = 64
 #: Steps replayed between two restores lengthen the cache; so much room is made.
 ROOM_TOKENS = 1024
 BUDGET = Budget(seconds=0.6, min_samples=9, max_samples=60, warmup_seconds=0.2)
-COLUMNS = (
-    *("row_id", "op", "hw", "device", "framework", "fw_version", "kernel", "q_dtype", "kv_dtype"),
-    *("batch", "q_len", "kv_len", "Hq", "Hkv", "D", "window", "latency_us", "source"),
-)
 Call = Callable[[], object]
 
 
@@ -175,21 +160,22 @@ def library_cases(context: int, batch: int, device: torch.device) -> Iterator[Ca
         )
 
 
-def predicted(spec: str, context: int, batch: int, hardware: HardwareProfile) -> tuple[float, ...]:
-    """(bytes, seconds) that the cost model gives for the step of one layer, level ideal."""
+def operation(spec: str, context: int, batch: int) -> Operation:
+    """The step of one layer as the cost model has it, level ideal."""
     at = Point(
         batch=float(batch),
         prompt_tokens=float(context),
         cached_tokens=float(context),
-        reserved_tokens=float(context),
+        reserved_tokens=float(context + ROOM_TOKENS),
         dtype="bf16",
         kv_dtype="bf16",
         level="ideal",
         engine=load_engine("lccost"),
     )
-    operations = parse_method(spec).resolved(context).decode(MixerGroup(GEOMETRY, 1, (0,), 1), at)
-    mids = [float(prior_time(x, hardware).mid_s) for x in operations]
-    return sum(float(x.count * x.hbm_bytes) for x in operations), sum(mids)
+    # the third of its model's caches, as in ``twin_case``
+    group = MixerGroup(GEOMETRY, 1, (2,), 3)
+    (step,) = parse_method(spec).resolved(context).decode(group, at)
+    return step
 
 
 def copy_bytes_per_s(device: AbstractDevice, n_bytes: int = 2**31) -> float:
@@ -235,15 +221,30 @@ def agreement(spec: str, device: torch.device, context: int = 4096 + 77) -> floa
     return float((outs[0] - outs[1]).abs().max() / outs[1].abs().max())
 
 
-def ceiling_bytes_per_s(
-    spec: str, n_bytes: float, context: int, batch: int, copy: float, integer_per_s: float
-) -> float:
-    """The smaller of the copy bandwidth and what unpacking allows."""
-    elements = 2.0 * batch * context * GEOMETRY.n_kv_heads * GEOMETRY.head_dim
-    per_element = UNPACK.get(spec)
-    if per_element is None:
-        return copy
-    return min(copy, n_bytes / (elements * per_element / integer_per_s))
+def ceiling_bytes_per_s(step: Operation, copy: float, hardware: HardwareProfile) -> float:
+    """The smaller of the copy bandwidth and what the kernel's arithmetic allows."""
+    arithmetic = float(arithmetic_s(hardware, work_of(step, float(hardware.n_units or 100))))
+    n_bytes = float(step.hbm_bytes)
+    return n_bytes / max(n_bytes / copy, arithmetic)
+
+
+def figures(
+    spec: str, context: int, batch: int, copy: float, hardware: HardwareProfile
+) -> dict[str, Any]:
+    """What a step is held against, and what ``lccost calibrate --table`` builds it from again."""
+    step = operation(spec, context, batch)
+    return {
+        "kernel": step.kernel,
+        "method_spec": spec,
+        "phase": "decode",
+        "mixer": {"kind": "attention", **asdict(GEOMETRY)},
+        "dtype": "bf16",
+        "reserved_tokens": context + ROOM_TOKENS,
+        "bytes": float(step.hbm_bytes),
+        "copy_bytes_per_s": copy,
+        "ceiling_bytes_per_s": ceiling_bytes_per_s(step, copy, hardware),
+        "predicted_s": float(time_operation(step, hardware).mid_s),
+    }
 
 
 def cases(
@@ -258,32 +259,6 @@ def cases(
             forms += ["torch", "reference"]
         for form in forms:
             yield lambda spec=spec, form=form: iter([twin_case(spec, form, context, batch, device)])  # type: ignore[misc]
-
-
-def table_row(record: dict[str, Any], index: int) -> dict[str, Any]:
-    """A row of a decode-attention kernel table."""
-    return {
-        "row_id": f"lccost{index:05d}",
-        "op": "decode_attn",
-        "hw": record["gpu"],
-        "device": record["device_name"],
-        "framework": "lccost" if record["form"] == "fused" else "torch",
-        "fw_version": torch.__version__,
-        "kernel": f"lccost_{METHODS[record['case']]}"
-        if record["case"] in METHODS
-        else "torch_sdpa",
-        "q_dtype": "bfloat16",
-        "kv_dtype": METHODS.get(record["case"], "bfloat16"),
-        "batch": record["batch"],
-        "q_len": 1,
-        "kv_len": record["context_tokens"],
-        "Hq": GEOMETRY.n_heads,
-        "Hkv": GEOMETRY.n_kv_heads,
-        "D": GEOMETRY.head_dim,
-        "window": 0,
-        "latency_us": round(record["seconds"] * 1e6, 3),
-        "source": "benchmarks/kernels_gpu.py",
-    }
 
 
 def required(records: list[dict[str, Any]]) -> list[tuple[str, bool]]:
@@ -334,11 +309,6 @@ class Bench:
         name = str(getattr(properties, "name", self.device.name))
         return {"gpu": self.hardware.name, "device_name": name, "torch": torch.__version__}
 
-    @property
-    def integer_per_s(self) -> float:
-        """Integer instructions of all lanes."""
-        return self.hardware.n_units * INTEGER_LANES * (self.hardware.clock_hz or 0.0)
-
     def write(self, record: dict[str, Any]) -> None:
         """Append a record."""
         self.file.write(json.dumps({**self.common, **record}, allow_nan=False) + "\n")
@@ -368,16 +338,8 @@ class Bench:
                 record |= {"case": case.name, "form": case.form}
                 record |= timed(case, self.device) | {"status": "ok"}
                 spec = case.name if case.name in METHODS else "full"
-                n_bytes, prior_s = predicted(spec, context, batch, self.hardware)
-                record |= {
-                    "bytes": n_bytes,
-                    "bytes_per_s": n_bytes / record["seconds"],
-                    "copy_bytes_per_s": self.copy,
-                    "ceiling_bytes_per_s": ceiling_bytes_per_s(
-                        spec, n_bytes, context, batch, self.copy, self.integer_per_s
-                    ),
-                    "predicted_s": prior_s,
-                }
+                record |= figures(spec, context, batch, self.copy, self.hardware)
+                record["bytes_per_s"] = record["bytes"] / record["seconds"]
                 self.write(record)
                 self.records.append({**self.common, **record})
                 print(line(record), file=sys.stderr)
@@ -400,7 +362,7 @@ def run(
     hardware: HardwareProfile,
     *,
     points: list[tuple[int, int]],
-    methods: tuple[str, ...] = tuple(METHODS),
+    methods: tuple[str, ...] = METHODS,
     seconds: float = 450.0,
 ) -> int:
     """Measure, write as it goes, and print what is met; the exit code."""
@@ -418,12 +380,6 @@ def run(
                     print("out of time: the rest was not measured", file=sys.stderr)
                     break
                 worked &= bench.measure(context, batch, make)
-    with output.with_suffix(".csv").open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        in_table = [r for r in bench.records if METHODS.get(r["case"], "bfloat16") in TABLE_TYPES]
-        in_table = [r for r in in_table if r["form"] in ("fused", "library")]
-        writer.writerows(table_row(r, i) for i, r in enumerate(in_table))
     for text, met in required(bench.records):
         print(f"{'met   ' if met else 'MISSED'} {text}")
     return 0 if worked else 1

@@ -3,22 +3,27 @@
     python benchmarks/prompt_kernels_gpu.py --output out/gpu/prompt_kernels.jsonl
 
 Llama-3-8B geometry in bf16 for what keys received (H2O: all queries; SnapKV: the last 32), Mamba-2
-2.7B's and RecurrentGemma-9B's scans, at 8k, 32k and 128k tokens, batch 1. Useful work is counted as
-in the kernels' docstrings: FLOPs of H2O's two passes (4 N D S^2 / 2) and of the chunked scan, bytes
-of SnapKV's two passes over K and of RG-LRU's one. One JSON line a measurement. Exit: 0 measured;
-4 no device or no Triton.
+2.7B's and RecurrentGemma-9B's scans, at 8k, 32k and 128k tokens and batch 1, then at what fits need
+besides. Useful work is counted as in the kernels' docstrings: FLOPs of H2O's two passes
+(4 N D S^2 / 2) and of the chunked scan, bytes of SnapKV's two passes over K and of RG-LRU's one.
+One JSON line a measurement, from which ``lccost calibrate --table`` fits the families of the
+kernels. Exit: 0 measured; 4 no device or no Triton.
 """
 
 import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from costmodel.mixers import Attention
 from costmodel.mixers.mamba2 import Mamba2
+from costmodel.mixers.rglru import RGLRU
 from measure.devices.open import open_device
 from measure.kernels import why_not
 from measure.methods.h2o import received_scores as received_by_blocks
@@ -27,39 +32,52 @@ from measure.mixers.mamba2 import Mamba2Runner
 from measure.numerics import Numerics
 from measure.timing import Budget
 
-CONTEXTS = (8_192, 32_768, 131_072)
+#: (context, batch), those that are looked at first.
+POINTS = (
+    *((8_192, 1), (32_768, 1), (131_072, 1)),
+    *((16_384, 1), (65_536, 1), (4_096, 1), (2_048, 1)),
+    *((8_192, 4), (16_384, 4), (32_768, 4), (4_096, 4), (2_048, 4)),
+)
 BUDGET = Budget(seconds=1.0, min_samples=3, max_samples=30, warmup_seconds=0.2)
 #: Longest prompt whose form without kernels is timed: it keeps blocks of scores, or all states.
 PLAIN_LIMIT = 32_768
 N, K, D, WINDOW = 32, 8, 128, 32
+ATTENTION = Attention(n_heads=N, n_kv_heads=K, head_dim=D, v_head_dim=D)
 MAMBA = Mamba2(n_heads=80, head_dim=64, d_state=128, n_groups=1, conv_kernel=4, chunk_tokens=256)
 WIDTH = 4096
+#: What ``lccost calibrate --table`` builds a fused call from again: kernel, method, mixer.
+CALLS: dict[str, tuple[str, str, str, Any]] = {
+    "h2o_prompt_scores": ("prompt_scores", "h2o", "attention", ATTENTION),
+    "snapkv_votes": ("window_scores", "snapkv:keep_tokens=512", "attention", ATTENTION),
+    "ssd_scan": ("ssd_scan", "full", "mamba2", MAMBA),
+    "rglru_scan": ("rglru_scan", "full", "rglru", RGLRU(width=WIDTH, n_blocks=16, conv_kernel=4)),
+}
 Case = tuple[str, str, Callable[[], object], float, str]
 
 
-def attention_cases(s: int, device: torch.device) -> Iterator[Case]:
+def attention_cases(s: int, batch: int, device: torch.device) -> Iterator[Case]:
     from measure.kernels.prompt_scores import received_scores
 
-    q, k = (torch.randn(1, n, s, D, device=device, dtype=torch.bfloat16) for n in (N, K))
-    flops = 4.0 * N * D * s * s / 2
+    q, k = (torch.randn(batch, n, s, D, device=device, dtype=torch.bfloat16) for n in (N, K))
+    flops = 4.0 * batch * N * D * s * s / 2
     yield "h2o_prompt_scores", "fused", lambda: received_scores(q, k), flops, "flops"
-    if s <= PLAIN_LIMIT:
+    if s * batch <= PLAIN_LIMIT:
         yield "h2o_prompt_scores", "torch", lambda: received_by_blocks(q, k), flops, "flops"
     last, n_bytes = q[:, :, -WINDOW:], 2.0 * k.nbytes
     yield "snapkv_votes", "fused", lambda: received_scores(last, k), n_bytes, "bytes"
 
 
-def scan_cases(s: int, device: torch.device) -> Iterator[Case]:
+def scan_cases(s: int, batch: int, device: torch.device) -> Iterator[Case]:
     from measure.kernels.rglru_scan import rglru_scan
     from measure.kernels.ssd_scan import ssd_scan
 
     m = MAMBA
-    x = torch.randn(1, s, m.n_heads, m.head_dim, device=device)
-    b, c = (torch.randn(1, s, m.n_groups, m.d_state, device=device) for _ in range(2))
-    decay = -torch.rand(1, s, m.n_heads, device=device)
-    state = torch.zeros(1, m.n_heads, m.head_dim, m.d_state, device=device)
+    x = torch.randn(batch, s, m.n_heads, m.head_dim, device=device)
+    b, c = (torch.randn(batch, s, m.n_groups, m.d_state, device=device) for _ in range(2))
+    decay = -torch.rand(batch, s, m.n_heads, device=device)
+    state = torch.zeros(batch, m.n_heads, m.head_dim, m.d_state, device=device)
     per_token = 4.0 * m.head_dim * m.d_state + (m.d_state + m.head_dim) * m.chunk_tokens
-    flops = m.n_heads * s * per_token
+    flops = batch * m.n_heads * s * per_token
 
     def fused() -> Tensor:
         return ssd_scan(x, b, c, decay, state, m.chunk_tokens, full_precision=False)
@@ -67,13 +85,25 @@ def scan_cases(s: int, device: torch.device) -> Iterator[Case]:
     runner = Mamba2Runner(m, Numerics())
     yield "ssd_scan", "fused", fused, flops, "flops"
     yield "ssd_scan", "torch", lambda: runner._prompt(x, b, c, decay, state), flops, "flops"
-    inputs = [torch.randn(1, s, WIDTH, device=device, dtype=torch.bfloat16) for _ in range(3)]
-    rate, h = torch.randn(WIDTH, device=device), torch.zeros(1, WIDTH, device=device)
+    inputs = [torch.randn(batch, s, WIDTH, device=device, dtype=torch.bfloat16) for _ in range(3)]
+    rate, h = torch.randn(WIDTH, device=device), torch.zeros(batch, WIDTH, device=device)
     moved = 4.0 * inputs[0].nbytes
     yield "rglru_scan", "fused", lambda: rglru_scan(*inputs, rate, h, first=True), moved, "bytes"
-    if s <= PLAIN_LIMIT:
+    if s * batch <= PLAIN_LIMIT:
         a, added = (y.float().sigmoid() for y in inputs[:2])
         yield "rglru_scan", "torch, scan alone", lambda: linear_scan(a, added, h), moved, "bytes"
+
+
+def built_from(case: str) -> dict[str, Any]:
+    """What a record says of the call besides its sizes."""
+    kernel, spec, kind, mixer = CALLS[case]
+    return {
+        "kernel": kernel,
+        "method_spec": spec,
+        "phase": "prefill",
+        "mixer": {"kind": kind, **asdict(mixer)},
+        "dtype": "bf16",
+    }
 
 
 def main() -> int:
@@ -91,16 +121,17 @@ def main() -> int:
         return 4
     options.output.parent.mkdir(parents=True, exist_ok=True)
     with options.output.open("a", encoding="utf-8") as file:
-        for s in CONTEXTS:
+        for s, batch in POINTS:
             for cases in (attention_cases, scan_cases):
-                for case, form, call, work, unit in cases(s, device.device):
+                for case, form, call, work, unit in cases(s, batch, device.device):
                     timing = device.sampler().time(call, budget=BUDGET)
                     seconds = timing.statistics.median_s
                     record = {
                         "case": case,
                         "form": form,
                         "context_tokens": s,
-                        "batch": 1,
+                        "batch": batch,
+                        **built_from(case),
                         "seconds": seconds,
                         f"{unit}_per_s": work / seconds,
                         "samples": list(timing.samples),

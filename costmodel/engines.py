@@ -35,6 +35,7 @@ class Engine:
     in_situ               what becomes of those kernels inside a pass; None: they run alone
     fused_dequantise      attention kernels read packed caches directly; False: the cache is
                           unpacked into a copy before it is attended, even at level "ideal"
+    fused_kernels         runs this project's own kernels (``costmodel.fused_kernels``)
     score_block_tokens    queries scored together where a method needs more of the scores than a
                           fused kernel gives: masked pairs of a block are computed too; 0: kernels
                           that compute only the pairs that exist
@@ -54,6 +55,7 @@ class Engine:
     reserved_bytes: tuple[float, float]
     mlp_alive: tuple[float, float] = (3.0, 4.0)
     fused_dequantise: bool = True
+    fused_kernels: bool = False
     score_block_tokens: int = 0
     fixed_state_layout: Literal["exact", "transformers"] = "exact"
     kernels: str = ""

@@ -57,6 +57,9 @@ class Operation:
     host_waits       the host waits for its result before it starts anything else, so that starting
                      kernels cannot hide behind running them
     dtype            compute type of the multiplications
+    unfitted         why no fitted family of an engine's kernels describes it, though its shape may
+                     look like one's; "": one may
+    kernel           the kernel of this project that runs it (``costmodel.fused_kernels``); "": none
     shape            what the time model of this kind needs, by name
     source           upstream file (``reference`` level) or formula reference
     formula          the formula in words, for ``--explain``
@@ -77,6 +80,8 @@ class Operation:
     transient_bytes: Array = 0.0
     host_waits: bool = False
     dtype: str = "bf16"
+    unfitted: str = ""
+    kernel: str = ""
     shape: Mapping[str, Array] = field(default_factory=dict)
     source: str = ""
     formula: str = ""

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 from costmodel.errors import ConfigError, UnknownNameError
 from costmodel.hardware import HardwareProfile, normalised, resolve_gpu
-from costmodel.kernels.decode_attention import PACKED_BYTES
 
 Record = Mapping[str, str]
 #: Longest name of an engine or kernel.
@@ -44,7 +43,7 @@ class Schema:
         microseconds = number(record, "latency_us")
         if microseconds <= 0:
             raise ConfigError(f"latency_us: expected a time above 0, got {microseconds:g}")
-        hardware = _hardware(record, profile)
+        hardware = hardware_of(record, profile)
         engine = name(record, "framework")  # "": a library any engine calls, such as NCCL
         kernel = name(record, self.kernel)
         if "/" in engine:
@@ -88,7 +87,7 @@ def count(record: Record, column: str, default: float | None = None) -> float:
     return value
 
 
-def _hardware(record: Record, profile: HardwareProfile | None) -> str:
+def hardware_of(record: Record, profile: HardwareProfile | None) -> str:
     """The device a row names; a row that names none is of the profile's."""
     spellings = [cell for cell in (text(record, c) for c in ("hw", "device")) if cell]
     found = ""
@@ -139,12 +138,8 @@ def _attention(record: Record) -> Read:
     heads, kv_heads = count(record, "Hq"), count(record, "Hkv")
     if heads % kv_heads:
         raise ConfigError(f"Hq: expected a multiple of Hkv {kv_heads:g}, got {heads:g}")
-    op, packed = text(record, "op"), text(record, "kv_dtype").lower()
-    is_packed = op == "decode_attn" and packed in PACKED_BYTES
-    if is_packed:
-        element_bytes = PACKED_BYTES[packed]
-    else:
-        element_bytes = 1.0 if dtype(record, "kv_dtype").startswith("fp8") else 2.0
+    op = text(record, "op")
+    element_bytes = 1.0 if dtype(record, "kv_dtype").startswith("fp8") else 2.0
     shape = {
         "batch": count(record, "batch"),
         "n_heads": heads,
@@ -154,8 +149,7 @@ def _attention(record: Record) -> Read:
         "window": max(number(record, "window", 0.0), 0.0),
     }
     if op == "decode_attn":
-        variant = packed if is_packed else ""
-        return "decode_attention", variant, shape | {"kv_len": count(record, "kv_len")}
+        return "decode_attention", "", shape | {"kv_len": count(record, "kv_len")}
     if op in ("prefill_attn", "encoder_attn"):
         more = {"q_len": count(record, "q_len"), "causal": float(op == "prefill_attn")}
         return "prefill_attention", "", shape | more

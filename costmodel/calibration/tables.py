@@ -1,6 +1,7 @@
 """Read tables of measured kernels: columns into shapes, bad rows reported and left out.
 
-A table is a CSV file with one measured call per row. Column names are those of the published
+A table is a CSV file with one measured call per row, or JSON lines of our own kernels
+(``kernel_records``). Column names are those of the published
 tables (see ``SCHEMAS``); a few other spellings are understood. Rows are never repaired: a row that
 cannot be read, or is faster than the device can be, is reported with its line and left out.
 """
@@ -13,12 +14,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from costmodel.calibration import kernel_records
 from costmodel.calibration.schemas import SCHEMAS, Schema
 from costmodel.errors import ConfigError
 from costmodel.hardware import HardwareProfile, load_hardware
 from costmodel.kernels.kinds import kernel_kind
 from costmodel.kernels.physics import cache_bytes, cache_bytes_per_s
 
+_SCHEMAS = (*SCHEMAS, kernel_records.SCHEMA)
 #: A call can be this much faster than the physical limit before its row is called impossible
 #: (clock boost above the datasheet clock, rounding).
 LIMIT_TOLERANCE = 0.95
@@ -87,7 +90,7 @@ class Table:
 def read_table(
     path: str | Path, *, kind: str | None = None, profile: HardwareProfile | None = None
 ) -> Table:
-    """Read one CSV file.
+    """Read one file, CSV or (``.jsonl``) JSON lines.
 
     ``kind`` says which schema to use where the columns fit several; ``profile`` is the device of
     every row that names it or names none (else the table's own column decides, among the bundled
@@ -139,6 +142,8 @@ def _records(path: str | Path) -> tuple[list[str], list[tuple[int, dict[str, str
     try:
         if Path(path).stat().st_size > MAX_FILE_BYTES:
             raise ConfigError(f"{path}: expected a table of at most {MAX_FILE_BYTES:,} bytes")
+        if Path(path).suffix == ".jsonl":
+            return kernel_records.json_lines(Path(path))
         with open(path, encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, restval="")
             header = [name.strip() for name in reader.fieldnames or []]
@@ -159,9 +164,9 @@ def _records(path: str | Path) -> tuple[list[str], list[tuple[int, dict[str, str
 def find_schema(columns: Iterable[str], kind: str | None, where: str) -> Schema:
     """Find the schema whose columns a table has; ``ConfigError`` names what is missing."""
     have = {c for c in columns if c}
-    candidates = [s for s in SCHEMAS if kind in (None, s.name, *s.kinds)]
+    candidates = [s for s in _SCHEMAS if kind in (None, s.name, *s.kinds)]
     if not candidates:
-        names = ", ".join(s.name for s in SCHEMAS)
+        names = ", ".join(s.name for s in _SCHEMAS)
         raise ConfigError(f"{where}: unknown kind {kind!r}; known: {names}")
     fitting = [s for s in candidates if s.required <= have]
     if fitting:

@@ -1,7 +1,8 @@
 """Seconds of operations on a device.
 
 ``time_operation`` picks the best knowledge there is: efficiency curves measured on this very
-device, then fitted kernel families, then the prior. Every estimate names its ``basis``.
+device, then fitted kernel families, then the prior. What this project's own kernels run has
+families of its own. Every estimate names its ``basis``.
 """
 
 from dataclasses import replace
@@ -12,6 +13,7 @@ from costmodel.hardware import HardwareProfile
 from costmodel.in_situ import InSitu
 from costmodel.kernels.curves import calibrated_time
 from costmodel.kernels.fitted import fitted_time
+from costmodel.kernels.fused_time import fused_time
 from costmodel.kernels.prior import KernelTime as KernelTime
 from costmodel.kernels.prior import prior_time
 from costmodel.operation import Operation
@@ -31,6 +33,8 @@ def time_operation(
     ``in_situ`` turns the time of a kernel alone into that inside a pass; curves and the prior,
     which come from passes, need none. ``middle_only`` leaves the interval out: it is the middle.
     """
+    if operation.kernel and not hardware.is_cpu:
+        return fused_time(operation, hardware, in_situ, middle_only=middle_only)
     if hardware.curves:
         calibrated = calibrated_time(operation, hardware)
         if calibrated is not None:

@@ -40,18 +40,6 @@ from costmodel.kernels.physics import (
 )
 from costmodel.operation import Array
 
-#: Caches that a kernel unpacks as it attends, each a variant of its own: bytes per element, scales
-#: and zero points in 16 bits included. Their CTAs stream at their own rate, which is how unpacking
-#: shows. ``kv_dtype`` of a table names them.
-PACKED_BYTES: dict[str, float] = {
-    "flexgen4": 4 / 8 + 2 * 2 / 64,  # groups of 64
-    "kivi2": 2 / 8 + 2 * 2 / 32,  # groups of 32
-    "kivi4": 4 / 8 + 2 * 2 / 32,
-}
-#: Those that keep their latest tokens in 16 bits.
-WITH_RESIDUAL = ("kivi2", "kivi4")
-#: What a 16-bit residual may add to the bytes of a packed cache for it to count as packed.
-RESIDUAL_SHARE = 0.15
 #: Query heads of one KV head that one CTA packs into a tile of rows.
 PACKED_HEADS = 64.0
 
@@ -234,7 +222,7 @@ KIND = KernelKind(
     name="decode_attention",
     parameters=DecodeAttentionParameters,
     shape=SHAPE,
-    variants=("", *PACKED_BYTES),
+    variants=("",),
     priors=lambda kernel, variant: PRIORS,
     structure=_structure,
     time_s=_time,

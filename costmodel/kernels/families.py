@@ -24,7 +24,7 @@ from costmodel.hardware import HardwareProfile
 from costmodel.kernels.kinds import KernelKind, kernel_class, kernel_kind
 from costmodel.operation import Array
 
-Basis = Literal["calibrated", "transferred"]
+Basis = Literal["calibrated", "transferred", "prior"]
 Within = tuple[tuple[str, float], ...]
 
 #: Where generations stand beside one another. Others (other vendors) have no families near them.
@@ -87,7 +87,7 @@ class Interval:
 class Family:
     """One fitted family, as asked for.
 
-    basis       "calibrated" on this very GPU and engine, else "transferred"
+    basis       "calibrated" on this very GPU and engine, else "transferred"; "prior": never fitted
     distance    0 same GPU, 1 same generation, 2 another generation
     far         a shape this many times outside the ranges is extrapolation
     widened     how much the logarithm of the interval was stretched for that and for the engine

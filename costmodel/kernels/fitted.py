@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from costmodel.hardware import HardwareProfile
 from costmodel.in_situ import InSitu
-from costmodel.kernels.decode_attention import PACKED_BYTES, RESIDUAL_SHARE, WITH_RESIDUAL
 from costmodel.kernels.families import Family, load_family
 from costmodel.kernels.prior import KernelTime, prior_time
 from costmodel.operation import Array, Operation, causal_pairs, some
@@ -53,7 +52,7 @@ def fitted_time(
     ``middle_only``: the interval is of no interest, and is the middle.
     """
     reader = _READERS.get(operation.kind)
-    if reader is None or hardware.is_cpu or not hardware.n_units:
+    if reader is None or operation.unfitted or hardware.is_cpu or not hardware.n_units:
         return None
     asked = reader(operation)
     if asked is None:
@@ -237,23 +236,10 @@ def _decode(operation: Operation) -> Asked | None:
         if np.any(mask):
             break
     else:
-        variant, mask = _packed_form(stored)
-        asked = {name: shape[name] for name in names} | {"element_bytes": stored, "window": 0.0}
-        return Asked("decode_attention", variant, asked, mask=mask) if variant else None
+        return None
     asked = {name: shape[name] for name in names} | {"element_bytes": element_bytes, "window": 0.0}
     within = {"element_bytes": element_bytes}
     return Asked("decode_attention", "", asked, within=within, mask=mask)
-
-
-def _packed_form(stored: Array) -> tuple[str, Mask]:
-    """The packed cache that holds so many bytes per element, and at which points; "": none."""
-    for variant, element_bytes in PACKED_BYTES.items():
-        residual = RESIDUAL_SHARE if variant in WITH_RESIDUAL else 0.0
-        least, most = element_bytes * (1 - SAME), element_bytes * (1 + residual + SAME)
-        mask = (np.asarray(stored) >= least) & (np.asarray(stored) <= most)
-        if np.any(mask):
-            return variant, mask
-    return "", False
 
 
 def _prefill(operation: Operation) -> Asked | None:

@@ -86,6 +86,7 @@ _MODULES = {
     "moe_gemm": ("moe", "KIND"),
     "collective": ("collective", "KIND"),
     "sparse_attention": ("sparse", "KIND"),
+    "fused": ("fused", "KIND"),
 }
 
 

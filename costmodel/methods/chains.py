@@ -101,6 +101,13 @@ def host_link(
     )
 
 
+def probability_bytes(point: Point) -> float:
+    """Bytes of one attention weight on its way to the scores: our kernels leave 16 bits, relative
+    to the running maximum; else fp32.
+    """
+    return 2.0 if point.engine.fused_kernels and point.dtype != "fp32" else 4.0
+
+
 def cache_cat(
     mixer: Attention, point: Point, tokens: Array, *, source: str, heads: float = 1.0
 ) -> Operation:
@@ -183,6 +190,7 @@ def score_pass(
     result_bytes: Array,
     transient_bytes: Array,
     source: str = "",
+    unfitted: str = "",
 ) -> Operation:
     """Q K^T again, block by block: exp with the known row sums, summed over queries.
 
@@ -211,6 +219,7 @@ def score_pass(
             "v_head_dim": 0.0,
             "window_tokens": mixer.limit_tokens,
         },
+        unfitted=unfitted,
         source=source,
         formula="2 Hk N per pair: half of the attention's multiplications again",
     )
@@ -239,6 +248,10 @@ def of_elements(operation: Operation, point: Point, elements: Array, bits: float
     return replace(operation, dtype=point.dtype, shape=shape)
 
 
+#: Why packed caches have no fitted family, whatever their bytes per element come to.
+_PACKED = "no table of measured kernels holds a cache packed like this one"
+
+
 def attend_packed(
     point: Point,
     attention: Operation,
@@ -247,16 +260,17 @@ def attend_packed(
     elements: Array,
     bits: float,
     name: str = "dequantise",
+    unfitted: str = _PACKED,
 ) -> Operations:
     """Attention of level ``ideal`` over a packed cache, on this engine.
 
     An engine without fused kernels writes a 16-bit copy of the packed part and reads it once; the
     copy is made piece by piece, so it is never alive whole. ``packed`` bytes are those of
     ``attention.state_bytes`` that hold ``elements`` packed elements; ``name`` tells formats apart
-    whose unpacking takes different times.
+    whose unpacking takes different times. ``unfitted``: see ``Operation``.
     """
     if point.engine.fused_dequantise:
-        return (attention,)
+        return (replace(attention, unfitted=unfitted),)
     dequantise = elementwise(
         name,
         vector_flops=2 * elements,

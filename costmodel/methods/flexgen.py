@@ -18,6 +18,7 @@ import numpy as np
 
 from costmodel.architecture import MixerGroup
 from costmodel.errors import ConfigError
+from costmodel.fused_kernels import fused_step
 from costmodel.methods.base import (
     AbstractMethod,
     Stage,
@@ -126,6 +127,13 @@ class FlexGen(AbstractMethod):
             ),
         )
 
+    def _has_kernel(self, mixer: Attention) -> bool:
+        """Whether our kernel reads these groups: powers of two in whole words that fill a head."""
+        size, group = mixer.head_dim, self.group
+        whole = size % group == 0 and group * self.bits % 16 == 0 and size * self.bits >= 256
+        unbounded = mixer.max_kv_tokens() is None
+        return self.bits < 8 and unbounded and whole and group & (group - 1) == 0
+
     def decode(self, group: MixerGroup, point: Point) -> Operations:
         """Attention over packed tokens; the new token is packed after use."""
         mixer = attention_of(group)
@@ -150,7 +158,7 @@ class FlexGen(AbstractMethod):
             formula="two bmm over the permuted copy" if reference else "packed state read once",
         )
         if not reference:
-            return attend_packed(
+            attend = attend_packed(
                 point,
                 attention,
                 packed=packed,
@@ -158,6 +166,9 @@ class FlexGen(AbstractMethod):
                 bits=self.bits,
                 name="dequantise_groups",
             )
+            if self._has_kernel(mixer):
+                return fused_step(point, f"flexgen{self.bits}", *attend)
+            return attend
         attention = reads_copy(attention, elements * b * ratio, repeated=ratio > 1)
         scores = point.batch * mixer.n_heads * executed
         new_elements = point.batch * (mixer.n_kv_heads * self.padded(mixer))

@@ -15,6 +15,7 @@ from typing import ClassVar, final
 import numpy as np
 
 from costmodel.architecture import MixerGroup
+from costmodel.fused_kernels import fused_step
 from costmodel.methods.base import AbstractMethod, Scope, Stage, State, not_stored
 from costmodel.methods.chains import attend_packed, elementwise, reads_copy
 from costmodel.mixers import Attention
@@ -101,17 +102,18 @@ class Fp8Kv(AbstractMethod):
         elements = point.batch * np.minimum(point.cached_tokens, mixer.limit_tokens)
         elements = elements * mixer.kv_elements_per_token()
         attention, *rest = operations
-        return (
-            *attend_packed(
-                point,
-                attention,
-                packed=elements,
-                elements=elements,
-                bits=8,
-                name="dequantise_fp8",
-            ),
-            *rest,
+        attend = attend_packed(
+            point,
+            attention,
+            packed=elements,
+            elements=elements,
+            bits=8,
+            name="dequantise_fp8",
+            unfitted="",
         )
+        if mixer.max_kv_tokens() is None:
+            attend = fused_step(point, "attention8", *attend)
+        return (*attend, *rest)
 
     def _reference_decode(self, mixer: Attention, point: Point) -> Operations:
         b = point.element_bytes

@@ -23,6 +23,7 @@ from typing import ClassVar, Literal, final
 import numpy as np
 
 from costmodel.architecture import MixerGroup
+from costmodel.fused_kernels import fused_step
 from costmodel.methods.base import (
     AbstractMethod,
     Mask,
@@ -36,7 +37,14 @@ from costmodel.methods.base import (
     layer_bytes,
     not_stored,
 )
-from costmodel.methods.chains import cache_cat, elementwise, gather_tokens, score_pass, select
+from costmodel.methods.chains import (
+    cache_cat,
+    elementwise,
+    gather_tokens,
+    probability_bytes,
+    score_pass,
+    select,
+)
 from costmodel.methods.eager import eager_prompt, eager_step
 from costmodel.mixers import Attention
 from costmodel.mixers.attention import decode_attention
@@ -138,7 +146,8 @@ class H2O(AbstractMethod):
         if self.variant == "mask":
             return attention
         if point.level == "ideal":
-            return (*not_stored(attention, point), _second_pass(mixer, point, pairs))
+            second = _second_pass(mixer, point, pairs)
+            return (*not_stored(attention, point), *fused_step(point, "prompt_scores", second))
         s = point.prompt_tokens
         scores = point.batch * mixer.n_heads * s * s
         b = point.element_bytes
@@ -211,10 +220,13 @@ class H2O(AbstractMethod):
             written_bytes=layer_bytes(mixer, point, 1.0),
             name="scored_attention",
             # probabilities of all query heads, needed once the row's sum is known
-            workspace_bytes=point.batch * mixer.n_heads * tokens * 8.0,
-            formula="kept tokens read once; B N C fp32 probabilities written and read",
+            workspace_bytes=point.batch * mixer.n_heads * tokens * (2.0 * probability_bytes(point)),
+            formula="kept tokens read once; B N C probabilities written and read",
         )
-        return attention, _update_scores(mixer, point, c)
+        update = _update_scores(mixer, point, c)
+        if self.variant == "slot":
+            return fused_step(point, "h2o", attention, update)
+        return attention, update
 
     def _reference_decode(
         self, mixer: Attention, point: Point, tokens: Array, c: Array

@@ -21,6 +21,7 @@ import numpy as np
 
 from costmodel.architecture import Architecture, MixerGroup
 from costmodel.errors import ConfigError
+from costmodel.fused_kernels import fused_step
 from costmodel.methods.base import (
     AbstractMethod,
     Stage,
@@ -206,6 +207,8 @@ class Kivi(AbstractMethod):
             attend = attend_packed(
                 point, attention, packed=packed, elements=dequantised, bits=self.bits
             )
+            if mixer.max_kv_tokens() is None:
+                return fused_step(point, f"kivi{self.bits}", *attend, flush)
             return (*attend, flush)
         return (
             *self._reference_copies(mixer, point, packed, ratio),

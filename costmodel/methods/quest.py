@@ -16,6 +16,7 @@ from typing import ClassVar, final
 import numpy as np
 
 from costmodel.architecture import MixerGroup
+from costmodel.fused_kernels import fused_step
 from costmodel.methods.base import (
     AbstractMethod,
     Mask,
@@ -132,7 +133,9 @@ class Quest(AbstractMethod):
         rows = point.batch * (mixer.n_heads if reference else mixer.n_kv_heads)
         b = point.kv_element_bytes
         new = point.batch * mixer.n_kv_heads * (2.0 * mixer.head_dim * b)
-        return (
+        return fused_step(
+            point,
+            "quest",
             elementwise(
                 "estimate_pages",
                 vector_flops=point.batch * pages * (4.0 * mixer.n_heads * mixer.head_dim),

@@ -13,8 +13,9 @@ import numpy as np
 
 from costmodel.architecture import Architecture, MixerGroup
 from costmodel.errors import NotApplicableError
+from costmodel.fused_kernels import fused_step
 from costmodel.methods.base import STAGE_ORDER, AbstractMethod, Mask, State, within_pass
-from costmodel.mixers import AbstractMixer
+from costmodel.mixers import AbstractMixer, Attention
 from costmodel.operation import Array, Operation, Operations
 from costmodel.workload import Point
 
@@ -165,7 +166,7 @@ class MethodStack:
             point = self._kept(evict, group, point)
         method = store or evict
         if method is None:
-            return group.mixer.decode(point)
+            return _native_step(group.mixer, point)
         full = _is_full(method, group, point)
         native = group.mixer.decode(point) if np.any(full) else ()
         return _choose(full, native, method.decode(group, point))
@@ -198,6 +199,14 @@ def _only_evicts(method: AbstractMethod) -> bool:
 
 def _is_full(method: AbstractMethod, group: MixerGroup, point: Point) -> Mask:
     return method.equals_full(point.prompt_tokens, point.cached_tokens, group.n_kv_layers)
+
+
+def _native_step(mixer: AbstractMixer, point: Point) -> Operations:
+    """The mixer's own step; a growing cache of tokens is what fused kernels read."""
+    first, *others = mixer.decode(point)
+    if not isinstance(mixer, Attention) or mixer.max_kv_tokens() is not None:
+        return (first, *others)
+    return (*fused_step(point, "attention16", first), *others)
 
 
 def _native_state(group: MixerGroup, point: Point) -> State:

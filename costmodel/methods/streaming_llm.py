@@ -19,6 +19,7 @@ from typing import ClassVar, Literal, final
 import numpy as np
 
 from costmodel.architecture import MixerGroup
+from costmodel.fused_kernels import fused_step
 from costmodel.methods.base import (
     PRESETS,
     AbstractMethod,
@@ -189,19 +190,20 @@ class StreamingLLM(AbstractMethod):
         c = self.tokens(point)
         keys = point.batch * c * (mixer.n_kv_heads * mixer.head_dim)
         if point.level == "ideal":
-            return (
-                decode_attention(
-                    mixer,
-                    point,
-                    read_tokens=c,
-                    executed_tokens=c + 1,
-                    read_bytes=layer_bytes(mixer, point, c),
-                    written_bytes=layer_bytes(mixer, point, 1.0),
-                    name="sink_attention",
-                    vector_flops=3 * keys if self.positions == "cache" else 0.0,
-                    formula="I + W tokens read once, the oldest of the window overwritten",
-                ),
+            attention = decode_attention(
+                mixer,
+                point,
+                read_tokens=c,
+                executed_tokens=c + 1,
+                read_bytes=layer_bytes(mixer, point, c),
+                written_bytes=layer_bytes(mixer, point, 1.0),
+                name="sink_attention",
+                vector_flops=3 * keys if self.positions == "cache" else 0.0,
+                formula="I + W tokens read once, the oldest of the window overwritten",
             )
+            if self.positions == "fixed":
+                return (attention,)
+            return fused_step(point, "ring", attention)
         if self.positions == "fixed":
             return (
                 cache_cat(mixer, point, c, source=f"{_INF} torch.cat"),

@@ -15,6 +15,7 @@ from typing import ClassVar, final
 import numpy as np
 
 from costmodel.architecture import MixerGroup
+from costmodel.fused_kernels import fused_step
 from costmodel.methods.base import (
     AbstractMethod,
     Mask,
@@ -27,7 +28,13 @@ from costmodel.methods.base import (
     layer_bytes,
     not_stored,
 )
-from costmodel.methods.chains import cache_cat, elementwise, gather_tokens, select
+from costmodel.methods.chains import (
+    cache_cat,
+    elementwise,
+    gather_tokens,
+    probability_bytes,
+    select,
+)
 from costmodel.methods.eager import eager_prompt, eager_step, rotate_keys
 from costmodel.mixers.attention import decode_attention
 from costmodel.operation import Array, Operations
@@ -118,7 +125,7 @@ class Tova(AbstractMethod):
             rows=point.batch,
             length=c + 1,
             keep=c,
-            workspace_bytes=probabilities * 4.0,
+            workspace_bytes=probabilities * probability_bytes(point),
             launches=1 if point.level == "ideal" else 3,
             source="" if point.level == "ideal" else f"{_CACHE} reduce",
             formula="B N C probabilities read, mean over heads, one token chosen",
@@ -132,10 +139,10 @@ class Tova(AbstractMethod):
                 read_bytes=layer_bytes(mixer, point, c),
                 written_bytes=layer_bytes(mixer, point, 1.0),
                 name="scored_attention",
-                workspace_bytes=probabilities * 4.0,
-                formula="C tokens read once; B N C fp32 probabilities written",
+                workspace_bytes=probabilities * probability_bytes(point),
+                formula="C tokens read once; B N C probabilities written",
             )
-            return attention, drop
+            return fused_step(point, "tova", attention, drop)
         gather = elementwise(
             "gather_kept",
             workspace_bytes=2 * layer_bytes(mixer, point, c),

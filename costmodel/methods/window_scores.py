@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from costmodel.fused_kernels import fused_step
 from costmodel.methods.base import layer_bytes, not_stored
 from costmodel.methods.chains import cache_cat, elementwise, gather_tokens, select
 from costmodel.methods.eager import repeat_kv, softmax_chain_bytes
@@ -82,7 +83,7 @@ def score_select_gather(
         mixer, point, keep, heads=ratio if reference else 1.0, source=source if reference else ""
     )
     if not reference:
-        return matmul, choose, gather
+        return (*fused_step(point, "window_scores", matmul), choose, gather)
     softmax = elementwise(
         "window_softmax",
         vector_flops=6 * scores,

@@ -16,6 +16,7 @@ from typing import ClassVar
 import numpy as np
 
 from costmodel.errors import NotApplicableError
+from costmodel.fused_kernels import fused_step
 from costmodel.mixers.base import AbstractMixer, Linear
 from costmodel.mixers.recurrent import (
     convolution,
@@ -106,13 +107,14 @@ class Mamba2(AbstractMixer):
         if runs_in_torch(point):  # groups repeated to heads; all chunk states against all
             executed = padded * (2.0 * c * n * self.n_heads + 2.0 * c * e + 4.0 * e * n)
             executed = executed + point.batch * (n_chunks + 1) ** 2 * (2.0 * e * n)
-        return self._operations(
+        conv, recurrence, norm = self._operations(
             point,
             prefill=True,
             executed=executed,
             workspace=2 * (states + scores),
             transient=states + scores,
         )
+        return (conv, *fused_step(point, "ssd_scan", recurrence), norm)
 
     def decode(self, point: Point) -> Operations:
         """Convolution, one recurrence step and gated norm."""

@@ -15,6 +15,7 @@ from typing import ClassVar
 import numpy as np
 
 from costmodel.errors import NotApplicableError
+from costmodel.fused_kernels import fused_step
 from costmodel.mixers.base import AbstractMixer, Linear
 from costmodel.mixers.recurrent import STATE_ELEMENT_BYTES, convolution, scan
 from costmodel.operation import Array, Operation, Operations
@@ -62,7 +63,8 @@ class RGLRU(AbstractMixer):
 
     def prefill(self, point: Point) -> Operations:
         """Convolution, gates and scan over the prompt."""
-        return self._operations(point, prefill=True)
+        *before, recurrence = self._operations(point, prefill=True)
+        return (*before, *fused_step(point, "rglru_scan", recurrence))
 
     def decode(self, point: Point) -> Operations:
         """Convolution, gates and one step."""

@@ -1,12 +1,12 @@
 """The GPU benchmark's own logic, on a CPU with interpreted kernels; its times mean nothing here."""
 
-import csv
 import json
 import sys
 from pathlib import Path
 
 import pytest
 
+from costmodel.calibration.kernel_records import operation_of
 from costmodel.hardware import load_hardware
 from measure.devices.open import open_device
 from measure.kernels import interpreted
@@ -27,7 +27,7 @@ def small(monkeypatch):
     monkeypatch.setattr(kernels_gpu, "agreement", lambda s, d: original(s, d, 150))
 
 
-def test_a_run_writes_records_and_a_kernel_table(small, tmp_path, capsys):
+def test_a_run_writes_records_that_name_their_kernels(small, tmp_path, capsys):
     output = tmp_path / "kernels.jsonl"
     device = open_device("cpu", 1, pinned=False)
     code = kernels_gpu.run(
@@ -44,17 +44,21 @@ def test_a_run_writes_records_and_a_kernel_table(small, tmp_path, capsys):
     forms = {(r["case"], r["form"]) for r in records if r["status"] == "ok"}
     assert ("sdpa", "library") in forms
     assert ("kivi:bits=4", "fused") in forms
-    rows = list(csv.DictReader(output.with_suffix(".csv").read_text().splitlines()))
-    assert {(r["framework"], r["kv_dtype"]) for r in rows} == {
-        *(("lccost", "kivi4"), ("lccost", "bfloat16"), ("torch", "bfloat16")),
+    fused = {r["case"]: r for r in records if r.get("form") == "fused" and r["status"] == "ok"}
+    assert {case: r["kernel"] for case, r in fused.items()} == {
+        "kivi:bits=4": "kivi4",
+        "full": "attention16",
     }
-    assert all(float(r["latency_us"]) > 0 and r["kv_len"] == "140" for r in rows)
+    for r in fused.values():
+        # what is read again is the operation that was held against the time
+        again = operation_of({k: v if isinstance(v, str) else json.dumps(v) for k, v in r.items()})
+        assert float(again.hbm_bytes) == r["bytes"]
+        assert 0 < r["ceiling_bytes_per_s"] <= r["copy_bytes_per_s"]
 
 
 def record(case, form, seconds, *, context=131_072, batch=8):
-    n_bytes, _ = kernels_gpu.predicted(
-        case if case in kernels_gpu.METHODS else "full", context, batch, load_hardware("h200-sxm")
-    )
+    spec = case if case in kernels_gpu.METHODS else "full"
+    n_bytes = float(kernels_gpu.operation(spec, context, batch).hbm_bytes)
     return {
         "case": case,
         "form": form,

@@ -29,7 +29,7 @@ GPUS = ["h100-sxm", "a100-sxm-80gb", "l4", "mi300x"]
 METHODS = list(method_names())
 contexts = st.lists(st.integers(1, 2**20), min_size=1, max_size=6)
 #: Whose fitted families price operations; none named is the default engine.
-ENGINES = [None, "vllm", "sglang"]
+ENGINES = [None, "vllm", "sglang", "lccost"]
 
 
 @settings(max_examples=120, deadline=None)
@@ -111,26 +111,39 @@ def test_time_grows_with_context_and_batch(model: str, method: str, engine: str 
         assert np.all(np.diff(p[name], axis=0) >= -slack * p[name][1:]), name
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     model=st.sampled_from(MODELS),
-    method=st.sampled_from(METHODS),
-    tokens=contexts,
+    method=st.sampled_from([*METHODS, "kivi:bits=4", "flexgen:bits=2", "snapkv+kivi"]),
+    # residuals, windows and budgets end between the short ones and the long ones
+    tokens=st.lists(st.integers(1, 400) | st.integers(1, 2**20), min_size=1, max_size=6),
     batch=st.integers(1, 300),
-    engine=st.sampled_from(ENGINES),
+    engine=st.sampled_from([*ENGINES, "lmdeploy", "transformers"]),
+    level=st.sampled_from(["ideal", "reference"]),
+    data=st.data(),
 )
 def test_scalar_call_equals_array_call(
-    model: str, method: str, tokens: list[int], batch: int, engine: str | None
+    model: str,
+    method: str,
+    tokens: list[int],
+    batch: int,
+    engine: str | None,
+    level: str,
+    data: st.DataObject,
 ) -> None:
+    """Every point of a sweep gets what it gets alone."""
     architecture, hardware = load_architecture(model), load_hardware("h100-sxm")
-    call = partial(predict, architecture, method, hardware=hardware, engine=engine, solve=False)
+    call = partial(
+        predict, architecture, method, hardware=hardware, engine=engine, level=level, solve=False
+    )
     try:
         many = call(workload=Workload.of(batch, tokens))
     except NotApplicableError:
         return
-    one = call(workload=Workload.of(batch, tokens[0]))
+    i = data.draw(st.integers(0, len(tokens) - 1))
+    one = call(workload=Workload.of(batch, tokens[i]))
     for name, values in one.metrics.items():
-        np.testing.assert_allclose(values, many[name][0], rtol=1e-12, err_msg=name)
+        np.testing.assert_allclose(values, many[name][i], rtol=1e-12, err_msg=name)
 
 
 @settings(max_examples=40, deadline=None)
