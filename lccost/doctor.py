@@ -14,7 +14,8 @@ from measure.devices.energy import Unavailable
 from measure.devices.names import visible_gpu
 from measure.devices.nvml import CHANGING, FIXED, Nvml, load_nvml, open_nvml
 from measure.devices.rapl import open_rapl
-from measure.environment import available_memory_bytes, fingerprint
+from measure.available_memory import available_memory_bytes
+from measure.environment import fingerprint
 from measure.isolation import run_isolated
 from measure.load import ForeignLoad
 

@@ -2,16 +2,22 @@
 
 import importlib.util
 import itertools
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import click
 
 from costmodel.architecture import Architecture
-from costmodel.errors import ConfigError, MissingExtraError, NotApplicableError
-from costmodel.hardware import HardwareProfile, load_hardware
+from costmodel.errors import (
+    ConfigError,
+    LccostError,
+    MeasurementError,
+    MissingExtraError,
+    NotApplicableError,
+)
+from costmodel.hardware import HardwareProfile, load_hardware, resolve_gpu
 from costmodel.methods.parse import parse_methods
 from costmodel.methods.stack import MethodStack
 from costmodel.options import default_dtype
@@ -19,8 +25,11 @@ from costmodel.registry import load_architecture
 from costmodel.results import key_fields
 from lccost.joins import predict_record
 from measure.devices.names import cuda_index
+from measure.environment import fingerprint
 from measure.isolation import run_isolated
+from measure.kernels import check_usable
 from measure.points import LEVEL_OF_REALISATION, MeasurePoint
+from measure.runnable import installed, missing_package, refusal
 from measure.runner import Predict, Refusal, Rules, run_sweep
 
 
@@ -58,11 +67,36 @@ def require_torch() -> None:
 
 
 def require_engine(request: Request) -> None:
-    """Raise ``MissingExtraError`` where the engine's packages are not installed."""
-    if request.engine == "transformers" and importlib.util.find_spec("transformers") is None:
+    """Raise ``MissingExtraError`` where the engine's packages are not installed, its kernels cannot
+    run, or every method asked for lacks a package.
+    """
+    if request.engine == "transformers" and not installed("transformers"):
         raise MissingExtraError(
             "--engine transformers needs transformers: pip install 'lccost[transformers]'"
         )
+    if request.engine == "lccost":
+        check_usable(request.device)
+    stacks = parse_methods(request.methods)
+    lacking = [missing_package(stack, engine=request.engine) for stack in stacks]
+    if stacks and all(lacking):
+        raise MissingExtraError(lacking[0])
+
+
+def require_weights(todo: Iterable[MeasurePoint]) -> None:
+    """Raise ``ConfigError`` where a local checkpoint does not hold the model's tensors; only the
+    headers of its files are read.
+    """
+    checked: set[tuple[str, Architecture]] = set()
+    for point in todo:
+        if point.weights is None or (point.weights, point.executed) in checked:
+            continue
+        checked.add((point.weights, point.executed))
+        outcome = run_isolated(
+            "measure.checkpoint_check:check", (point,), timeout_s=_PROBE_S, limit_memory=False
+        )
+        if outcome.status != "ok":
+            is_missing = isinstance(outcome.value, dict) and outcome.value.get("is_missing")
+            raise (MissingExtraError if is_missing else ConfigError)(outcome.message)
 
 
 def require_device(request: Request) -> None:
@@ -113,9 +147,11 @@ def _point(
     context: int,
     batch: int,
 ) -> MeasurePoint:
-    refusal = stack.refusal(architecture)
-    if refusal:
-        raise NotApplicableError(refusal)
+    reason = stack.refusal(architecture) or refusal(
+        stack, engine=request.engine, device=request.device
+    )
+    if reason:
+        raise NotApplicableError(reason)
     return MeasurePoint(
         architecture=architecture,
         stack=stack,
@@ -174,31 +210,91 @@ def run(
 ) -> list[dict[str, Any]]:
     """Measure everything; each record carries the prediction of its own point."""
     require_torch()
-    require_engine(request)
-    if executor == "local":  # otherwise the nodes have the devices
+    if executor == "local":  # otherwise the nodes have the devices and packages
         require_device(request)
+        require_engine(request)
     if not output.parent.is_dir():
         raise ConfigError(f"the folder {output.parent} does not exist")
     hardware = load_hardware(request.gpu) if request.gpu else None
     todo, refused = points(request, hardware.name if hardware else request.device)
-    for refusal in dict.fromkeys(r.reason for r in refused):
-        click.echo(f"not applicable: {refusal}", err=True)
+    for reason in dict.fromkeys(r.reason for r in refused):
+        click.echo(f"not applicable: {reason}", err=True)
+    require_weights(todo)
     by_name = {p.architecture.name: p.architecture for p in todo}
-    if hardware is None:
-        click.echo(
-            "no --gpu: records carry no prediction. Calibrate once (lccost calibrate --device "
-            f"{request.device} --output my.toml) and give --gpu my.toml.",
-            err=True,
+    note = _no_profile(request) if hardware is None else other_device(hardware, request.device)
+    if note:
+        click.echo(note, err=True)
+    try:
+        return run_sweep(
+            todo,
+            output=output,
+            predict_point=None if hardware is None else predictor(hardware, by_name),
+            predict_memory=memory_predictor(request.device, by_name),
+            resume=resume,
+            rules=rules,
+            refused=refused,
+            executor=executor,
         )
-    return run_sweep(
-        todo,
-        output=output,
-        predict_point=None if hardware is None else predictor(hardware, by_name),
-        resume=resume,
-        rules=rules,
-        refused=refused,
-        executor=executor,
+    except KeyboardInterrupt:
+        raise MeasurementError(
+            f"stopped; finished points are in {output}: the same command with --resume runs the "
+            "others"
+        ) from None
+
+
+def _no_profile(request: Request) -> str:
+    return (
+        "no --gpu: records carry no prediction. Calibrate once (lccost calibrate --device "
+        f"{request.device} --output my.toml) and give --gpu my.toml."
     )
+
+
+def other_device(hardware: HardwareProfile, device: str) -> str:
+    """Say so where a profile is not of the device that runs the points; empty: it is, or nobody
+    can tell.
+    """
+    runs_on, title = "a CPU", hardware.title
+    if cuda_index(device) is not None:
+        gpu = fingerprint(device=device)["gpu"] or {}
+        runs_on = str(gpu.get("name") or "a GPU")
+        title = title.removesuffix(" (calibrated)")
+        if not hardware.is_cpu and _same_gpu(runs_on, hardware.name, title):
+            return ""
+    elif hardware.is_cpu:
+        own = fingerprint(device=device)["cpu"]
+        runs_on = own or runs_on
+        if own is None or title.startswith(own):
+            return ""
+    return (
+        f"--gpu {hardware.name} is not the device that runs: predictions are of {hardware.title}, "
+        f"measurements of {runs_on}, and their errors say nothing. lccost calibrate --device "
+        f"{device} --output my.toml makes a profile of this one."
+    )
+
+
+def _same_gpu(driver_name: str, *profile_names: str) -> bool:
+    """Whether a name of a profile, or a calibration's base, is what the driver calls the GPU;
+    a GPU that no alias names cannot be told apart.
+    """
+    try:
+        known = load_hardware(resolve_gpu(driver_name))
+    except LccostError:
+        return True
+    return bool({known.name, known.title} & set(profile_names))
+
+
+def memory_predictor(device: str, architectures: Mapping[str, Architecture]) -> Predict:
+    """Predict the peaks of memory without a profile: bytes do not depend on how fast the device
+    is, only on whether it keeps a context (a GPU does).
+    """
+    base = load_hardware("xeon-8480plus" if cuda_index(device) is None else "h100-sxm")
+    peaks = dict.fromkeys(("fp32", "bf16", "fp16"), base.peak("bf16"))
+    hardware = replace(base, peak_flops_per_s=peaks)
+
+    def predicted(fields: Mapping[str, Any]) -> Mapping[str, Any]:
+        return predict_record(fields, hardware, architectures.get(str(fields["model"])))
+
+    return predicted
 
 
 def predictor(hardware: HardwareProfile, architectures: Mapping[str, Architecture]) -> Predict:

@@ -20,7 +20,8 @@ from costmodel.errors import MeasurementError, MissingExtraError, NotApplicableE
 from costmodel.files import write_atomic
 from costmodel.hardware import HardwareProfile, load_hardware
 from measure.devices.names import cuda_index, is_device_name
-from measure.environment import available_memory_bytes, fingerprint, worker_variables
+from measure.available_memory import available_memory_bytes
+from measure.environment import fingerprint, worker_variables
 from measure.isolation import run_isolated
 
 #: Memory a calibration must find free: the rotating pool, twice while it is made, and libraries.

@@ -107,7 +107,9 @@ def _tensors(
         ) from None
     state = {}
     try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
+        # only elements are put on a device, and meta has none
+        place = "cpu" if device.type == "meta" else str(device)
+        with safe_open(path, framework="pt", device=place) as file:
             names = set(file.keys())
             lost = sorted((wanted or frozenset()) - names)
             if lost:
@@ -116,13 +118,16 @@ def _tensors(
                 layer = _LAYER.search(name)
                 if n_layers is not None and layer is not None and int(layer[1]) >= n_layers:
                     continue
-                tensor = file.get_tensor(name)
-                if not tensor.is_floating_point():
+                header = file.get_slice(name)
+                if not header.get_dtype().startswith(("F", "BF")):
                     raise ConfigError(
-                        f"{path}: {name} has type {tensor.dtype}; quantised checkpoints are "
+                        f"{path}: {name} has type {header.get_dtype()}; quantised checkpoints are "
                         "priced, not run"
                     )
-                state[name] = tensor.to(dtype)
+                if device.type == "meta":
+                    state[name] = torch.empty(header.get_shape(), dtype=dtype, device=device)
+                else:
+                    state[name] = file.get_tensor(name).to(dtype)
     except (SafetensorError, OSError) as error:
         raise ConfigError(f"{path}: not a safetensors file: {str(error)[:200]}") from None
     return state

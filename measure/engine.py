@@ -11,7 +11,7 @@ one new token per step in place; recurrent mixers keep a fixed state. Weights ar
 given: dimensions decide cost, values do not. Prefill takes the whole prompt at once.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -87,6 +87,18 @@ class Weights:
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
         return sum(storages.values())
 
+    def named(self) -> Iterator[tuple[str, Tensor]]:
+        """Plain (not packed) tensors by place and name."""
+        yield "embedding", self.embedding
+        yield from ((f"norm {name}", x) for name, x in self.outer.items())
+        for i, layer in enumerate(self.layers):
+            parts = {"norm": layer.norms, "mlp": layer.mlp, "shared": layer.shared}
+            parts |= {"linear": layer.linears}
+            parts |= {f"mixer {j}": tensors for j, tensors in enumerate(layer.mixers)}
+            for part, tensors in parts.items():
+                yield from ((f"layer {i} {part} {name}", x) for name, x in tensors.items())
+        yield "head", self.head
+
 
 def random_weights(
     architecture: Architecture,
@@ -97,13 +109,35 @@ def random_weights(
     numerics: Numerics | None = None,
 ) -> Weights:
     """Weights of the true sizes, the same for the same seed."""
+    generator = torch.Generator(device=device).manual_seed(seed)
+    return _made(architecture, numerics, lambda shape: random_tensor(shape, dtype, generator))
+
+
+def check_shapes(
+    architecture: Architecture, weights: Weights, *, numerics: Numerics | None = None
+) -> None:
+    """Raise ``ConfigError`` naming the first tensor that is missing or has another shape than the
+    model's. Elements that need no data (the device ``meta``) are enough.
+    """
+    expected = _made(architecture, numerics, lambda s: torch.empty(s.sizes, device="meta"))
+    present = dict(weights.named())
+    for name, tensor in expected.named():
+        found = present.get(name)
+        if found is None or found.shape != tensor.shape:
+            got = "none" if found is None else str(list(found.shape))
+            raise ConfigError(
+                f"checkpoint: {architecture.name} expects {name} of {list(tensor.shape)}, "
+                f"got {got}"
+            )
+
+
+def _made(
+    architecture: Architecture, numerics: Numerics | None, draw: Callable[[Shape], Tensor]
+) -> Weights:
+    """Every tensor of the model, as ``draw`` makes it."""
     numerics = numerics or numerics_of(architecture.family)
     blocks = blocks_of(architecture, numerics)
-    generator = torch.Generator(device=device).manual_seed(seed)
     d, v = architecture.d_model, architecture.vocab_size
-
-    def draw(shape: Shape) -> Tensor:
-        return random_tensor(shape, dtype, generator)
 
     def norms(names: Sequence[str]) -> Tensors:
         kinds: dict[str, Init] = {n: "zeros" if n.endswith("_bias") else "ones" for n in names}
@@ -241,7 +275,9 @@ class Decoder:
             x = x * torch.tensor(numerics.embedding_scale, dtype=x.dtype)
         if numerics.first_norm:
             x = self._norm(x, weights.outer, "first")
-        embedded, remaining = x, iter(caches)
+        # kept only where a layer reads it again: at the peak every tensor of [B, S, D] counts
+        embedded = x if any(block.shared is not None for block in self.blocks) else None
+        remaining = iter(caches)
 
         def table_of(runner: AbstractRunner) -> Rotary | None:
             if runner.rope is None:
@@ -256,6 +292,7 @@ class Decoder:
                 if block.shared is not None:
                     cache, table = next(remaining), table_of(block.shared.attention)
                     assert isinstance(cache, AbstractLayerCache)
+                    assert embedded is not None
                     w = {**layer.shared, **layer.linears}
                     read = x + block.shared.run(x, embedded, w, cache, table, first)
                 h, mixed = self._norm(read, layer.norms, "mixer"), None
@@ -267,6 +304,7 @@ class Decoder:
                 kept, added = block.residual(numerics)
                 x = scaled(h if numerics.residual_normed else x, kept)
                 x = x + scaled(self._post(self._joined(mixed), layer.norms, "mixer_post"), added)
+                del read, h, out, mixed  # the MLP is where memory peaks
             if block.mlp is not None:
                 h = self._norm(x, layer.norms, "mlp")
                 x = scaled(h if numerics.residual_normed else x, numerics.mlp_residual[0])

@@ -91,14 +91,6 @@ def _gpu(device: str) -> dict[str, Any] | None:
     return {**facts, "memory_bytes": memory.get("total"), "missing": dict(gpu.reasons)}
 
 
-def available_memory_bytes() -> int | None:
-    """Memory that can be had without swapping, as the kernel estimates it."""
-    for line in _read("/proc/meminfo").splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return None
-
-
 @functools.cache
 def _machine() -> dict[str, Any]:
     info = _read("/proc/cpuinfo").partition("\n\n")[0]

@@ -14,12 +14,14 @@ from typing import Any
 
 import torch
 
+from measure.available_memory import Available
 from measure.devices.base import AbstractDevice, Call
 from measure.devices.energy import EnergyReading, Unavailable, measure_energy
 from measure.devices.open import open_device
 from measure.flops import count_flops
 from measure.live_memory import LiveBytes
-from measure.observation_options import MEMORY_FRACTION, How
+from measure.memory_check import checked
+from measure.observation_options import How
 from measure.points import MeasurePoint
 from measure.reliability import judged
 from measure.sessions import Session, open_session
@@ -49,9 +51,9 @@ def observe(point: MeasurePoint, how: How | None = None) -> dict[str, Any]:
     device.start_watching()
     canary_before = device.canary_s()
     session = open_session(point, device.device)
-    short = _lacks_memory(session, device, how)
-    if short:
-        return {"status": "skipped_oom_predicted", "message": short}
+    memory = _memory_check(session, device, how)
+    if "status" in memory:
+        return memory
     state_bytes, state_host_bytes = session.state_bytes()
     session.prepare()
 
@@ -91,6 +93,7 @@ def observe(point: MeasurePoint, how: How | None = None) -> dict[str, Any]:
         "graph_captured": captured is not None,
         "graph_reason": reason,
         "message": _message(how),
+        **memory,
         **session.details(),
         **judged(
             timings,
@@ -102,18 +105,14 @@ def observe(point: MeasurePoint, how: How | None = None) -> dict[str, Any]:
     }
 
 
-def _lacks_memory(session: Session, device: AbstractDevice, how: How) -> str:
-    """Say what is missing on a device whose free memory only this process can see."""
+def _memory_check(session: Session, device: AbstractDevice, how: How) -> dict[str, Any]:
+    """Compare on a device whose free memory only this process can see; the host's was before."""
     available = device.available_bytes() if device.name != "cpu" else None
     if how.needed_bytes is None or available is None:
-        return ""
-    needed = how.needed_bytes - session.weights_bytes
-    if needed <= MEMORY_FRACTION * available:
-        return ""
-    return (
-        f"needs {needed:.3g} bytes besides its weights, {available:.3g} are free; "
-        "force runs it anyway"
-    )
+        return {}
+    limit = f"what the driver has free on {device.name}"
+    # the weights are there already
+    return checked(how.needed_bytes, Available(available + session.weights_bytes, limit))
 
 
 def _phase(

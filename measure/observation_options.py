@@ -5,9 +5,6 @@ from dataclasses import dataclass
 from measure.devices.energy import WINDOW_S
 from measure.timing import Budget
 
-#: A point that needs more than this share of the free device memory is not started.
-MEMORY_FRACTION = 0.9
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class How:

@@ -86,6 +86,8 @@ class MeasurePoint:
             raise NotApplicableError(
                 f"engine: points run on {', '.join(ENGINES)}, got {self.engine!r}"
             )
+        if self.weights is not None and self.engine == "transformers":
+            raise NotApplicableError("--engine transformers runs random weights only")
         if self.tp > 1 and self.engine == "transformers":
             raise NotApplicableError("tensor parallel points run on --engine torch or lccost")
         if self.tp > 1 and self.device != "cpu" and cuda_index(self.device) != 0:

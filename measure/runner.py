@@ -11,6 +11,7 @@ starting up costs more than a point (weights of many gigabytes), points of one m
 process: the first that fails ends it, and the next point gets a new one.
 """
 
+import contextlib
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -22,9 +23,10 @@ from typing import Any, Literal, Self
 from costmodel.errors import LccostError
 from costmodel.executors import Task, open_executor
 from costmodel.units import format_seconds
-from measure.environment import available_memory_bytes, fingerprint, worker_variables
+from measure.environment import fingerprint, worker_variables
 from measure.isolation import Outcome, Worker
-from measure.observation_options import MEMORY_FRACTION, How
+from measure.memory_check import host_check, needed_bytes
+from measure.observation_options import How
 from measure.points import MeasurePoint, record_key
 from measure.progress import Report, progress
 from measure.store import RecordStore
@@ -40,6 +42,20 @@ _METRICS = (
 
 #: Key fields of a record -> the prediction of the same point (keys of ``predict``).
 Predict = Callable[[Mapping[str, Any]], Mapping[str, Any]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    """What is predicted of a point: its row, or None and a note of why; the memory one device
+    needs, which may be known without a row.
+    """
+
+    row: dict[str, Any] | None = None
+    note: str = ""
+    needed_bytes: float | None = None
+
+
+PredictionOf = Callable[[MeasurePoint], Prediction]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +105,7 @@ def run_sweep(
     *,
     output: str | PathLike[str],
     predict_point: Predict | None = None,
+    predict_memory: Predict | None = None,
     resume: bool = False,
     rules: Rules | None = None,
     refused: Iterable[Refusal] = (),
@@ -100,6 +117,9 @@ def run_sweep(
     ----------
     predict_point
         Gives each record its ``predicted``; an ``LccostError`` from it becomes a note.
+    predict_memory
+        Where there is no ``predict_point``: peaks of memory alone, which no profile is needed for,
+        so that a point that cannot fit is not started.
     resume
         Keep the file and run only what is not finished in this environment; otherwise start over
         (the old records stay beside it, with ``.bak`` behind the name).
@@ -118,11 +138,15 @@ def run_sweep(
     """
     points, rules = list(points), rules or Rules()
     store = RecordStore(output, fresh=not resume)
+
+    def predicted(point: MeasurePoint) -> Prediction:
+        return predicted_of(point, predict_point, predict_memory)
+
     with progress("measure", len(points)) as report:
         if executor == "local":
-            _here(points, store, predict_point, rules, report)
+            _here(points, store, predicted, rules, report)
         else:
-            on_cluster(executor, points, store, predict_point, rules, report)
+            on_cluster(executor, points, store, predicted, rules, report)
     rows = [refusal.record() for refusal in refused]
     for row in rows:
         store.append(row, unless_finished=True)
@@ -134,7 +158,7 @@ def run_sweep(
 def _here(
     points: list[MeasurePoint],
     store: RecordStore,
-    predict_point: Predict | None,
+    predicted: PredictionOf,
     rules: Rules,
     report: Report,
 ) -> None:
@@ -148,7 +172,7 @@ def _here(
                 continue
             record = measure(
                 point,
-                predicted_of(point, predict_point),
+                predicted(point),
                 rules,
                 environment=environment,
                 workers=workers,
@@ -161,7 +185,7 @@ def on_cluster(
     kind: str,
     points: list[MeasurePoint],
     store: RecordStore,
-    predict_point: Predict | None,
+    predicted: PredictionOf,
     rules: Rules,
     report: Report,
 ) -> None:
@@ -178,7 +202,7 @@ def on_cluster(
         store.append(record, unless_finished=True)
         report(f"{describe(todo[index])}: {result_line(record)}")
 
-    tasks: list[Task] = [(measure, (p, predicted_of(p, predict_point), rules)) for p in todo]
+    tasks: list[Task] = [(measure, (p, predicted(p), rules)) for p in todo]
     gpus = max(p.tp if p.device != "cpu" else 0 for p in todo)
     cpus = max(p.threads * (p.tp if p.device == "cpu" else 1) for p in todo)
     cluster = open_executor(kind, (no_setup, ()), num_cpus=cpus, num_gpus=gpus)
@@ -241,20 +265,16 @@ class Workers:
         self._worker = None
 
 
-#: A prediction, or None; and why there is none.
-Prediction = tuple[dict[str, Any] | None, str]
-
-
 def measure(
     point: MeasurePoint,
-    prediction: Prediction = (None, ""),
+    prediction: Prediction | None = None,
     rules: Rules | None = None,
     *,
     environment: Mapping[str, Any] | None = None,
     workers: Workers | None = None,
 ) -> dict[str, Any]:
     """Measure one point in a fresh process; the record says how it went and never raises for it."""
-    rules = rules or Rules()
+    rules, prediction = rules or Rules(), prediction or Prediction()
     environment = environment or fingerprint(worker_variables(point.threads), point.device)
     if workers is not None:
         return _record(point, prediction, rules, environment, workers)
@@ -271,13 +291,14 @@ def _record(
 ) -> dict[str, Any]:
     started = datetime.now(UTC)
     clock = time.monotonic()
-    predicted, note = prediction
-    observed = None
+    predicted, note = prediction.row, prediction.note
+    check: dict[str, Any] = {"memory_check": None}
     if not rules.force and point.device == "cpu":
-        observed = _does_not_fit(predicted, ranks=point.tp)
-    attempts = 0
-    if observed is None:
-        observed, attempts = _steadiest(point, workers, _how(rules, predicted))
+        check = host_check(prediction.needed_bytes, ranks=point.tp)
+    observed, attempts = check, 0
+    if "status" not in check:
+        observed, attempts = _steadiest(point, workers, _how(rules, prediction))
+        observed = {**check, **observed}
     if note and not observed.get("message"):
         observed = {**observed, "message": note}
     return {
@@ -298,14 +319,12 @@ def _record(
     }
 
 
-def _how(rules: Rules, predicted: Mapping[str, Any] | None) -> How:
+def _how(rules: Rules, prediction: Prediction) -> How:
     """The rules' limits with what is predicted of this point."""
-    if predicted is None:
-        return rules.how
     return replace(
         rules.how,
-        needed_bytes=None if rules.force else _needed_bytes(predicted),
-        predicted_ttft_s=predicted.get("ttft_s"),
+        needed_bytes=None if rules.force else prediction.needed_bytes,
+        predicted_ttft_s=(prediction.row or {}).get("ttft_s"),
     )
 
 
@@ -371,32 +390,21 @@ def describe(point: MeasurePoint) -> str:
     )
 
 
-def predicted_of(point: MeasurePoint, predict_point: Predict | None) -> Prediction:
+def predicted_of(
+    point: MeasurePoint, predict_point: Predict | None, predict_memory: Predict | None = None
+) -> Prediction:
     """What is predicted of a point, or a note of why nothing is."""
     if predict_point is None:
-        return None, ""
+        row = None
+        if predict_memory is not None:
+            with contextlib.suppress(LccostError):  # a profile would say why; nobody gave one
+                row = predict_memory(point.fields)
+        return Prediction(needed_bytes=needed_bytes(row, point.device))
     try:
-        return dict(predict_point(point.fields)), ""
+        row = dict(predict_point(point.fields))
     except LccostError as error:
-        return None, f"no prediction: {error}"
-
-
-def _needed_bytes(predicted: Mapping[str, Any]) -> float:
-    return max(predicted.get("peak_prefill_bytes") or 0, predicted.get("peak_decode_bytes") or 0)
-
-
-def _does_not_fit(predicted: Mapping[str, Any] | None, ranks: int) -> dict[str, Any] | None:
-    """Make a row for a point that needs more memory than there is, or None."""
-    available = available_memory_bytes()
-    if predicted is None or available is None:
-        return None
-    needed = ranks * _needed_bytes(predicted)
-    if needed <= MEMORY_FRACTION * available:
-        return None
-    return {
-        "status": "skipped_oom_predicted",
-        "message": f"needs {needed:.3g} bytes of {available:.3g} available; force runs it anyway",
-    }
+        return Prediction(note=f"no prediction: {error}")
+    return Prediction(row=row, needed_bytes=needed_bytes(row, point.device))
 
 
 def _as_row(outcome: Outcome) -> dict[str, Any]:

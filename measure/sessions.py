@@ -17,10 +17,18 @@ from torch import Tensor
 
 from costmodel.architecture import Architecture
 from costmodel.errors import MeasurementError
+from costmodel.mixers import Attention
 from costmodel.registry import load_config
 from measure.checkpoints import weights_from_state
 from measure.config_numerics import numerics_of
-from measure.engine import TORCH_DTYPES, Decoder, Weights, pack_weights, random_weights
+from measure.engine import (
+    TORCH_DTYPES,
+    Decoder,
+    Weights,
+    check_shapes,
+    pack_weights,
+    random_weights,
+)
 from measure.methods import prompt_compressor
 from measure.methods.base import AbstractLayerCache
 from measure.mixers import build_cache
@@ -125,6 +133,7 @@ def _weights(
 
         state = load_state(folder, TORCH_DTYPES[dtype], device, model.n_layers)
         weights = weights_from_state(model, state)
+        check_shapes(model, weights, numerics=numerics)
     return weights if packed is None else pack_weights(model, weights, packed, numerics=numerics)
 
 
@@ -171,7 +180,7 @@ class TorchSession:
     def state_bytes(self) -> tuple[int, int]:
         """One layer is alive at a time."""
         total = on_host = 0
-        for cache in self._new_caches(reserve_tokens=0):
+        for cache in self._new_caches(output_tokens=None):
             cache.fill(self.point.prompt_tokens, self.point.seed)
             if cache.storage_bytes != cache.held_bytes:
                 raise MeasurementError(
@@ -185,7 +194,7 @@ class TorchSession:
 
     def prepare(self) -> None:
         """Room for the prompt and the output."""
-        self.caches = self._new_caches(self.point.prompt_tokens + self.point.output_tokens)
+        self.caches = self._new_caches(self.point.output_tokens)
 
     @property
     def allocated_bytes(self) -> int:
@@ -224,8 +233,10 @@ class TorchSession:
         """What compressed the prompt, if anything did."""
         return {} if self.compressor is None else {"prompt_encoder": self.compressor.source}
 
-    def _new_caches(self, reserve_tokens: int) -> list[LayerState]:
+    def _new_caches(self, output_tokens: int | None) -> list[LayerState]:
+        """Empty caches with room for prompt and output; None: that grow with what they hold."""
         point = self.point
+        room = 0 if output_tokens is None else point.prompt_tokens + output_tokens
         mixers = [mixer for layer in self.model.layers for mixer in layer.mixers]
         n_kv_layers, caches = sum(m.HAS_KV for m in mixers), []
         for index, mixer in enumerate(mixers):
@@ -235,13 +246,16 @@ class TorchSession:
                 batch=point.batch,
                 dtype=self.dtype,
                 device=self.device,
-                reserve_tokens=reserve_tokens,
+                # a cache of tokens makes its room when it knows its place
+                reserve_tokens=0 if isinstance(mixer, Attention) else room,
                 fused=point.engine == "lccost",
                 realisation=point.realisation,
             )
             if isinstance(cache, AbstractLayerCache):
                 ordinal = sum(m.HAS_KV for m in mixers[:index])
                 cache.place(ordinal, n_kv_layers, self.numerics.rope)
+                if output_tokens is not None:
+                    cache.make_room(point.prompt_tokens, output_tokens)
             caches.append(cache)
         keeping = [c for c in caches if isinstance(c, AbstractLayerCache)]
         for cache, successor in itertools.pairwise(keeping):

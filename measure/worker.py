@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from costmodel.errors import LccostError, MissingExtraError, NotApplicableError
-from measure.environment import available_memory_bytes
+from measure.available_memory import available_memory_bytes
 
 _PR_SET_PDEATHSIG = 1
 #: What a point may raise by itself; anything else is a crash, with its traceback as the message.

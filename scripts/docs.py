@@ -32,7 +32,8 @@ from costmodel.units import format_bytes
 from costmodel.workload import Workload
 from lccost.catalogue import model_rows
 from lccost.cli import COMMANDS, cli
-from measure.methods import layer_cache_class, runnable_names
+from measure.methods import layer_cache_class
+from measure.runnable import runnable_names
 from measure.mixers import build_cache
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -14,10 +14,12 @@ import functools
 import importlib.util
 import os
 import pkgutil
-
-import torch
+from typing import TYPE_CHECKING
 
 from costmodel.errors import MissingExtraError
+
+if TYPE_CHECKING:
+    import torch
 
 # Triton 3.9 warns where this is unset, and 3.10 will stop fusing a * b + c, which the kernels count
 # on. Read at every compilation.
@@ -37,21 +39,22 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def why_not(device: torch.device) -> str | None:
-    """Say why the kernels cannot run on ``device``; None: they can."""
+def why_not(device: "torch.device | str") -> str | None:
+    """Say why the kernels cannot run on ``device`` (or its name); None: they can."""
     if importlib.util.find_spec("triton") is None:
         return "the fused kernels need Triton (package triton, Linux x86-64)"
-    if interpreted() or device.type == "cuda":
+    kind = str(device).partition(":")[0]
+    if interpreted() or kind == "cuda":
         return None
-    return f"the fused kernels run on a CUDA device, got {device.type}"
+    return f"the fused kernels run on a CUDA device, got {kind}"
 
 
-def usable(device: torch.device) -> bool:
+def usable(device: "torch.device") -> bool:
     """Whether the kernels run on ``device``."""
     return why_not(device) is None
 
 
-def check_usable(device: torch.device) -> None:
+def check_usable(device: "torch.device | str") -> None:
     """Raise ``MissingExtraError`` with the reason where the kernels cannot run."""
     reason = why_not(device)
     if reason is not None:

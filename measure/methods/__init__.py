@@ -6,7 +6,6 @@ built from the same dataclass. There is no list to edit.
 
 import functools
 import importlib
-import pkgutil
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,23 +19,10 @@ from costmodel.mixers import AbstractMixer, Attention
 from measure.kernels import check_usable
 from measure.methods.base import AbstractLayerCache, AbstractPromptAttention, Realisation
 from measure.methods.evicting import EvictingCache
+from measure.runnable import runnable_names
 
 if TYPE_CHECKING:
     from measure.methods.llmlingua2 import LLMLingua2Compressor
-
-_NOT_METHODS = (
-    *("base", "buffers", "eager", "evicting", "host_copies", "kept_tokens", "packing"),
-    "token_packed",
-)
-
-
-@functools.cache
-def runnable_names() -> tuple[str, ...]:
-    """Names of the methods that have a twin (nothing is imported)."""
-    return tuple(
-        sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name not in _NOT_METHODS)
-    )
-
 
 @functools.cache
 def layer_cache_class(name: str) -> type[AbstractLayerCache]:

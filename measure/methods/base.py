@@ -122,6 +122,10 @@ class AbstractLayerCache(ABC):
     def reserve(self, n_tokens: int) -> None:
         """Make room for a sequence of ``n_tokens``; what is held stays."""
 
+    def make_room(self, n_prompt: int, n_more: int) -> None:
+        """Make room for a prompt and the tokens that follow it, once the cache is placed."""
+        self.reserve(n_prompt + n_more)
+
     @abstractmethod
     def store(self, k: Tensor, v: Tensor) -> None:
         """Keep a prompt's K and V [B, K, S, H] the method's way; the cache is empty before."""

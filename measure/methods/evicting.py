@@ -35,6 +35,10 @@ class EvictingCache(AbstractLayerCache):
         """Read the method's parameters."""
 
     @abstractmethod
+    def _budget(self, n_prompt: int) -> int:
+        """Prompt tokens kept per KV head."""
+
+    @abstractmethod
     def _chosen(self, q: Tensor, k: Tensor) -> Tensor | None:
         """Tokens [B, K, C] of the prompt to keep, ascending; None: all of them."""
 
@@ -65,8 +69,12 @@ class EvictingCache(AbstractLayerCache):
         self.inner.place(layer, n_kv_layers, rope)
 
     def reserve(self, n_tokens: int) -> None:
-        """Room for ``n_tokens``: how many of them are prompt is not known yet."""
+        """Room for ``n_tokens``: how many of them are prompt is not known."""
         self.inner.reserve(n_tokens)
+
+    def make_room(self, n_prompt: int, n_more: int) -> None:
+        """Room for what is kept of the prompt, and all that follows."""
+        self.inner.make_room(self._budget(n_prompt), n_more)
 
     def clear(self) -> None:
         """Empty the inner cache."""

@@ -5,7 +5,6 @@ neighbouring tokens, and the best C - w tokens of every KV head stay, with the w
 cache then grows by every generated token.
 """
 
-from abc import abstractmethod
 from typing import ClassVar
 
 import torch
@@ -23,10 +22,6 @@ class WindowScoresCache(EvictingCache):
 
     window: int
     kernel: int
-
-    @abstractmethod
-    def _budget(self, n_prompt: int) -> int:
-        """Prompt tokens kept per KV head."""
 
     def _chosen(self, q: Tensor, k: Tensor) -> Tensor | None:
         n = k.shape[2]

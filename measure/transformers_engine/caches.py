@@ -4,7 +4,6 @@
 ``best`` is the preallocated ``StaticCache``. The quantised caches have one form.
 """
 
-import importlib.util
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,6 +13,7 @@ from transformers.cache_utils import DynamicCache, QuantizedCache, StaticCache
 from costmodel.errors import MissingExtraError, NotApplicableError
 from costmodel.methods.base import AbstractMethod
 from measure.points import MeasurePoint
+from measure.runnable import missing_package, refusal
 
 Maker = Callable[[MeasurePoint, AbstractMethod, Any, torch.device], Any]
 
@@ -26,15 +26,14 @@ def _plain(point: MeasurePoint, _: AbstractMethod, config: Any, device: torch.de
 
 
 def _offloaded(point: MeasurePoint, _: AbstractMethod, config: Any, device: torch.device) -> Any:
-    if device.type != "cuda":
-        raise NotApplicableError("transformers offloads its cache from a CUDA device only")
     return DynamicCache(config=config, offloading=True)
 
 
-def _quantised(backend: str, package: str, install: str, axis: int) -> Maker:
+def _quantised(backend: str, axis: int) -> Maker:
     def make(point: MeasurePoint, method: Any, config: Any, device: torch.device) -> Any:
-        if not _installed(package):
-            raise MissingExtraError(f"this cache needs {install}: pip install {install}")
+        lacking = missing_package(point.stack, engine="transformers")
+        if lacking:
+            raise MissingExtraError(lacking)
         return QuantizedCache(
             backend=backend,
             config=config,
@@ -48,19 +47,12 @@ def _quantised(backend: str, package: str, install: str, axis: int) -> Maker:
     return make
 
 
-def _installed(package: str) -> bool:
-    try:
-        return importlib.util.find_spec(package) is not None
-    except ModuleNotFoundError:  # its parent package is missing
-        return False
-
-
 #: Method -> what makes its cache. Axes are the classes' own defaults.
 MAKERS: Mapping[str, Maker] = {
     "full": _plain,
     "kv_offload": _offloaded,
-    "hf_quanto": _quantised("quanto", "optimum.quanto", "optimum-quanto", 0),
-    "hf_hqq": _quantised("hqq", "hqq", "hqq", 0),
+    "hf_quanto": _quantised("quanto", 0),
+    "hf_hqq": _quantised("hqq", 0),
 }
 
 
@@ -68,9 +60,8 @@ def make_cache(point: MeasurePoint, config: Any, device: torch.device) -> Any:
     """Return an empty cache of the point's method; raises ``NotApplicableError`` where
     transformers has none.
     """
-    names = [m.NAME for m in point.stack.methods]
-    if len(names) != 1 or names[0] not in MAKERS:
-        raise NotApplicableError(
-            f"{point.stack.spec}: transformers has caches for {', '.join(sorted(MAKERS))}"
-        )
-    return MAKERS[names[0]](point, point.stack.methods[0], config, device)
+    reason = refusal(point.stack, engine="transformers", device=device.type)
+    if reason:
+        raise NotApplicableError(reason)
+    method = point.stack.methods[0]
+    return MAKERS[method.NAME](point, method, config, device)

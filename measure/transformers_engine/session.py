@@ -28,8 +28,6 @@ class TransformersSession:
     def __init__(self, point: MeasurePoint, device: torch.device) -> None:
         if not point.model_source:
             raise ConfigError("--engine transformers needs the model's config.json")
-        if point.weights is not None:
-            raise NotApplicableError("--engine transformers runs random weights only")
         self.point, self.device = point, device
         config = model_config(
             load_config(point.model_source), point.executed, point.architecture.n_layers

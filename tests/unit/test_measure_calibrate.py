@@ -21,7 +21,7 @@ from measure.calibrate import (
     write_atomically,
 )
 from measure.isolation import Outcome
-from measure.methods import runnable_names
+from measure.runnable import runnable_names
 from measure.microbenchmarks import run_plan
 from measure.microbenchmarks.plan import FULL, QUICK
 

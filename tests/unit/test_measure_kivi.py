@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from costmodel.errors import NotApplicableError
 from costmodel.methods.parse import parse_method
 from costmodel.mixers import Attention
-from measure.methods import build_layer_cache, layer_cache_class, runnable_names
+from measure.methods import build_layer_cache, layer_cache_class
+from measure.runnable import runnable_names
 from measure.methods.packing import dequantise, quantise
 
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits

@@ -15,7 +15,7 @@ from costmodel.mixers.rglru import RGLRU
 from costmodel.mlps import DenseMLP
 from measure.config_numerics import numerics_of
 from measure.engine import Decoder, LayerWeights, Weights, random_weights
-from measure.methods import runnable_names
+from measure.runnable import runnable_names
 from measure.methods.base import AbstractLayerCache
 from measure.mixers import build_cache
 

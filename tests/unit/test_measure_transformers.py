@@ -104,7 +104,7 @@ def test_quantised_caches_hold_what_is_predicted(tmp_path, method, package):
 
 
 def test_a_missing_backend_names_its_package(tmp_path, monkeypatch):
-    monkeypatch.setattr("measure.transformers_engine.caches._installed", lambda package: False)
+    monkeypatch.setattr("measure.runnable.installed", lambda package: False)
     with pytest.raises(MissingExtraError, match="pip install optimum-quanto"):
         observe(point(tmp_path, "hf_quanto"), HOW)
 
