@@ -23,6 +23,8 @@ from costmodel.tables import Fields, read_toml, short
 PEAK_DTYPES = frozenset(
     {"fp64", "fp32", "tf32", "bf16", "fp16", "fp8", "int8", "fp6", "fp4", "int4"}
 )
+#: Longest text of a calibration's fact: the keys of a thousand records that anchor a profile.
+_MAX_FACT = 18_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,13 +156,19 @@ def load_hardware(name_or_path: str | Path, *, prices: str | Path | None = None)
 
     Raises ``UnknownNameError`` with the near matches, ``ConfigError`` with every bad field.
     """
-    text = str(name_or_path)
-    if isinstance(name_or_path, Path) or text.endswith(".toml") or "/" in text or "\\" in text:
-        path = _file(text)
-    else:
-        path = _folder().joinpath(f"{resolve_gpu(text)}.toml")
+    path = profile_path(name_or_path)
     profile = profile_from_table(read_toml(path), str(path))
     return _priced(profile, prices)
+
+
+def profile_path(name_or_path: str | Path) -> Path:
+    """The file of a bundled profile (by name or alias), or the user's own; raises as
+    ``load_hardware`` where there is none.
+    """
+    text = str(name_or_path)
+    if isinstance(name_or_path, Path) or text.endswith(".toml") or "/" in text or "\\" in text:
+        return _file(text)
+    return _folder().joinpath(f"{resolve_gpu(text)}.toml")
 
 
 def _file(text: str) -> Path:
@@ -240,7 +248,7 @@ def profile_from_table(table: Mapping[str, Any], where: str) -> HardwareProfile:
         curves=_curves(f),
         families=_families(f),
         anchors=_anchors(f),
-        calibration={k: str(v)[:2000] for k, v in f.sub("calibration").items()},
+        calibration={k: str(v)[:_MAX_FACT] for k, v in f.sub("calibration").items()},
     )
     f.unknown()
     f.finish()

@@ -13,16 +13,16 @@ import numpy as np
 import tomli_w
 
 from costmodel.errors import ConfigError
-from costmodel.hardware import load_hardware
-from costmodel.tables import parse_toml
+from costmodel.hardware import load_hardware, profile_path
+from costmodel.tables import read_toml
 from lccost.joins import predict_record
 
 _METRICS = {"prefill": "ttft_s", "decode": "tpot_s"}
 
 
-def anchored_profile(profile: Path, records: Sequence[Mapping[str, Any]]) -> str:
-    """TOML of ``profile`` with ``[anchors]``: per phase the geometric mean of observed over
-    predicted seconds of all valid records.
+def anchored_profile(profile: str | Path, records: Sequence[Mapping[str, Any]]) -> str:
+    """TOML of ``profile`` (bundled by name, or a file) with ``[anchors]``: per phase the geometric
+    mean of observed over predicted seconds of all valid records.
 
     Anchors that the profile has already are replaced. Raises ``ConfigError`` where no record is
     valid; records of other devices are the caller's to leave out.
@@ -41,8 +41,8 @@ def anchored_profile(profile: Path, records: Sequence[Mapping[str, Any]]) -> str
     factors = {p: float(np.exp(np.mean(np.log(r)))) for p, r in ratios.items() if r}
     if not factors:
         raise ConfigError("anchor: expected at least one record that is ok and valid, got none")
-    table = parse_toml(profile.read_bytes(), str(profile))
+    table = read_toml(profile_path(profile))
     table["anchors"] = {p: float(f"{x:.6g}") for p, x in factors.items()}
     facts = dict(table.get("calibration", {}))
-    table["calibration"] = {**facts, "anchored_by": ", ".join(keys)[:2000]}
+    table["calibration"] = {**facts, "anchored_by": ", ".join(dict.fromkeys(keys))}
     return tomli_w.dumps(table)

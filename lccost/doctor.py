@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
+from measure.available_memory import available_memory_bytes
 from measure.devices.energy import Unavailable
 from measure.devices.names import visible_gpu
 from measure.devices.nvml import CHANGING, FIXED, Nvml, load_nvml, open_nvml
 from measure.devices.rapl import open_rapl
-from measure.available_memory import available_memory_bytes
 from measure.environment import fingerprint
 from measure.isolation import run_isolated
 from measure.load import ForeignLoad

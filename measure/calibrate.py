@@ -19,8 +19,8 @@ from costmodel.calibration.profile import device_fields
 from costmodel.errors import MeasurementError, MissingExtraError, NotApplicableError
 from costmodel.files import write_atomic
 from costmodel.hardware import HardwareProfile, load_hardware
-from measure.devices.names import cuda_index, is_device_name
 from measure.available_memory import available_memory_bytes
+from measure.devices.names import cuda_index, is_device_name
 from measure.environment import fingerprint, worker_variables
 from measure.isolation import run_isolated
 

@@ -1,4 +1,4 @@
-"""Whether a local checkpoint holds a point's tensors; run in a process of its own before a sweep."""
+"""Whether a local checkpoint holds a point's tensors; asked in a process of its own, up front."""
 
 import torch
 

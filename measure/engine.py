@@ -126,8 +126,7 @@ def check_shapes(
         if found is None or found.shape != tensor.shape:
             got = "none" if found is None else str(list(found.shape))
             raise ConfigError(
-                f"checkpoint: {architecture.name} expects {name} of {list(tensor.shape)}, "
-                f"got {got}"
+                f"checkpoint: {architecture.name} expects {name} of {list(tensor.shape)}, got {got}"
             )
 
 

@@ -22,17 +22,25 @@ class LiveBytes(TorchDispatchMode):
         self.live = self.peak = 0
         self._known: dict[int, int] = {}
         self._old: set[int] = set()
+        #: operations that are not made of others
+        self._whole: set[Any] = set()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Run the operation, then look at its results."""
+        """Run the operation, then look at its results; one made of others is taken apart."""
         for tensor in tree_iter((args, kwargs)):
             if isinstance(tensor, torch.Tensor):  # not made here: it was there before
                 key = _key(tensor)
                 if key not in self._known and key not in self._old:
                     self._old.add(key)
                     self._forget_when_freed(tensor, self._old.discard, key)
+        if func not in self._whole:
+            with self:
+                results = func.decompose(*args, **(kwargs or {}))
+            if results is not NotImplemented:
+                return results
+            self._whole.add(func)
         results = func(*args, **(kwargs or {}))
         for tensor in tree_iter(results):
             if isinstance(tensor, torch.Tensor):

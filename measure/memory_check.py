@@ -18,7 +18,7 @@ def needed_bytes(predicted: Mapping[str, Any] | None, device: str) -> float | No
     known = [row[k] for k in ("peak_prefill_bytes", "peak_decode_bytes") if row.get(k)]
     if not known:
         return None
-    return float(max(known) + (device == "cpu" and row.get("state_host_bytes") or 0))
+    return float(max(known) + ((device == "cpu" and row.get("state_host_bytes")) or 0))
 
 
 def checked(needed: float | None, available: Available | None) -> dict[str, Any]:

@@ -86,10 +86,8 @@ class MeasurePoint:
             raise NotApplicableError(
                 f"engine: points run on {', '.join(ENGINES)}, got {self.engine!r}"
             )
-        if self.weights is not None and self.engine == "transformers":
-            raise NotApplicableError("--engine transformers runs random weights only")
-        if self.tp > 1 and self.engine == "transformers":
-            raise NotApplicableError("tensor parallel points run on --engine torch or lccost")
+        if self.engine == "transformers":
+            self._check_transformers()
         if self.tp > 1 and self.device != "cpu" and cuda_index(self.device) != 0:
             raise ConfigError(
                 f"device: with tp {self.tp} ranks take cuda:0 to cuda:{self.tp - 1}, "
@@ -101,6 +99,12 @@ class MeasurePoint:
                 f"{self.architecture.name} has a quantised checkpoint; measured points hold "
                 f"weights in {self.dtype}"
             )
+
+    def _check_transformers(self) -> None:
+        if self.tp > 1:
+            raise NotApplicableError("tensor parallel points run on --engine torch or lccost")
+        if self.weights is not None:
+            raise NotApplicableError("--engine transformers runs random weights only")
 
     @property
     def packs_weights(self) -> bool:

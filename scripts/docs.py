@@ -33,8 +33,8 @@ from costmodel.workload import Workload
 from lccost.catalogue import model_rows
 from lccost.cli import COMMANDS, cli
 from measure.methods import layer_cache_class
-from measure.runnable import runnable_names
 from measure.mixers import build_cache
+from measure.runnable import runnable_names
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTE = "<!-- Written by scripts/docs.py; edit the code instead. -->\n\n"

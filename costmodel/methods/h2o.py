@@ -297,8 +297,13 @@ class H2O(AbstractMethod):
 
 def _second_pass(mixer: Attention, point: Point, pairs: Array) -> Operation:
     """Column sums per KV head; needs the row sums of every query head. O(S) memory."""
-    sums = point.batch * point.prompt_tokens * (4.0 * (mixer.n_heads + mixer.n_kv_heads))
-    alive = sums + layer_bytes(mixer, point, point.prompt_tokens)
+    s = point.prompt_tokens
+    sums = point.batch * s * (4.0 * (mixer.n_heads + mixer.n_kv_heads))
+    alive = sums + layer_bytes(mixer, point, s)
+    if point.engine.score_block_tokens:  # the scaled queries, and which scores of a block exist
+        block = np.minimum(point.engine.score_block_tokens, s)
+        alive = point.batch * s * (mixer.n_heads * mixer.head_dim * point.element_bytes)
+        alive = alive + point.batch * s * 4.0 * mixer.n_kv_heads + block * s
     return score_pass(
         mixer, point, pairs, name="score_pass", result_bytes=sums, transient_bytes=alive
     )

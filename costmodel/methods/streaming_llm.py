@@ -34,7 +34,13 @@ from costmodel.methods.base import (
     layer_bytes,
     within_pass,
 )
-from costmodel.methods.chains import cache_cat, computed_pairs, elementwise, rotate_in_fp32
+from costmodel.methods.chains import (
+    blocked_transient_bytes,
+    cache_cat,
+    computed_pairs,
+    elementwise,
+    rotate_in_fp32,
+)
 from costmodel.methods.eager import eager_prompt, eager_step, rotate_keys
 from costmodel.mixers import Attention
 from costmodel.mixers.attention import decode_attention, prefill_attention
@@ -151,7 +157,8 @@ class StreamingLLM(AbstractMethod):
             + layer_bytes(mixer, point, point.prompt_tokens - c),
         )
         if point.level == "ideal":
-            return (banded,)
+            alive = blocked_transient_bytes(mixer, point, sinks + window, fp32=False)
+            return (replace(banded, transient_bytes=np.maximum(banded.transient_bytes, alive)),)
         s = point.prompt_tokens
         chunk = np.minimum(s, _CHUNK)
         return (

@@ -84,9 +84,9 @@ def calibrate(
     if anchor is not None:
         if gpu is None or table is not None or device is not None or quick:
             raise CommandError(
-                "--anchor takes --gpu PROFILE.toml and --output, and nothing else", EXIT_USAGE
+                "--anchor takes --gpu PROFILE and --output, and nothing else", EXIT_USAGE
             )
-        _anchor(anchor, Path(gpu), output)
+        _anchor(anchor, gpu, output)
         return
     if table is None:
         if kind is not None:
@@ -108,13 +108,12 @@ def calibrate(
     click.echo(f"wrote {output}; use it with --gpu {output}", err=True)
 
 
-def _anchor(records: Path, profile: Path, output: Path) -> None:
+def _anchor(records: Path, profile: str, output: Path) -> None:
     from lccost.anchoring import anchored_profile
     from measure.store import RecordStore
 
-    if not records.is_file() or not profile.is_file():
-        missing = profile if records.is_file() else records
-        raise CommandError(f"{missing}: no such file", EXIT_USAGE)
+    if not records.is_file():
+        raise CommandError(f"{records}: no such file", EXIT_USAGE)
     write_atomic(output, anchored_profile(profile, RecordStore(records).records()))
     click.echo(f"wrote {output}; use it with --gpu {output}", err=True)
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
+from measure.available_memory import available_memory_bytes
 from measure.canary import canary_s
 from measure.devices.base import AbstractDevice, Call, Captured, Peaks
 from measure.devices.energy import EnergySource, Unavailable
 from measure.devices.rapl import open_rapl
-from measure.available_memory import available_memory_bytes
 from measure.load import ForeignLoad, idle_ticks
 from measure.timing import Sampler
 

@@ -24,6 +24,7 @@ from measure.runnable import runnable_names
 if TYPE_CHECKING:
     from measure.methods.llmlingua2 import LLMLingua2Compressor
 
+
 @functools.cache
 def layer_cache_class(name: str) -> type[AbstractLayerCache]:
     """Return the cache of a method; raises ``NotApplicableError`` where there is none."""

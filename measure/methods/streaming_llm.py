@@ -84,31 +84,36 @@ class StreamingCache(KeptTokensCache):
 
     def _banded(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Every query attends the sinks and the W + ... tokens up to itself: I + W in all."""
-        b, n_kv, s, size = k.shape
         out = torch.empty(*q.shape[:3], v.shape[-1], dtype=q.dtype, device=q.device)
-        positions = torch.arange(s, device=q.device)
-        scale = size**-0.5
-        for start in range(0, s, QUERY_BLOCK):
-            stop = min(s, start + QUERY_BLOCK)
-            low = max(0, start - self.window + 1)
-            first = min(self.sinks, stop)
-            low = max(low, first)
-            rows = positions[start:stop]
-            queries = q[:, :, start:stop] * scale
-            turned = self._turned_back(queries, rows)
-            pieces = [
+        for start in range(0, q.shape[2], QUERY_BLOCK):
+            rows = slice(start, start + QUERY_BLOCK)
+            out[:, :, rows] = self._block(q[:, :, rows], k, v, start)
+        return out
+
+    def _block(self, q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
+        """The same for queries [B, N, n, H] from position ``start`` on; no score outlives it."""
+        b, n_kv, _, size = k.shape
+        stop = start + q.shape[2]
+        first = min(self.sinks, stop)
+        low = max(start - self.window + 1, first)
+        rows = torch.arange(start, stop, device=q.device)
+        queries = q * size**-0.5
+        turned = self._turned_back(queries, rows)
+        scores = torch.cat(
+            [
                 torch.matmul(x.reshape(b, n_kv, -1, size), y.transpose(-1, -2))
                 for x, y in ((turned, k[:, :, :first]), (queries, k[:, :, low:stop]))
-            ]
-            columns = torch.cat((positions[:first], positions[low:stop]))
-            seen = columns <= rows[:, None]
-            seen &= (columns < self.sinks) | (columns > rows[:, None] - self.window)
-            scores = torch.cat(pieces, dim=-1).unflatten(2, (-1, stop - start))
-            weights = scores.masked_fill(~seen, float("-inf")).softmax(dim=-1)
-            values = torch.cat((v[:, :, :first], v[:, :, low:stop]), dim=2)
-            block = torch.matmul(weights.flatten(2, 3), values)
-            out[:, :, start:stop] = block.reshape(b, -1, stop - start, v.shape[-1])
-        return out
+            ],
+            dim=-1,
+        )
+        columns = torch.arange(first + stop - low, device=q.device)
+        columns[first:] += low - first
+        seen = columns <= rows[:, None]
+        seen &= (columns < self.sinks) | (columns > rows[:, None] - self.window)
+        scores.unflatten(2, (-1, stop - start)).masked_fill_(~seen, float("-inf"))
+        values = torch.cat((v[:, :, :first], v[:, :, low:stop]), dim=2)
+        block = torch.matmul(scores.softmax(dim=-1), values)
+        return block.reshape(b, -1, stop - start, v.shape[-1])
 
     def decode(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend sinks, window and the new token, which takes the oldest one's place."""

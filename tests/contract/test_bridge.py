@@ -21,9 +21,9 @@ from costmodel.workload import Level, Point
 from measure.engine import TORCH_DTYPES, Decoder, random_weights
 from measure.flops import count_flops
 from measure.methods import layer_cache_class
-from measure.runnable import runnable_names
 from measure.methods.base import AbstractLayerCache, Realisation
 from measure.mixers import build_cache
+from measure.runnable import runnable_names
 
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits
 

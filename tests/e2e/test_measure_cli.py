@@ -2,12 +2,15 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = {
@@ -76,7 +79,6 @@ def test_resuming_finds_everything_done(model, tmp_path):
     ("arguments", "code", "words"),
     [
         (("--context", "16", "--layers", "9"), 2, "expected 1 to 3"),
-        (("--context", "16", "--method", "hf_quanto"), 2, "priced but cannot be run"),
         (("--context", "16", "--timeout", "0.01"), 1, "timeout"),
         (("--context", "16", "--timeout", "nan"), 2, "finite"),
         (("--context", "16", "--timeout", "inf"), 2, "finite"),
@@ -91,6 +93,91 @@ def test_exit_codes(model, tmp_path, arguments, code, words):
     assert done.returncode == code, done.stderr
     assert words in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def checkpoint(tmp_path, **tensors):
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    save_file({k: torch.zeros(v) for k, v in tensors.items()}, folder / "model.safetensors")
+    return folder
+
+
+LLAMA_TENSORS = {
+    "model.embed_tokens.weight": (100, 64), "model.norm.weight": (64,),
+    **{f"model.layers.{i}.{n}.weight": s for i in range(3) for n, s in (
+        ("input_layernorm", (64,)), ("post_attention_layernorm", (64,)),
+        ("self_attn.q_proj", (64, 64)), ("self_attn.k_proj", (32, 64)),
+        ("self_attn.v_proj", (32, 64)), ("self_attn.o_proj", (64, 64)),
+        ("mlp.gate_proj", (96, 64)), ("mlp.up_proj", (96, 64)), ("mlp.down_proj", (64, 96)),
+    )},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (("--engine", "lccost"), 4, "run on a CUDA device, got cpu"),
+        (("--engine", "transformers", "--method", "kivi"), 2, "transformers has caches for"),
+        (("--engine", "transformers", "--method", "kv_offload"), 2, "from a CUDA device only"),
+        (("--method", "hf_quanto"), 2, "priced but cannot be run"),
+    ],
+)
+def test_what_cannot_run_fails_before_anything_starts(model, tmp_path, arguments, code, words):
+    output = tmp_path / "runs.jsonl"
+    done = measured(model, output, "--context", "16", *arguments, TRITON_INTERPRET="0")
+    assert done.returncode == code, done.stderr
+    assert words in done.stderr
+    assert "measure 1/1" not in done.stderr
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model.layers.2.mlp.up_proj.weight": (90, 64)},
+         "expects layer 2 mlp gate_up_proj of [192, 64], got [186, 64]"),
+        (None, "a pickle"),
+    ],
+)  # fmt: skip
+def test_a_checkpoint_that_is_not_the_models_fails_up_front(model, tmp_path, changes, words):
+    if changes is None:
+        folder = tmp_path / "weights"
+        folder.mkdir()
+        (folder / "pytorch_model.bin").write_bytes(b"")
+    else:
+        folder = checkpoint(tmp_path, **{**LLAMA_TENSORS, **changes})
+    output = tmp_path / "runs.jsonl"
+    done = measured(model, output, "--context", "16", "--weights", folder)
+    assert done.returncode == 2, done.stderr
+    assert words in done.stderr
+    assert not output.exists()
+
+
+def test_a_profile_of_another_device_is_said_once(model, tmp_path):
+    output = tmp_path / "runs.jsonl"
+    folder = checkpoint(tmp_path, **LLAMA_TENSORS)
+    done = measured(model, output, "--context", "16", "--gpu", "h100-sxm", "--weights", folder)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("--gpu h100-sxm is not the device that runs") == 1
+    first = rows(output)[0]
+    assert first["weights"] == "checkpoint"
+    assert first["memory_check"]["limit"]
+
+
+def test_an_interrupt_says_how_to_go_on(model, tmp_path):
+    output = tmp_path / "runs.jsonl"
+    command = [sys.executable, "-m", "lccost", "measure", "--model", model, "--context", "16,17",
+               "--output", output, "--output-tokens", "4", "--seconds", "0.02"]  # fmt: skip
+    sweep = subprocess.Popen(command, cwd=ROOT, text=True, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not (output.exists() and output.stat().st_size):
+        time.sleep(0.02)
+    sweep.send_signal(signal.SIGINT)
+    _, stderr = sweep.communicate(timeout=30)
+    assert sweep.returncode == 1
+    assert "--resume" in stderr
+    assert "Traceback" not in stderr
+    assert len(rows(output)) == 1
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

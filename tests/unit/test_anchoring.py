@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 import measure
-from costmodel.errors import ConfigError
+from costmodel.errors import ConfigError, UnknownNameError
 from costmodel.hardware import load_hardware
 from costmodel.predict import predict
 from costmodel.registry import load_architecture
@@ -74,6 +74,15 @@ def test_one_factor_per_phase_scales_every_prediction(tmp_path):
     again = anchored_profile(anchored, [record(3 * ttft, tpot)])
     anchored.write_text(again)
     assert load_hardware(anchored).anchors == pytest.approx({"prefill": 3.0, "decode": 1.0})
+
+
+def test_a_bundled_profile_is_anchored_by_its_name(tmp_path):
+    ttft, tpot, _ = times("h100-sxm")
+    text = anchored_profile("h100-sxm", [record(2 * ttft, 3 * tpot)])
+    (tmp_path / "mine.toml").write_text(text)
+    assert times(tmp_path / "mine.toml")[:2] == pytest.approx((2 * ttft, 3 * tpot), rel=1e-4)
+    with pytest.raises(UnknownNameError, match="h100-sxm"):
+        anchored_profile("h100-sxmm", [record(1.0, 1.0)])
 
 
 def test_nothing_valid_is_an_error(tmp_path):

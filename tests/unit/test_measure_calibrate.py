@@ -21,9 +21,9 @@ from measure.calibrate import (
     write_atomically,
 )
 from measure.isolation import Outcome
-from measure.runnable import runnable_names
 from measure.microbenchmarks import run_plan
 from measure.microbenchmarks.plan import FULL, QUICK
+from measure.runnable import runnable_names
 
 DEMO = Path(module.__file__).parent / "data" / "demo-decoder.json"
 MINIATURE = dataclasses.replace(

@@ -3,6 +3,7 @@
 import json
 import random
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,12 +12,14 @@ from small_configs import FAMILIES
 from costmodel.errors import ConfigError
 from costmodel.methods.parse import parse_method
 from costmodel.registry import load_architecture
+from measure.checkpoint_check import check
 from measure.checkpoint_files import load_state, shards
 from measure.checkpoints import PROVED
 from measure.points import MeasurePoint
 from measure.sessions import TorchSession
 
 transformers = pytest.importorskip("transformers")
+load_file = pytest.importorskip("safetensors.torch").load_file
 save_file = pytest.importorskip("safetensors.torch").save_file
 CPU = torch.device("cpu")
 
@@ -75,6 +78,24 @@ def test_a_point_runs_with_the_weights_of_a_checkpoint(tmp_path):
         expected = model(session.prompt).logits[:, -1]
     torch.testing.assert_close(session.logits, expected, atol=1e-4, rtol=1e-4)
     assert point.fields["weights"] == "checkpoint"
+
+
+def test_headers_alone_say_whether_a_checkpoint_is_the_models(tmp_path):
+    saved("qwen2", tmp_path)
+    point = MeasurePoint(
+        architecture=load_architecture(str(tmp_path)), stack=parse_method("full"),
+        context_tokens=12, model_source=str(tmp_path), weights=str(tmp_path),
+    )  # fmt: skip
+    check(point)
+    wider = replace(point.architecture, vocab_size=point.architecture.vocab_size + 1)
+    with pytest.raises(ConfigError, match="expects embedding of"):
+        check(replace(point, architecture=wider))
+    state = load_file(tmp_path / "model.safetensors")
+    for part in "qkv":  # the family has biases, this file has none
+        del state[f"model.layers.0.self_attn.{part}_proj.bias"]
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(ConfigError, match="qkv_bias"):
+        check(point)
 
 
 def test_only_the_layers_that_run_are_read(tmp_path):

@@ -10,8 +10,8 @@ from costmodel.errors import NotApplicableError
 from costmodel.methods.parse import parse_method
 from costmodel.mixers import Attention
 from measure.methods import build_layer_cache, layer_cache_class
-from measure.runnable import runnable_names
 from measure.methods.packing import dequantise, quantise
+from measure.runnable import runnable_names
 
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits
 

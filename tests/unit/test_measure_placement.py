@@ -15,9 +15,9 @@ from costmodel.mixers.rglru import RGLRU
 from costmodel.mlps import DenseMLP
 from measure.config_numerics import numerics_of
 from measure.engine import Decoder, LayerWeights, Weights, random_weights
-from measure.runnable import runnable_names
 from measure.methods.base import AbstractLayerCache
 from measure.mixers import build_cache
+from measure.runnable import runnable_names
 
 META = torch.device("meta")
 #: What cannot run without data, and why.
