@@ -31,6 +31,9 @@ class Engine:
     reserved_bytes        device memory beside tensors: context, workspaces (one GPU / several)
     mlp_alive             elements alive at the widest point of a gated MLP: (per unit of its width,
                           per unit of the model's); one width less without a gate
+    attention_alive       what attention over a prompt holds of every token counts for the peak too:
+                          the layer's input and its norm, q, k, v (and gate) as projected, q and k
+                          as rotated, the output; more than an MLP where that is narrow
     kernels               whose fitted kernel families time its operations; "": none, the prior
     in_situ               what becomes of those kernels inside a pass; None: they run alone
     fused_dequantise      attention kernels read packed caches directly; False: the cache is
@@ -54,6 +57,7 @@ class Engine:
     elementwise_launches: float
     reserved_bytes: tuple[float, float]
     mlp_alive: tuple[float, float] = (3.0, 4.0)
+    attention_alive: bool = False
     fused_dequantise: bool = True
     fused_kernels: bool = False
     score_block_tokens: int = 0

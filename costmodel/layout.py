@@ -19,7 +19,7 @@ from costmodel.architecture import Architecture, MixerGroup
 from costmodel.engines import Engine
 from costmodel.hardware import HardwareProfile
 from costmodel.methods.stack import MethodStack
-from costmodel.mixers import Linear
+from costmodel.mixers import Attention, Linear
 from costmodel.mlps import MoE
 from costmodel.operation import Array, Operation, Operations
 from costmodel.weights import compute_dtype, linear_bytes, weights_bytes
@@ -229,10 +229,18 @@ def _mlp_widths(architecture: Architecture) -> tuple[tuple[float, bool], ...]:
 
 
 def _alive(run: Execution, engine: Engine) -> float:
-    """Elements of one token alive at the widest point of an MLP."""
+    """Elements of one token alive at the widest point of an MLP, or of attention if that counts."""
     per_width, per_model = engine.mlp_alive
+    d = run.architecture.d_model
     widest = max((w * (per_width - (not gated)) for w, gated in run.mlp_widths), default=0.0)
-    return widest + per_model * run.architecture.d_model
+    alive = widest + per_model * d
+    if not engine.attention_alive:
+        return alive
+    return max([alive, *(2.0 * d + m.alive_elements() for m in _attentions(run))])
+
+
+def _attentions(run: Execution) -> list[Attention]:
+    return [g.mixer for g in run.mixer_groups if isinstance(g.mixer, Attention)]
 
 
 def _elementwise(run: Execution, point: Point, tokens: Array) -> Operation:

@@ -25,7 +25,7 @@ from costmodel.methods.base import (
     check_at_least,
     within_pass,
 )
-from costmodel.methods.chains import elementwise, select
+from costmodel.methods.chains import blocked_transient_bytes, elementwise, select
 from costmodel.methods.eager import softmax_chain_bytes
 from costmodel.mixers.attention import prefill_attention
 from costmodel.operation import Array, Operation, Operations, causal_pairs
@@ -117,6 +117,7 @@ class MInference(AbstractMethod):
             formula="2 (Hk + Hv) N for each of S queries and min(position, kept) keys",
         )
         (sparse,) = within_pass((sparse,), point)
+        unfused = blocked_transient_bytes(mixer, point, np.inf, block=_LAST_QUERIES)
         index = Operation(
             name="index_scores",
             kind="prefill_attention",
@@ -124,7 +125,7 @@ class MInference(AbstractMethod):
             vector_flops=0.0 if reference else 6 * scores,
             activation_bytes=heads * queries * (mixer.head_dim * b),
             workspace_bytes=scores * b if reference else heads * s * 8.0,
-            transient_bytes=scores * b if reference else heads * s * 8.0,
+            transient_bytes=scores * b if reference else heads * s * 8.0 + unfused,
             dtype=point.dtype,
             shape={**sparse.shape, "q_len": queries, "pairs": queries * s, "v_head_dim": 0.0},
             source=_CODE if reference else "",

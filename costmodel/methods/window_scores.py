@@ -6,7 +6,13 @@ import numpy as np
 
 from costmodel.fused_kernels import fused_step
 from costmodel.methods.base import layer_bytes, not_stored
-from costmodel.methods.chains import cache_cat, elementwise, gather_tokens, select
+from costmodel.methods.chains import (
+    blocked_transient_bytes,
+    cache_cat,
+    elementwise,
+    gather_tokens,
+    select,
+)
 from costmodel.methods.eager import repeat_kv, softmax_chain_bytes
 from costmodel.mixers import Attention
 from costmodel.mixers.attention import decode_attention
@@ -45,6 +51,7 @@ def score_select_gather(
     reference = point.level == "reference"
     ratio = mixer.n_heads / mixer.n_kv_heads
     full_layer = layer_bytes(mixer, point, s)
+    unfused = blocked_transient_bytes(mixer, point, np.inf, block=window)
     matmul = Operation(
         name="window_scores",
         kind="prefill_attention",
@@ -52,8 +59,9 @@ def score_select_gather(
         vector_flops=0.0 if reference else 6 * scores,
         activation_bytes=heads * window_tokens * (mixer.head_dim * b),
         workspace_bytes=scores * b + full_layer / 2 * ratio if reference else rows * s * 4.0,
-        transient_bytes=full_layer * (ratio if reference else 1.0)
-        + (scores * b if reference else rows * s * 4.0),
+        transient_bytes=full_layer * ratio + scores * b
+        if reference
+        else np.maximum(full_layer, unfused) + rows * s * 4.0,
         dtype=point.dtype,
         shape={
             "batch": point.batch,

@@ -135,6 +135,13 @@ class Attention(AbstractMixer):
         """2 * (Hk + Hv) * N: the score and the weighted sum, all query heads."""
         return 2.0 * (self.head_dim + self.v_head_dim) * self.n_heads
 
+    def alive_elements(self) -> int:
+        """Elements of one token beside attention: q, k, v and gate, q and k rotated, the output."""
+        q, k = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
+        out = self.n_heads * self.v_head_dim
+        gate = out if self.output_gate else 0
+        return 2 * (q + k) + self.n_kv_heads * self.v_head_dim + gate + out
+
     def prefill(self, point: Point) -> Operations:
         """One flash-style pass: K and V written to the cache and read once by the kernel."""
         written = point.batch * (

@@ -100,6 +100,7 @@ class AttentionRunner(AbstractRunner):
                 )
             cache.softcap, cache.sinks = numerics.attention_softcap, w.get("sinks")
         out = cache.prefill(q, k, v) if first else cache.decode(q, k, v)
+        del projected, heads, q, k, v  # the projection behind needs room of its own
         out = out.transpose(1, 2).flatten(2)
         if gate is not None:
             out = out * gate.sigmoid()
