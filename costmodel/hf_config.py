@@ -133,6 +133,11 @@ class ConfigReader:
         self.path = path
         self.lenient = lenient
 
+    @property
+    def values(self) -> Mapping[str, object]:
+        """The object as it stands; counts nothing as read."""
+        return self._values
+
     def error(self, key: str, expected: str, got: object) -> ConfigError:
         """The error for a value that cannot be used."""
         return ConfigError(f"{self.where}: {self.path}{key}: expected {expected}, got {short(got)}")

@@ -20,6 +20,7 @@ from costmodel.errors import (
     UnsupportedArchitectureError,
 )
 from costmodel.families import MODULES, TEXT_SECTIONS, WRAPPED, Model, known_families
+from costmodel.families.numerics import unknown_numerics
 from costmodel.hf_config import ConfigReader, parse_config, read_config, short
 
 _FOLDER = Path(__file__).with_name("architectures")
@@ -164,14 +165,14 @@ def _build(
     declared = _model_type(reader, outer, assume)
     family = assume or declared
     model = _read_model(reader, outer if inner else None, family)
-    unread = sorted(reader.unread_structural())
+    unread = sorted({*reader.unread_structural(), *unknown_numerics(reader.values, family)})
     extra: tuple[str, ...] = ()
     if unread and assume is None:
         keys = ", ".join(f"{reader.path}{k} = {short(reader.raw(k))}" for k in unread[:5])
         raise UnsupportedArchitectureError(
-            f"{where}: {family} models have no key {keys}, so what it does to layers, attention or "
-            f"cache is not known. Families lccost reads: {', '.join(known_families())}. "
-            f"To price it as a plain {family} all the same: --assume {family}"
+            f"{where}: {family} models have no key {keys}, so what it does to layers, attention, "
+            "cache or arithmetic is not known. Families lccost reads: "
+            f"{', '.join(known_families())}. To price it as a plain {family} all the same: --assume {family}"
         )
     if assume is not None:
         extra = (f"read as {assume} because --assume said so (its own model_type: {declared})",)

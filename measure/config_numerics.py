@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from costmodel.errors import NotApplicableError
+from costmodel.families.numerics import unknown_numerics
 from measure.numerics import Activation, Multipliers, Numerics, Rope, Routing, Temperature
 
 _ACTIVATIONS: Mapping[str, Activation] = {
@@ -78,6 +79,8 @@ def numerics_of(
     known, c = _FAMILIES.get(family, Numerics()), config or {}
     text = c.get("text_config")
     c = text if isinstance(text, Mapping) else c
+    left_out = set(unknown_numerics(c, family))  # read as this family because somebody said so
+    c = {k: v for k, v in c.items() if k not in left_out}
     width = c.get("hidden_size") or d_model
     rope, local = _ropes(family, c, known.rope)
     if family == "llama4_text":

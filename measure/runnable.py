@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import pkgutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from costmodel.methods.stack import MethodStack
@@ -13,12 +14,23 @@ _NOT_METHODS = (
     *("base", "buffers", "eager", "evicting", "host_copies", "kept_tokens", "packing"),
     "token_packed",
 )
-#: Methods that transformers has a cache class for -> (module its cache needs, how to get it).
-TRANSFORMERS_CACHES: Mapping[str, tuple[str, str] | None] = {
-    "full": None,
-    "kv_offload": None,
-    "hf_quanto": ("optimum.quanto", "optimum-quanto"),
-    "hf_hqq": ("hqq", "hqq"),
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheNeeds:
+    """What a cache class of transformers needs: a module, the package that has it, a GPU."""
+
+    module: str = ""
+    package: str = ""
+    on_cuda_only: bool = False
+
+
+#: Methods that transformers has a cache class for.
+TRANSFORMERS_CACHES: Mapping[str, CacheNeeds] = {
+    "full": CacheNeeds(),
+    "kv_offload": CacheNeeds(on_cuda_only=True),
+    "hf_quanto": CacheNeeds(module="optimum.quanto", package="optimum-quanto"),
+    "hf_hqq": CacheNeeds(module="hqq", package="hqq"),
 }
 
 
@@ -38,8 +50,8 @@ def refusal(stack: MethodStack, *, engine: str, device: str) -> str:
         if len(names) != 1 or names[0] not in TRANSFORMERS_CACHES:
             known = ", ".join(sorted(TRANSFORMERS_CACHES))
             return f"{stack.spec}: transformers has caches for {known}"
-        if names == ["kv_offload"] and not device.startswith("cuda"):
-            return "transformers offloads its cache from a CUDA device only"
+        if TRANSFORMERS_CACHES[names[0]].on_cuda_only and not device.startswith("cuda"):
+            return f"{stack.spec}: transformers has this cache on a CUDA device only"
         return ""
     for name in names:
         if name not in runnable_names():
@@ -54,8 +66,8 @@ def missing_package(stack: MethodStack, *, engine: str) -> str:
         return ""
     for method in stack.methods:
         needed = TRANSFORMERS_CACHES.get(method.NAME)
-        if needed is not None and not installed(needed[0]):
-            return f"{method.NAME} needs {needed[1]}: pip install {needed[1]}"
+        if needed is not None and needed.module and not installed(needed.module):
+            return f"{method.NAME} needs {needed.package}: pip install {needed.package}"
     return ""
 
 

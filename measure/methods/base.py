@@ -125,6 +125,9 @@ class AbstractLayerCache(ABC):
     def make_room(self, n_prompt: int, n_more: int) -> None:
         """Make room for a prompt and the tokens that follow it, once the cache is placed."""
         self.reserve(n_prompt + n_more)
+        if self.ROTATES and self.rope is not None:  # else the first step would make the table
+            size = self.mixer.head_dim
+            shared_rope_table(n_prompt + n_more, size, self.rope, self.dtype, self.device)
 
     @abstractmethod
     def store(self, k: Tensor, v: Tensor) -> None:

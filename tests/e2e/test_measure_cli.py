@@ -118,7 +118,7 @@ LLAMA_TENSORS = {
     [
         (("--engine", "lccost"), 4, "run on a CUDA device, got cpu"),
         (("--engine", "transformers", "--method", "kivi"), 2, "transformers has caches for"),
-        (("--engine", "transformers", "--method", "kv_offload"), 2, "from a CUDA device only"),
+        (("--engine", "transformers", "--method", "kv_offload"), 2, "on a CUDA device only"),
         (("--method", "hf_quanto"), 2, "priced but cannot be run"),
     ],
 )

@@ -21,6 +21,7 @@ from costmodel.errors import (
 from costmodel.families import MODULES, WRAPPED, known_families
 from costmodel.mixers.attention import Attention
 from costmodel.registry import architecture_from_config, load_architecture, model_names
+from measure.config_numerics import numerics_of
 
 BUNDLED = Path(__file__).parents[2] / "costmodel" / "architectures"
 
@@ -265,7 +266,8 @@ def test_a_key_that_is_off_does_no_harm(value: object) -> None:
 def test_training_and_numeric_keys_do_no_harm() -> None:
     noise = {
         "attention_dropout": 0.1,
-        "attn_logit_softcapping": 50.0,
+        "attn_logit_softcapping": None,
+        "residual_multiplier": 1.0,
         "rope_scaling": {"type": "linear", "factor": 8.0},
         "router_aux_loss_coef": 0.1,
         "_attn_implementation": "sdpa",
@@ -273,6 +275,30 @@ def test_training_and_numeric_keys_do_no_harm() -> None:
         "time_step_limit": [0.0, float("inf")],
     }
     assert architecture_from_config({**LLAMA, **noise}, "x").n_layers == 2
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("attn_logit_softcapping", 50.0), ("final_logit_softcapping", 30.0),
+        ("logits_soft_cap", 30.0), ("residual_multiplier", 0.22), ("logits_scaling", 8.0),
+        ("query_pre_attn_scalar", 144), ("clip_qkv", 8.0), ("swiglu_limit", 7.0),
+        ("odd_soft_cap", 1.0),
+    ],
+)  # fmt: skip
+def test_arithmetic_that_a_family_does_not_have_is_an_error(key: str, value: float) -> None:
+    with pytest.raises(UnsupportedArchitectureError, match=f"{key} = {value}"):
+        architecture_from_config({**LLAMA, key: value}, "x.json")
+    assumed = architecture_from_config({**LLAMA, key: value}, "x.json", assume="llama")
+    assert any(key in note for note in assumed.notes)
+    # what is left out of the prediction is left out of the run
+    assert numerics_of("llama", {**LLAMA, key: value}) == numerics_of("llama", LLAMA)
+
+
+def test_arithmetic_that_a_family_has_is_read() -> None:
+    gemma = {**LLAMA, "model_type": "gemma2", "attn_logit_softcapping": 50.0, "sliding_window": 8}
+    assert architecture_from_config(gemma, "x.json").n_layers == 2
+    assert numerics_of("gemma2", gemma).attention_softcap == 50.0
 
 
 def test_assume_is_the_explicit_way_round_and_the_result_says_so() -> None:
