@@ -172,7 +172,8 @@ def _build(
         raise UnsupportedArchitectureError(
             f"{where}: {family} models have no key {keys}, so what it does to layers, attention, "
             "cache or arithmetic is not known. Families lccost reads: "
-            f"{', '.join(known_families())}. To price it as a plain {family} all the same: --assume {family}"
+            f"{', '.join(known_families())}. "
+            f"To price it as a plain {family} all the same: --assume {family}"
         )
     if assume is not None:
         extra = (f"read as {assume} because --assume said so (its own model_type: {declared})",)

@@ -296,7 +296,10 @@ def test_arithmetic_that_a_family_does_not_have_is_an_error(key: str, value: flo
 
 
 def test_arithmetic_that_a_family_has_is_read() -> None:
-    gemma = {**LLAMA, "model_type": "gemma2", "attn_logit_softcapping": 50.0, "sliding_window": 8}
+    gemma = {
+        **LLAMA, "model_type": "gemma2", "attn_logit_softcapping": 50.0, "sliding_window": 8,
+        "head_dim": 16, "query_pre_attn_scalar": 144, "num_key_value_heads": 2,
+    }  # fmt: skip
     assert architecture_from_config(gemma, "x.json").n_layers == 2
     assert numerics_of("gemma2", gemma).attention_softcap == 50.0
 
