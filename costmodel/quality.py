@@ -192,7 +192,7 @@ def accuracy(
 
 def _exact(method: str) -> str:
     """Why a method loses nothing, for those that are lossless by construction; else empty."""
-    return next((row.note for row in rows(method) if row.comparable == "exact"), "")
+    return next((row.note for row in _rows(method, ",exact,") if row.comparable == "exact"), "")
 
 
 def kept_tokens(parameters: Mapping[str, Any], context: float) -> float | None:
@@ -245,12 +245,17 @@ def _bare(name: str) -> str:
 # Reading -------------------------------------------------------------------------------------
 
 
-@functools.cache
 def rows(method: str) -> tuple[Evidence, ...]:
     """Every figure for a method, in file order."""
+    return _rows(method, "")
+
+
+@functools.cache
+def _rows(method: str, holding: str) -> tuple[Evidence, ...]:
+    """Those whose lines hold a text."""
     out = []
     for lines in _files():
-        wanted = [line for line in lines if line.startswith(f"{method},")]
+        wanted = [x for x in lines if x.startswith(f"{method},") and holding in x]
         if wanted:
             meta = dict(line[2:].split(": ", 1) for line in lines if line.startswith("# "))
             head = next(line for line in lines if not line.startswith("#"))

@@ -11,9 +11,7 @@ import numpy as np
 
 from costmodel.hardware import HardwareProfile
 from costmodel.in_situ import InSitu
-from costmodel.kernels.curves import calibrated_time
 from costmodel.kernels.fitted import fitted_time
-from costmodel.kernels.fused_time import fused_time
 from costmodel.kernels.prior import KernelTime as KernelTime
 from costmodel.kernels.prior import prior_time
 from costmodel.operation import Operation
@@ -33,9 +31,14 @@ def time_operation(
     ``in_situ`` turns the time of a kernel alone into that inside a pass; curves and the prior,
     which come from passes, need none. ``middle_only`` leaves the interval out: it is the middle.
     """
+    # What most predictions do without is imported where it is met: start-up is felt.
     if operation.kernel and not hardware.is_cpu:
+        from costmodel.kernels.fused_time import fused_time
+
         return fused_time(operation, hardware, in_situ, middle_only=middle_only)
     if hardware.curves:
+        from costmodel.kernels.curves import calibrated_time
+
         calibrated = calibrated_time(operation, hardware)
         if calibrated is not None:
             return calibrated

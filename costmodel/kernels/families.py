@@ -129,6 +129,8 @@ class Family:
         What the wider interval has beyond the family's own, as squares, kernels of all sizes
         together; none for the GPU and engine it was fitted on.
         """
+        if self.widened == 1.0:
+            return 0.0, 0.0
         share = math.sqrt(1.0 - self.widened**-2.0)
         low, high = (float(np.mean(np.log(f))) for f in (self.interval.low, self.interval.high))
         return share * low, share * high

@@ -22,6 +22,7 @@ What is ignored: that libraries sometimes pick a worse tile (the main part of th
 Form after the wave-quantisation and tile analysis of NVIDIA's "Matrix Multiplication Background".
 """
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,6 +58,8 @@ BURST_S = 3e-4
 REPLAYED_COPIES = 6.0
 #: Waves of the largest tile beyond which the others are not tried.
 MANY_WAVES = 32.0
+#: Arrays up to this size try the menu at once: calls, not arithmetic, are what they take.
+AT_ONCE = 256
 #: Bytes moved per element by the activation quantiser: read 2, write 1.
 QUANTISE_BYTES = 3.0
 #: Rows and columns of a tile as the raster counts them.
@@ -204,6 +207,9 @@ def _compute_s(
     few = np.asarray(x <= MANY_WAVES)
     if not few.any():
         return best
+    if few.all() and best.size <= AT_ONCE:
+        every = _tile_s(p, _smaller_tiles(best.ndim), parts, sms, width / stream)[0]
+        return np.asarray(np.minimum(best, np.min(every, axis=0)))
     if few.all():
         for tile in TILES[:-1]:
             np.minimum(best, _tile_s(p, tile, parts, sms, width / stream)[0], out=best)
@@ -217,14 +223,24 @@ def _compute_s(
     return best
 
 
+@functools.cache
+def _smaller_tiles(n_axes: int) -> tuple[Floats, Floats]:
+    """Rows and columns of all tiles but the largest, along an axis before the others."""
+    shape = (-1, *[1] * n_axes)
+    rows, columns = np.array(TILES[:-1], dtype=np.float64).T
+    return rows.reshape(shape), columns.reshape(shape)
+
+
 def _tile_s(
     p: GemmParameters,
-    tile: tuple[int, int],
+    tile: tuple[Array, Array],
     parts: tuple[Array, ...],
     sms: float,
     stream_s_per_element: float,
 ) -> tuple[Array, Array]:
-    """(seconds, tiles per SM) with one tile of the menu, its k range split where that is faster."""
+    """(seconds, tiles per SM) with a tile of the menu (or several, along an axis of their own), its
+    k range split where that is faster.
+    """
     m, n, k, rate, reduce_s, most_splits = parts
     rows, columns = tile
     tiles = np.ceil(m / rows) * np.ceil(n / columns)
