@@ -1,6 +1,6 @@
 """What a time rests on: the sources of its parts, and the weakest of them that counts."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 #: From the strongest to the weakest source of a time; a sum is as good as its weakest part.
 BASES = ("measured", "calibrated", "anchored", "transferred", "published", "prior", "datasheet")
@@ -20,8 +20,14 @@ def shares(*phases: Mapping[str, float]) -> dict[str, float]:
     return out
 
 
-def weakest(bases: Mapping[str, float]) -> str:
-    """The weakest basis that holds at least a tenth of the time."""
+def weakest(bases: Mapping[str, float], unfitted: Collection[str] = ()) -> str:
+    """The weakest basis that holds at least a tenth of the time.
+
+    Where a method's own kernels were never fitted (``unfitted`` says why) it is a prior whatever
+    their share: what is asked for is that method.
+    """
     whole = sum(bases.values())
     counted = [b for b, seconds in bases.items() if seconds >= BASIS_SHARE * whole]
-    return max(counted, key=BASES.index) if counted else "prior"
+    if unfitted or not counted:
+        counted.append("prior")
+    return max(counted, key=BASES.index)

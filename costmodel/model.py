@@ -44,11 +44,14 @@ _LAUNCH = BOUNDS.index("launch")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Evaluated:
-    """Metrics of some points, what binds their passes (index into ``BOUNDS``), shares of bases."""
+    """Metrics of some points, what binds their passes (index into ``BOUNDS``), shares of bases, and
+    why some of it rests on a prior (``PhaseTime.unfitted``).
+    """
 
     values: dict[str, Array]
     bounds: dict[str, NDArray[np.intp]]
     bases: dict[str, float]
+    unfitted: frozenset[str]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -257,6 +260,7 @@ class Model:
             values,
             {"prefill_bound": ttft.bound(), "decode_bound": tpot.bound()},
             basis.shares(ttft.bases, tpot.bases),
+            ttft.unfitted | tpot.unfitted,
         )
 
     @property

@@ -29,6 +29,7 @@ class PhaseTime:
     bases   seconds of all points together by the basis of the operation they are spent in
     parts   middle-estimate seconds by ``BOUNDS``; traffic between kernels (activations) counts as
             compute, because like compute it grows with the tokens worked on
+    unfitted  why operations in it, however small, rest on a prior though they look like others
     """
 
     low_s: Array
@@ -37,6 +38,7 @@ class PhaseTime:
     parts: tuple[Array, ...]
     bases: Mapping[str, float]
     extrapolated: Array
+    unfitted: frozenset[str] = frozenset()
 
     def anchored(self, factor: float) -> "PhaseTime":
         """All of it times ``factor``, what a run took over what was predicted for it."""
@@ -80,6 +82,7 @@ class Busy:
     host_waits: Array = 0.0
     extrapolated: Array = 0.0
     bases: Mapping[str, float] = field(default_factory=dict)
+    unfitted: frozenset[str] = frozenset()
 
     def __add__(self, other: "Busy") -> "Busy":
         bases = dict(self.bases)
@@ -91,6 +94,7 @@ class Busy:
             host_waits=np.maximum(self.host_waits, other.host_waits),
             extrapolated=np.maximum(self.extrapolated, other.extrapolated),
             bases=bases,
+            unfitted=self.unfitted | other.unfitted,
         )
 
     def take(self, index: NDArray[np.intp], share: float = 1.0) -> "Busy":
@@ -101,6 +105,7 @@ class Busy:
             host_waits=_taken(self.host_waits, index),
             extrapolated=_taken(self.extrapolated, index),
             bases={b: share * seconds for b, seconds in self.bases.items()},
+            unfitted=self.unfitted,
         )
 
 
@@ -137,8 +142,11 @@ def busy_of(operations: Operations, hardware: HardwareProfile, engine: Engine) -
     launches = zero
     extrapolated, host_waits = zero, zero
     bases: dict[str, float] = {}
+    unfitted: set[str] = set()
     for op in operations:
         t = time_operation(op, hardware, engine.kernels, engine.in_situ)
+        if (op.unfitted or op.kernel) and t.basis == "prior" and some(op.count):
+            unfitted.add(op.unfitted or f"lccost's kernel {op.kernel} has no records near this GPU")
         n = op.count
         mid_s = n * t.mid_s
         bases[t.basis] = bases.get(t.basis, 0.0) + float(np.sum(mid_s))
@@ -166,6 +174,7 @@ def busy_of(operations: Operations, hardware: HardwareProfile, engine: Engine) -
         host_waits=host_waits,
         extrapolated=extrapolated,
         bases=bases,
+        unfitted=frozenset(unfitted),
     )
 
 
@@ -224,7 +233,9 @@ def pass_time(
     high = busy.high_s + busy.link_high_s
     compute, weight, kv, launch, link = busy.parts
     if hardware.is_cpu:  # starting a kernel is part of its measured time
-        return PhaseTime(low, mid, high, busy.parts, busy.bases, busy.extrapolated)
+        return PhaseTime(
+            low, mid, high, busy.parts, busy.bases, busy.extrapolated, unfitted=busy.unfitted
+        )
     if not graph:
         host = [busy.launches * x for x in engine.host_launch_s]
         launch = np.maximum(launch, host[1])
@@ -241,6 +252,7 @@ def pass_time(
         (compute, weight, kv, launch + overhead[1], link),
         busy.bases,
         busy.extrapolated,
+        busy.unfitted,
     )
 
 

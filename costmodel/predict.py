@@ -72,18 +72,20 @@ def predict(
     batches, where = distinct(batch)
     step = model.step(batches)
 
-    def evaluate(part: slice) -> dict[str, float]:
-        """Write one chunk's metrics and bounds; the shares of its bases."""
+    def evaluate(part: slice) -> tuple[dict[str, float], frozenset[str]]:
+        """Write one chunk's metrics and bounds; shares of its bases, why some are priors."""
         found = model.evaluate(batch[part], context[part], output[part], step.take(where[part]))
         for name, value in found.values.items():
             if np.ndim(value) or value != 0.0:
                 out[name][part] = value
         for name, index in found.bounds.items():
             bounds[name][part] = index
-        return found.bases
+        return found.bases, found.unfitted
 
     bases: dict[str, float] = {}
-    for shares in in_threads(evaluate, chunks(size)):
+    unfitted: frozenset[str] = frozenset()
+    for shares, reasons in in_threads(evaluate, chunks(size)):
+        unfitted |= reasons
         for name, share in shares.items():
             bases[name] = bases.get(name, 0.0) + share
     if solve and size:
@@ -105,5 +107,6 @@ def predict(
         metrics={k: out[k].reshape(shape) for k in METRICS},
         prefill_bound=names.take(bounds["prefill_bound"]).reshape(shape),
         decode_bound=names.take(bounds["decode_bound"]).reshape(shape),
-        basis=weakest(bases),
+        basis=weakest(bases, unfitted),
+        unfitted=tuple(sorted(unfitted)),
     )

@@ -140,7 +140,8 @@ class Prediction:
 
     ``metrics`` maps each name of ``METRICS`` to a float64 array of the workload's shape (booleans
     as 0 and 1, unknown as NaN, unlimited as infinity); ``prefill_bound`` and ``decode_bound`` are
-    arrays of names. ``prediction["ttft_s"]`` reads one.
+    arrays of names. ``prediction["ttft_s"]`` reads one. ``unfitted`` says why parts of the time
+    rest on a prior that no larger share hides.
     """
 
     architecture: Architecture
@@ -157,6 +158,7 @@ class Prediction:
     prefill_bound: NDArray[np.str_]
     decode_bound: NDArray[np.str_]
     basis: str
+    unfitted: tuple[str, ...] = ()
 
     def __getitem__(self, name: str) -> NDArray[np.float64]:
         return self.metrics[name]
@@ -208,7 +210,7 @@ class Prediction:
                     int(context[i]),
                 )
             )
-            row["notes"] = list(self.architecture.notes)
+            row["notes"] = [*self.architecture.notes, *(f"prior: {why}" for why in self.unfitted)]
             rows.append({k: row.get(k) for k in KEYS})
         return rows
 

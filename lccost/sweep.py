@@ -189,8 +189,8 @@ def solvable(row: dict[str, Any], solve: str) -> bool:
 
 #: What a reader must know about the basis of a time.
 BASIS_NOTES = {
-    "prior": "prior: no fitted kernels hold a tenth of the time or more on this GPU; it rests on a "
-    "prior made from published whole passes: read low-high as the answer",
+    "prior": "prior: a tenth of the time or more, or a method's own kernels, were never fitted on "
+    "this GPU; they rest on a prior made from published whole passes: read low-high as the answer",
     "transferred": "transferred: kernels fitted on the nearest GPU or another engine, scaled with "
     "the datasheet, low-high widened for it",
     "calibrated": "calibrated: kernels fitted on tables measured on this GPU with this engine, "
@@ -211,6 +211,7 @@ def assumptions(rows: Sequence[dict[str, Any]], run: Sweep) -> list[str]:
         f"reports, with context + {run.output_tokens} output tokens",
     ]
     out += [BASIS_NOTES[b] for b in bases if b in BASIS_NOTES]
+    out += sorted({n for r in rows for n in r["notes"] or () if n.startswith("prior: ")})
     for a in run.architectures:
         beyond = [c for c in run.contexts if a.max_context_tokens and c > a.max_context_tokens]
         if beyond:

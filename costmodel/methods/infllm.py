@@ -58,6 +58,8 @@ from costmodel.mixers.attention import decode_attention, prefill_attention
 from costmodel.operation import Array, Operations, causal_pairs
 from costmodel.workload import Point
 
+#: Window, first tokens and looked-up blocks in one attention look like a window to a fitted family.
+_UNFITTED = "no table of measured kernels holds InfLLM's attention over window, first and blocks"
 _KERNEL = f"{MANAGER} _append, Triton multi-stage kernel"
 
 
@@ -236,6 +238,7 @@ class InfLLM(AbstractMethod):
             state_bytes=0.0,
             source=_KERNEL if reference else "",
             formula="window + first + topk p + (p + chunk) / 2 keys per query",
+            unfitted=_UNFITTED,
             shape={"window_tokens": seen},
         )
         size = layer_bytes(mixer, point, s)
@@ -263,6 +266,7 @@ class InfLLM(AbstractMethod):
             result_bytes=scores,
             transient_bytes=scores,
             source=f"{MANAGER} get_score=True, _score_kernel" if reference else "",
+            unfitted=_UNFITTED,
         )
         if reference:
             queries = np.minimum(s, float(self.chunk_tokens))
@@ -310,6 +314,7 @@ class InfLLM(AbstractMethod):
             launches=3 if reference else 1,
             source=_KERNEL if reference else "",
             formula="first + remainder + topk p tokens read once; scores of the window again",
+            unfitted=_UNFITTED,
         )
         operations = (
             lookup(mixer, point, budget, looked_up(budget, n), count=1.0),

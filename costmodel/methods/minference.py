@@ -34,6 +34,8 @@ from costmodel.workload import Point
 _CODE = "microsoft/MInference minference/modules/minference_forward.py vertical_and_slash_kernel"
 _LAST_QUERIES = 64.0
 _BLOCK = 64.0
+#: Where little is left out its pairs look like those of whole prompts to a fitted family.
+_UNFITTED = "no table of measured kernels holds MInference's sparse attention"
 
 
 @final
@@ -115,6 +117,7 @@ class MInference(AbstractMethod):
             name="sparse_attention",
             source=_CODE if reference else "",
             formula="2 (Hk + Hv) N for each of S queries and min(position, kept) keys",
+            unfitted=_UNFITTED,
         )
         (sparse,) = within_pass((sparse,), point)
         unfused = blocked_transient_bytes(mixer, point, np.inf, block=_LAST_QUERIES)
@@ -128,6 +131,7 @@ class MInference(AbstractMethod):
             transient_bytes=scores * b if reference else heads * s * 8.0 + unfused,
             dtype=point.dtype,
             shape={**sparse.shape, "q_len": queries, "pairs": queries * s, "v_head_dim": 0.0},
+            unfitted=_UNFITTED,
             source=_CODE if reference else "",
             formula="2 Hk N 64 S FLOPs: the last 64 queries against all keys",
         )

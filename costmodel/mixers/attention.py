@@ -206,13 +206,14 @@ def prefill_attention(
     executed_pairs: Array | None = None,
     source: str = "",
     formula: str = "2 * (Hk + Hv) * N * pairs",
+    unfitted: str = "",
     shape: Mapping[str, Array] | None = None,
 ) -> Operation:
     """A flash-style attention kernel over a prompt.
 
     ``pairs`` are the useful query-key pairs per head and sequence. What torch's flop counter counts
     is the full square (``reference`` level), whatever the kernel skips; ``executed_pairs``
-    overrides.
+    overrides. ``unfitted``: see ``Operation``.
     """
     s = point.prompt_tokens
     if executed_pairs is None:
@@ -244,6 +245,7 @@ def prefill_attention(
             "window_tokens": mixer.limit_tokens,
             **(shape or {}),
         },
+        unfitted=unfitted,
         source=source,
         formula=formula,
     )
@@ -264,6 +266,7 @@ def decode_attention(
     launches: float = 1.0,
     source: str = "",
     formula: str = "read B * T * K * (Hk + Hv) * b; 2 * (Hk + Hv) * N * B * T FLOPs",
+    unfitted: str = "",
 ) -> Operation:
     """One decode-attention kernel over ``read_tokens`` cached tokens per sequence."""
     per_pair = mixer.flops_per_pair()
@@ -290,6 +293,7 @@ def decode_attention(
             "v_head_dim": mixer.v_head_dim,
             "kv_bytes": read_bytes,
         },
+        unfitted=unfitted,
         source=source,
         formula=formula,
     )

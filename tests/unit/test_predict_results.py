@@ -81,3 +81,43 @@ def test_a_workload_is_whole_numbers(batch: object) -> None:
 def test_tp_is_a_whole_number(tp: object) -> None:
     with pytest.raises(ConfigError, match="tp: expected"):
         predict(LLAMA, "full", Workload.of(), H100, tp=tp)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang", "transformers", "lccost"])
+@pytest.mark.parametrize("level", ["ideal", "reference"])
+@pytest.mark.parametrize(
+    ("spec", "tokens", "why"),
+    [
+        # just beyond what they keep: pairs and windows look like those of measured kernels
+        ("infllm", [6300, 32_768, 131_072], "InfLLM"),
+        ("minference", [3010, 3050, 131_072], "MInference"),
+    ],
+)
+def test_methods_without_measured_kernels_are_priors_with_a_reason(
+    engine: str, level: str, spec: str, tokens: list[int], why: str
+) -> None:
+    for gpu in ("h100-sxm", "a100-sxm-80gb"):
+        for context in tokens:
+            prediction = predict(
+                load_architecture("llama-3.1-70b"),
+                spec,
+                Workload.of(1, context),
+                load_hardware(gpu),
+                engine=engine,
+                level=level,
+                tp=8,
+                solve=False,
+            )
+            assert prediction.basis == "prior"
+            (row,) = prediction.rows()
+            assert any(n.startswith("prior: ") and why in n for n in row["notes"]), row["notes"]
+
+
+def test_where_a_budget_holds_everything_nothing_is_unfitted() -> None:
+    for spec in ("infllm", "minference", "full"):
+        at = Workload.of(1, 2048)
+        prediction = predict(
+            load_architecture("llama-3.1-8b"), spec, at, load_hardware("h100-sxm"), engine="vllm"
+        )
+        assert prediction.basis == "calibrated"
+        assert prediction.unfitted == ()
