@@ -88,6 +88,8 @@ def fused_step(point: Point, kernel: str, *operations: Operation) -> Operations:
         executed_flops=added(*(op.counted_flops for op in operations)),
         transient_bytes=transient,
         unfitted="",
+        source=f"measure/kernels, step {kernel}",
+        formula="; ".join(dict.fromkeys(op.formula for op in operations)),
         launches=family.launches,
         kernel=kernel,
         shape={**shape, "room_tokens": point.reserved_tokens},
@@ -102,10 +104,17 @@ def work_of(operation: Operation, n_units: float) -> Work:
     return work | kernel.work(operation, n_units)
 
 
-def split_count(kernel: FusedKernel, units: Array, room_tokens: Array, n_units: float) -> Array:
+def split_count(
+    kernel: FusedKernel,
+    units: Array,
+    room_tokens: Array,
+    n_units: float,
+    block_tokens: Array | None = None,
+) -> Array:
     """Programs that share the cache of one KV head: the rule of ``measure.kernels._splits``."""
     fill = np.maximum(np.floor(n_units * kernel.blocks_per_sm / units), 1.0)
-    blocks = np.ceil(np.asarray(room_tokens) / kernel.block_tokens)
+    block = kernel.block_tokens if block_tokens is None else block_tokens
+    blocks = np.ceil(np.asarray(room_tokens) / block)
     return np.maximum(np.minimum(np.minimum(fill, blocks), MAX_SPLITS), 1.0)
 
 

@@ -1,6 +1,8 @@
 """Peaks of memory.
 
 peak = weights + state by tier + the largest transient of the phase + what the engine reserves
+
+Steps of our own kernels keep room of their own besides (``costmodel.fused_room``).
 """
 
 from dataclasses import dataclass
@@ -8,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from costmodel.architecture import MixerGroup
+from costmodel.fused_room import alive_bytes, room_bytes
 from costmodel.layout import Execution, holding_operations
 from costmodel.methods.base import State
 from costmodel.operation import Array, Operations
@@ -65,11 +68,11 @@ def _room_tokens(point: Point) -> Array:
     return point.cached_tokens
 
 
-def largest_transient(operations: Operations) -> Array:
-    """Bytes beyond weights and state that the neediest operation has alive."""
+def largest_transient(operations: Operations, n_units: float = 1.0) -> Array:
+    """Bytes beyond weights and state that the neediest operation has alive, on so many SMs."""
     out: Array = np.float64(0.0)
     for op in operations:
-        out = np.maximum(out, op.transient_bytes)
+        out = np.maximum(out, alive_bytes(op, n_units))
     return out
 
 
@@ -97,12 +100,16 @@ def memory_of(
     fixed = weights + reserved
     prefill = holding_operations(run, prompt, decode=False) if prefill is None else prefill
     decode = holding_operations(run, last, decode=True) if decode is None else decode
-    transient = np.maximum(decode_transient_bytes, largest_transient(decode))
+    sms = float(run.hardware.n_units or 100)
+    transient = np.maximum(decode_transient_bytes, largest_transient(decode, sms))
     return Memory(
         weights_bytes=weights,
         state_bytes=device,
         state_host_bytes=host,
         state_allocated_bytes=allocated,
-        peak_prefill_bytes=fixed + allocated + largest_transient(prefill),
-        peak_decode_bytes=fixed + np.maximum(allocated, allocated_last) + transient,
+        peak_prefill_bytes=fixed + allocated + largest_transient(prefill, sms),
+        peak_decode_bytes=fixed
+        + np.maximum(allocated, allocated_last)
+        + room_bytes(decode, sms)
+        + transient,
     )

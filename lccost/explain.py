@@ -6,6 +6,7 @@ import numpy as np
 
 from costmodel.engines import Engine
 from costmodel.errors import NotApplicableError
+from costmodel.fused_room import alive_bytes, room_bytes
 from costmodel.hardware import HardwareProfile
 from costmodel.kernels import time_operation
 from costmodel.layout import decode_operations
@@ -85,12 +86,14 @@ def _symbols(model: Model, context: int, batch: int) -> dict[str, Any]:
 
 def _parts(model: Model, allocated: float, operations: Operations) -> dict[str, Any]:
     """Terms of a peak, in bytes of one GPU."""
-    widest = max(operations, key=lambda op: float(np.max(op.transient_bytes)))
+    sms = float(model.run.hardware.n_units or 100)
+    widest = max(operations, key=lambda op: float(np.max(alive_bytes(op, sms))))
     engine, one = model.engine, model.run.tp == 1
     parts = {
         "weights_bytes": round(float(model.run.weights_bytes)),
         "state_allocated_bytes": round(allocated),
-        "transient_bytes": round(float(np.max(widest.transient_bytes))),
+        "transient_bytes": round(float(np.max(alive_bytes(widest, sms)))),
+        "kernel_room_bytes": round(float(np.max(room_bytes(operations, sms)))),
         "engine_bytes": round(engine.reserved_bytes[0 if one else 1]),
     }
     return {"peak_bytes": sum(parts.values()), **parts, "transient_of": widest.name}

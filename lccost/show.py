@@ -292,9 +292,11 @@ def _memory_lines(block: Row) -> Iterable[str]:
             format_bytes(m[f"{name}_bytes"])
             for name in ("peak", "weights", "state_allocated", "transient", "engine")
         )
+        room = m["kernel_room_bytes"]
+        kernels = f" + what kernels keep {format_bytes(room)}" if room else ""
         yield (
             f"peak     {phase} {peak} = weights {weights} + KV/state {cache} + "
-            f"{m['transient_of']} {transient} + engine {engine}"
+            f"{m['transient_of']} {transient}{kernels} + engine {engine}"
         )
     yield (
         f"capacity {format_bytes(memory['capacity_bytes'])} of "

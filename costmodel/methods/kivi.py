@@ -14,7 +14,7 @@ A window W keeps whole key blocks: the fewest that still cover min(T, W) tokens.
 contiguous before each kernel, packed values re-concatenated every step, scores materialised.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, final
 
 import numpy as np
@@ -208,6 +208,8 @@ class Kivi(AbstractMethod):
                 point, attention, packed=packed, elements=dequantised, bits=self.bits
             )
             if mixer.max_kv_tokens() is None:
+                shape = {**attend[0].shape, "residual_tokens": float(self.residual_tokens)}
+                attend = (replace(attend[0], shape=shape), *attend[1:])
                 return fused_step(point, f"kivi{self.bits}", *attend, flush)
             return (*attend, flush)
         return (

@@ -133,17 +133,18 @@ class Quest(AbstractMethod):
         rows = point.batch * (mixer.n_heads if reference else mixer.n_kv_heads)
         b = point.kv_element_bytes
         new = point.batch * mixer.n_kv_heads * (2.0 * mixer.head_dim * b)
+        estimate = elementwise(
+            "estimate_pages",
+            vector_flops=point.batch * pages * (4.0 * mixer.n_heads * mixer.head_dim),
+            state_bytes=metadata + 2 * new,
+            workspace_bytes=rows * pages * b,
+            source=f"{_ATTENTION} decode_estimate" if reference else "",
+            formula="metadata read once; 4 Hk N FLOPs per page; the new token's page updated",
+        )
         return fused_step(
             point,
             "quest",
-            elementwise(
-                "estimate_pages",
-                vector_flops=point.batch * pages * (4.0 * mixer.n_heads * mixer.head_dim),
-                state_bytes=metadata + 2 * new,
-                workspace_bytes=rows * pages * b,
-                source=f"{_ATTENTION} decode_estimate" if reference else "",
-                formula="metadata read once; 4 Hk N FLOPs per page; the new token's page updated",
-            ),
+            replace(estimate, shape={"page_tokens": float(self.page_tokens)}),
             select(
                 "select_pages",
                 rows=rows,
