@@ -265,6 +265,7 @@ def _elementwise(run: Execution, point: Point, tokens: Array) -> Operation:
         count=n_layers,
         weight_bytes=run.small_parameters * b / n_layers,
         activation_bytes=tokens * ((4.0 * d * blocks + 0.75 * run.mlp_width) * b),
+        shape={"blocks": blocks},
         launches=point.engine.elementwise_launches,
         transient_bytes=alive * (_alive(run, point.engine) * b),
         dtype=point.dtype,

@@ -16,7 +16,7 @@ from costmodel.operation import Array, Operation, blocked_pairs, causal_pairs
 #: aten/src/ATen/native/cpu/FlashAttentionKernel.cpp: kv_split_size 512).
 CPU_KEY_BLOCK_TOKENS = 512.0
 #: Queries the torch engine masks together in a windowed prompt (``measure.parts``).
-MASKED_QUERY_TOKENS = 512.0
+MASKED_QUERY_TOKENS = 256.0
 
 
 class Measured(NamedTuple):
@@ -46,7 +46,7 @@ def tiled_causal_pairs(n_queries: Array) -> Array:
 def windowed(operation: Operation) -> Measured | None:
     """The masked blocks of a prompt longer than its window; None where no window cuts it.
 
-    Every block of 512 queries meets the window before its first query and itself.
+    Every block of 256 queries meets the window before its first query and itself.
     """
     shape = operation.shape
     window, s = shape.get("window_tokens", np.inf), shape["q_len"]
@@ -79,7 +79,12 @@ def _experts(op: Operation) -> Measured:
 
 
 def _gates(op: Operation) -> Measured:
-    return Measured("", op.shape["m"], op.flops, {"k": op.shape["k"]})
+    parameters = {name: op.shape[name] for name in ("k", "groups")}
+    return Measured("", op.shape["m"], op.flops, parameters)
+
+
+def _between(op: Operation) -> Measured:
+    return _plain(op)._replace(parameters={"blocks": op.shape["blocks"]})
 
 
 def _prompt(op: Operation) -> Measured:
@@ -150,6 +155,7 @@ _RULES: Mapping[str, Rule] = {
     "decode_attention": _cached,
     "select": _select,
     # names
+    "norm_rope_activation": _between,
     "rglru_gates": _gates,
     "score_pass": _scored_prompt,
     "banded_attention": _scored_prompt,
@@ -162,12 +168,8 @@ _RULES: Mapping[str, Rule] = {
     "ssd_chunk_scan": _scan,
     "selective_scan": _scan,
     "rglru_scan": _scan,
-    "gated_delta_rule": _scan,
-    "kda": _scan,
     "wkv5": _scan,
     "selective_state_update": _scan_step,
     "rglru_step": _scan_step,
-    "gated_delta_rule_step": _scan_step,
-    "kda_step": _scan_step,
     "wkv5_step": _scan_step,
 }

@@ -10,7 +10,7 @@ more than the cache holds, as the weights and caches of a real pass do):
 class                                   size ``x``                unit of work        parameters
 ======================================  ========================  ==================  ==============
 gemm (also of experts, one by one)      rows m                    FLOP (2 m n k)      n, k
-rglru_gates                             rows m                    FLOP                k
+rglru_gates                             rows m                    FLOP                k, groups
 prefill_attention                       query tokens              FLOP of whole tiles head_dim
 windowed_attention                      keys of a masked block    FLOP of blocks      head_dim
 banded_attention, score_pass,           score rows times keys     FLOP of blocks      head_dim
@@ -26,16 +26,19 @@ selective_state_update, ..._step        state elements            state element 
                                                                                       d_state
 causal_conv1d                           elements                  element             kernel
 select, update_and_evict                scores                    score
-norm_rope_activation, gather_kept, ...  bytes moved               byte
+norm_rope_activation                    bytes moved               byte                blocks
+gather_kept, chunk_kda, ...             bytes moved               byte
 stream (any other elementwise)          bytes moved               byte, plus
                                                                   ``dispatch``
 ======================================  ========================  ==================  ==============
 
-``group`` is query heads per KV head; ``dispatch`` is seconds per launch, at x = 1. Classes whose
-type does not matter have no dtype. Between sizes time per unit is interpolated in log-log space;
-between variants by the inverse fourth power of the distance in octaves of their parameters
-(predicting a GEMV of a left-out shape, the fourth power errs by 8 % in fp32 and 18 % in bf16, the
-second by 10 and 23). Outside the measured sizes the end value holds and the result is marked.
+``group`` is query heads per KV head; ``blocks`` are a layer's mixers and MLPs (each with a norm
+and a residual sum, the MLPs with an activation); ``dispatch`` is seconds per launch, at x = 1.
+Classes whose type does not matter have no dtype. Between sizes time per unit is interpolated in
+log-log space; between variants by the inverse fourth power of the distance in octaves of their
+parameters (predicting a GEMV of a left-out shape, the fourth power errs by 8 % in fp32 and 18 % in
+bf16, the second by 10 and 23). Outside the measured sizes the end value holds and the result is
+marked.
 What is ignored: overlap (a CPU has none), and that a working set smaller than the last-level cache
 may be warm.
 """

@@ -17,8 +17,10 @@ from measure.parts import QUERY_BLOCK
 
 
 class _Snapshot(NamedTuple):
+    """Tokens seen; of every buffer its capacity and a copy of its entries."""
+
     n_tokens: int
-    entries: list[Tensor]
+    entries: list[tuple[int, Tensor]]
 
 
 class KeptTokensCache(AbstractLayerCache):
@@ -45,13 +47,15 @@ class KeptTokensCache(AbstractLayerCache):
 
     def snapshot(self) -> Any:
         """Copies of everything kept: a step may overwrite any of it."""
-        return _Snapshot(self.n_tokens, [x.entries().clone() for x in self._buffers()])
+        copies = [(x.capacity, x.entries().clone()) for x in self._buffers()]
+        return _Snapshot(self.n_tokens, copies)
 
     def restore(self, snapshot: Any) -> None:
-        """Put the copies back."""
+        """Put the copies back, laid out as they were (see ``GrowingBuffer.fit``)."""
         self.n_tokens = snapshot.n_tokens
-        for buffer, entries in zip(self._buffers(), snapshot.entries, strict=True):
+        for buffer, (capacity, entries) in zip(self._buffers(), snapshot.entries, strict=True):
             buffer.clear()
+            buffer.fit(capacity)
             buffer.append(entries)
         if self.step_room is not None:
             self.step_room.forget()

@@ -15,6 +15,9 @@ from measure.parts import rms, rope_table, rotate
 
 #: Copies of at most this size reuse their buffers, as activations are reused.
 _REUSED_BYTES = 2**23
+#: Products with the first weights of a shape, before any is timed: the very first took several
+#: times as long as the tenth.
+_UNTIMED = 8
 #: One copy over the host link.
 _LINK_BYTES = 2**28
 
@@ -58,6 +61,9 @@ def gemm(bench: Bench, dtype: str) -> None:
         if not bench.fits(dtype, n * k):
             continue
         weights = bench.rotating(dtype, n, k)
+        x = torch.full((1, k), 0.1, dtype=kind)
+        for _ in range(_UNTIMED):
+            _linear_next(x, weights)
         points: list[CurvePoint] = []
         for m in bench.plan.rows:
             flops = 2.0 * m * n * k
@@ -76,19 +82,23 @@ def gemm(bench: Bench, dtype: str) -> None:
 def elementwise(bench: Bench, dtype: str) -> None:
     """Norms, rotary embedding, activation and residual sums of one layer of the engine.
 
-    Seconds per byte as the cost model counts them: 8 d + 3 F elements per token.
+    Seconds per byte as the cost model counts them: 8 d + 3 F elements per token of a layer with
+    attention and an MLP (two blocks), 4 d where a layer is one recurrent mixer (one block).
     """
     d, f = bench.plan.layer[:2]
-    points = []
-    for rows in bench.plan.layer_rows:
-        n_bytes = rows * (8.0 * d + 3.0 * f) * TORCH_DTYPES[dtype].itemsize
-        seconds, spread = bench.cold(_Between(bench.plan.layer, rows, TORCH_DTYPES[dtype]))
-        points.append((n_bytes, seconds / n_bytes, spread))
-    bench.results.add(curve_name("norm_rope_activation", dtype), points)
+    kind = TORCH_DTYPES[dtype]
+    for blocks, elements in ((1, 4.0 * d), (2, 8.0 * d + 3.0 * f)):
+        points = []
+        for rows in bench.plan.layer_rows:
+            between = _Between(bench.plan.layer, rows, kind)
+            seconds, spread = bench.cold(between.norm_and_sum if blocks == 1 else between.layer)
+            n_bytes = rows * elements * kind.itemsize
+            points.append((n_bytes, seconds / n_bytes, spread))
+        bench.results.add(curve_name("norm_rope_activation", dtype, blocks=blocks), points)
 
 
 class _Between:
-    """Everything the engine runs in a layer but matmuls and attention, on reused activations."""
+    """What the engine runs in a layer but matmuls and mixing, on reused activations."""
 
     def __init__(
         self, layer: tuple[int, int, int, int, int], rows: int, dtype: torch.dtype
@@ -106,7 +116,13 @@ class _Between:
         self.gate_up = activation(1, rows, 2 * f)
         self.table = rope_table(rows, size, Rope(), dtype, torch.get_default_device())
 
-    def __call__(self) -> Tensor:
+    def norm_and_sum(self) -> Tensor:
+        """All there is around a block that is a mixer."""
+        rms(self.x, self.weight, 1e-5)
+        return self.x + self.x
+
+    def layer(self) -> Tensor:
+        """Attention and a gated MLP."""
         rms(self.x, self.weight, 1e-5)
         heads = self.qkv.view(1, self.qkv.shape[1], -1, self.size).transpose(1, 2)
         parts = (self.n_heads, self.n_kv_heads, self.n_kv_heads)

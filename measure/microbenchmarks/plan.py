@@ -23,8 +23,8 @@ class Plan:
     stream_bytes    working sets of a copy
     windows         of windowed and banded prompts (of about twice as many tokens)
     scored_tokens   prompts whose scores are summed
-    kept_tokens     tokens kept by a method that drops others; step_groups  their query heads per KV
-                    head
+    kept_tokens     tokens kept by a method that drops others
+    step_groups     query heads per KV head of steps over kept tokens, and over unpacked copies
     method_tokens   tokens in the caches of the other methods
     selected_tokens scores per head that a top-k chooses from
     convolved       (tokens, channels) of short convolutions
@@ -77,7 +77,7 @@ QUICK = Plan(
     prefill_tokens=(300, 1100, 4500),
     kivi_tokens=(400, 6400),
     quantise_tokens=(1600,),
-    layer_rows=(1, 8, 64, 512, 4096, 12288),
+    layer_rows=(1, 8, 64, 512, 4096),
     stream_bytes=(2**12, 2**16, 2**20, 2**23, 2**26, 2**28),
     windows=(400,),
     scored_tokens=(1100,),
@@ -93,34 +93,34 @@ QUICK = Plan(
     rwkv5=((6, 256),),
 )
 FULL = Plan(
-    seconds=0.06,
-    pool_bytes=2**30,
+    seconds=0.05,
+    pool_bytes=2**29,
     gemm_shapes=(
-        *((704, 448), (1216, 832), (832, 1216), (1088, 3008), (4928, 1088), (2944, 2944)),
-        *((12032, 4160), (4160, 12032), (20032, 1344), (100032, 2112)),
+        *((704, 448), (1216, 832), (1088, 3008), (4928, 1088), (2944, 2944)),
+        *((12032, 4160), (4160, 12032), (20032, 1344)),
     ),
-    rows=(1, 2, 3, 4, 6, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384),
+    rows=(1, 2, 3, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096, 16384),
     max_call_s=0.06,
     head_dims=(64, 128, 256),
     groups=(1, 2, 4, 8),
-    decode_tokens=(100, 400, 1600, 6400, 25600, 102400),
-    prefill_tokens=(150, 300, 600, 900, 1500, 2700, 5400),
-    kivi_tokens=(400, 3200, 25600),
+    decode_tokens=(100, 400, 1600, 12800, 51200),
+    prefill_tokens=(150, 300, 600, 900, 1800, 3600),
+    kivi_tokens=(400, 3200, 12800),
     quantise_tokens=(400, 3200, 12800),
-    layer_rows=(1, 2, 4, 8, 16, 64, 256, 1024, 4096, 16384, 65536),
+    layer_rows=(1, 2, 4, 16, 64, 256, 1024, 4096, 16384),
     stream_bytes=tuple(2**n for n in range(12, 30, 2)),
-    windows=(300, 1500),
+    windows=(300, 1200),
     scored_tokens=(400, 1500),
-    kept_tokens=(100, 700, 5000),
-    step_groups=(1, 4),
+    kept_tokens=(100, 800, 6400),
+    step_groups=(2, 8),
     method_tokens=(600, 4800),
     selected_tokens=(300, 3000, 30000),
     convolved=((1, 700), (1, 2800), (1, 11000), (150, 700), (600, 2800), (2000, 5600)),
     mamba2=(
-        *((7, 64, 128, 256, 512), (26, 64, 128, 256, 1024), (54, 64, 128, 256, 2048)),
-        *((14, 64, 128, 128, 512), (14, 64, 64, 256, 512), (14, 128, 128, 256, 512)),
+        *((7, 64, 128, 256, 512), (54, 64, 128, 256, 768), (14, 64, 128, 128, 512)),
+        *((14, 64, 64, 256, 512), (14, 128, 128, 256, 512)),
     ),
-    rglru=((384, 3, 300), (1152, 6, 600), (1152, 6, 2400), (4608, 18, 1200)),
+    rglru=((384, 3, 300), (1152, 6, 600), (4608, 18, 600)),
     mamba=((576, 16, 256), (2304, 16, 256)),
     delta=((6, "gdn", 256), (18, "gdn", 512), (6, "kda", 256)),
     rwkv5=((6, 256), (24, 512)),

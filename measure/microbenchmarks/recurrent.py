@@ -1,7 +1,7 @@
 """Short convolutions, chunked scans and recurrence steps, run by the engine's own mixers.
 
-A mixer is timed whole at a small model width; its matmuls, timed alone, and what other curves
-already cover are taken off, and the rest is its scan.
+A mixer is timed whole but for its projections, whose products are given. What other curves already
+cover is taken off, and the rest is its scan.
 """
 
 from collections.abc import Iterator
@@ -30,8 +30,10 @@ from measure.mixers.rglru import RGLRURunner
 from measure.numerics import Numerics
 from measure.parts import Tensors
 
-#: Width of the model around a mixer that is timed: its matmuls are the smaller part.
+#: Width of the model around a mixer that is timed; nothing is multiplied with it.
 _D_MODEL = 64
+#: Sequences in the larger of the two steps of every mixer.
+_BATCH = 8
 #: What is left of a difference on a disturbed machine is at least this share.
 _LEAST_SHARE = 0.05
 
@@ -47,7 +49,8 @@ def convolutions(bench: Bench, dtype: str) -> None:
             dtype=TORCH_DTYPES[dtype],
             device=torch.get_default_device(),
         )
-        x = torch.rand(1, tokens, channels).to(TORCH_DTYPES[dtype])
+        # half of a projection, as in the mixers: its rows are further apart than they are long
+        x = torch.rand(1, tokens, 2 * channels).to(TORCH_DTYPES[dtype])[..., :channels]
         weight = torch.rand(channels, 1, kernel).to(TORCH_DTYPES[dtype])
         bias = torch.rand(channels).to(TORCH_DTYPES[dtype])
 
@@ -73,17 +76,46 @@ def scans(bench: Bench, dtype: str) -> None:
             name: random_tensor(shape, kind, generator)
             for name, shape in runner.shapes(_D_MODEL).items()
         }
-        caches = [
-            runner.cache(batch=1, dtype=kind, device=torch.get_default_device()) for _ in range(2)
-        ]
-        x = torch.rand(1, tokens, _D_MODEL).to(kind)
+        sizes = {(matrix.n_out, matrix.n_in) for matrix in mixer.linears(_D_MODEL)}
+        w = {n: _Given(len(t), kind) if tuple(t.shape) in sizes else t for n, t in w.items()}
         if isinstance(runner, RGLRURunner):
             _gates(bench, dtype, runner, w, tokens)
-        where = point(dtype, 1, tokens)
-        whole = bench.cold(partial(_run, runner, w, caches[0], x, True))
-        _rest(bench, dtype, mixer, mixer.prefill(where), whole, tokens)
-        step = bench.far(*(partial(_run, runner, w, c, x[:, :1], False) for c in caches))
-        _rest(bench, dtype, mixer, mixer.decode(where), step, 1)
+        (cache,) = _caches(runner, kind, 1, 1)
+        x = torch.rand(1, tokens, _D_MODEL).to(kind)
+        whole = bench.cold(partial(_run, runner, w, cache, x, True))
+        _rest(bench, dtype, mixer.prefill(point(dtype, 1, tokens)), whole)
+        for batch in (1, _BATCH):
+            x = torch.rand(batch, 1, _D_MODEL).to(kind)
+            caches = _caches(runner, kind, batch, 2)
+            step = bench.far(*(partial(_run, runner, w, c, x, False) for c in caches))
+            _rest(bench, dtype, mixer.decode(point(dtype, batch, 1)), step)
+
+
+class _Given:
+    """A projection whose product is there already: ``linear`` with it takes no time to speak of."""
+
+    def __init__(self, n_out: int, dtype: torch.dtype) -> None:
+        self.n_out, self.dtype = n_out, dtype
+        self._products: dict[torch.Size, Tensor] = {}
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, arguments: Any = (), named: Any = None
+    ) -> Tensor:
+        assert function is linear
+        x, self = arguments[:2]
+        return self.product(x.shape[:-1])
+
+    def product(self, rows: torch.Size) -> Tensor:
+        """The same for every ``x`` of so many rows."""
+        if rows not in self._products:
+            self._products[rows] = torch.randn(*rows, self.n_out).mul_(0.1).to(self.dtype)
+        return self._products[rows]
+
+
+def _caches(runner: RecurrentRunner, dtype: torch.dtype, batch: int, n: int) -> list[FixedState]:
+    device = torch.get_default_device()
+    return [runner.cache(batch=batch, dtype=dtype, device=device) for _ in range(n)]
 
 
 def _mixers(plan: Plan) -> Iterator[tuple[AbstractMixer, int]]:
@@ -122,22 +154,11 @@ def _run(runner: RecurrentRunner, w: Tensors, cache: Any, x: Tensor, first: bool
     return runner.run(x, w, cache, None, first)
 
 
-def _rest(
-    bench: Bench,
-    dtype: str,
-    mixer: AbstractMixer,
-    operations: Operations,
-    whole: tuple[float, float],
-    rows: int,
-) -> None:
+def _rest(bench: Bench, dtype: str, operations: Operations, whole: tuple[float, float]) -> None:
     """Take off what is known of the whole, and add the scan (the only one of its kind)."""
     scan = next(op for op in operations if op.kind in ("scan_prefill", "scan_step"))
     seconds, spread = whole
     known = sum(predicted_s(bench.results, op) for op in operations if op is not scan)
-    for matrix in mixer.linears(_D_MODEL):
-        weight = torch.rand(matrix.n_out, matrix.n_in).to(TORCH_DTYPES[dtype])
-        x = torch.rand(rows, matrix.n_in).to(TORCH_DTYPES[dtype])
-        known += bench.cold(partial(linear, x, weight))[0]
     rest = max(seconds - known, _LEAST_SHARE * seconds)
     add(bench.results, scan, rest, spread, dtype=dtype)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import tomli_w
 import torch
+from torch.nn.functional import linear
 
 from costmodel.errors import MeasurementError, MissingExtraError, NotApplicableError
 from costmodel.hardware import load_hardware
@@ -21,7 +22,7 @@ from measure.calibrate import (
     write_atomically,
 )
 from measure.isolation import Outcome
-from measure.microbenchmarks import run_plan
+from measure.microbenchmarks import recurrent, run_plan
 from measure.microbenchmarks.plan import FULL, QUICK
 from measure.runnable import runnable_names
 
@@ -111,6 +112,14 @@ def test_no_calibration_shape_is_a_models(request):
             if m.KIND == "attention"
         }
         assert not heads & {(QUICK.kv_heads, d) for d in FULL.head_dims}, name
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_mixer_is_timed_without_its_projections(batch):
+    given = recurrent._Given(5, torch.bfloat16)
+    product = linear(torch.empty(batch, 2, 0), given, torch.ones(7))
+    assert (product.shape, product.dtype) == ((batch, 2, 5), torch.bfloat16)
+    assert linear(torch.empty(batch, 2, 9), given) is product
 
 
 def test_a_failed_calibration_leaves_the_old_profile(tmp_path, monkeypatch):

@@ -5,6 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from costmodel.engines import load_engine
+from costmodel.kernels.curve_sizes import MASKED_QUERY_TOKENS
 from measure import parts
 from measure.config_numerics import numerics_of
 from measure.mixers.base import linear_scan
@@ -42,13 +44,12 @@ def test_blocks_of_queries_equal_attention_token_by_token(length, reach, kind, c
                 total = total + sinks[head].exp()
             expected[:, head, t] = (weights / total)[:, None].matmul(values).squeeze(1)
     limits = {} if kind == "full" else {kind: reach}
-    before = parts.QUERY_BLOCK
-    parts.QUERY_BLOCK = 5
-    try:
-        found = parts.attend_prompt(q, k, v, cap=cap, sinks=sinks, **limits)
-    finally:
-        parts.QUERY_BLOCK = before
+    found = parts.attend_prompt(q, k, v, cap=cap, sinks=sinks, block=5, **limits)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_the_cost_model_counts_the_blocks_that_are_masked():
+    assert parts.QUERY_BLOCK == MASKED_QUERY_TOKENS == load_engine("torch").score_block_tokens
 
 
 @given(length=st.integers(1, 40))
