@@ -70,10 +70,11 @@ def fused_step(point: Point, kernel: str, *operations: Operation) -> Operations:
     The attention among them, or the first, names the step; amounts add up. Level ``ideal`` and
     16-bit models only: that is what the kernels are for.
     """
-    usable = point.engine.fused_kernels and point.level == "ideal" and point.dtype != "fp32"
+    if not point.engine.fused_kernels or point.level != "ideal" or point.dtype == "fp32":
+        return operations
     shape = {name: value for op in reversed(operations) for name, value in op.shape.items()}
     family = KERNELS[kernel]
-    if not usable or not family.fits(shape):
+    if not family.fits(shape):
         return operations
     summed: dict[str, Any] = {
         name: added(*(getattr(op, name) for op in operations))

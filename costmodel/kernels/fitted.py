@@ -16,6 +16,7 @@ from costmodel.in_situ import InSitu
 from costmodel.kernels.families import Family, load_family
 from costmodel.kernels.prior import KernelTime, prior_time
 from costmodel.operation import Array, Operation, causal_pairs, some
+from costmodel.units import DTYPE_BYTES
 
 #: Which points something holds for.
 Mask = NDArray[np.bool_] | np.bool_ | bool
@@ -254,12 +255,18 @@ def _prefill(operation: Operation) -> Asked | None:
         "v_head_dim",
         "pairs",
     }
-    if not needed <= shape.keys() or some(operation.workspace_bytes):
+    if not needed <= shape.keys():
         return None
     q, window = np.asarray(shape["q_len"]), np.asarray(shape.get("window_tokens", np.inf))
     unbounded = bool(np.all(np.isinf(window)))
     expected = causal_pairs(q, None if unbounded else window)
     mask = _close(shape["kv_len"], shape["q_len"]) & _close(shape["pairs"], expected)
+    if some(operation.workspace_bytes):
+        # K and V that are not cached as they are: the kernel reads them all the same. Anything
+        # more is scores, which no fitted kernel writes.
+        width = np.asarray(shape["n_kv_heads"]) * (shape["head_dim"] + shape["v_head_dim"])
+        kv_bytes = shape["batch"] * shape["kv_len"] * width * DTYPE_BYTES[operation.dtype]
+        mask = mask & (operation.workspace_bytes <= kv_bytes * (1 + SAME))
     if not np.any(mask):
         return None
     names = ("batch", "q_len", "n_heads", "n_kv_heads", "head_dim", "v_head_dim")
