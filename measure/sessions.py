@@ -159,7 +159,11 @@ class TorchSession:
         )
         self.token = self.prompt[:, -1:]
         self.compressor = prompt_compressor(
-            point.stack, dtype=self.dtype, device=device, seed=point.seed
+            point.stack,
+            dtype=self.dtype,
+            device=device,
+            seed=point.seed,
+            realisation=point.realisation,
         )
 
     def _model(self) -> Architecture:
@@ -177,6 +181,7 @@ class TorchSession:
         """Bytes of all weights, those of a prompt compressor too."""
         return self.weights.nbytes + (0 if self.compressor is None else self.compressor.nbytes)
 
+    @torch.inference_mode()
     def state_bytes(self) -> tuple[int, int]:
         """One layer is alive at a time."""
         total = on_host = 0
@@ -201,6 +206,7 @@ class TorchSession:
         """All storages."""
         return sum(cache.storage_bytes for cache in self.caches)
 
+    @torch.inference_mode()
     def clear(self) -> None:
         """Empty all caches."""
         for cache in self.caches:
@@ -211,6 +217,7 @@ class TorchSession:
         prompt = self.prompt if self.compressor is None else self.compressor.compress(self.prompt)
         self.logits = self.decoder.prefill(prompt, self.caches)
 
+    @torch.inference_mode()
     def fill(self) -> None:
         """Random keys and values, layer by layer."""
         for cache in self.caches:
@@ -224,6 +231,7 @@ class TorchSession:
         """One token per sequence."""
         self.logits = self.decoder.decode(self.token, self.caches)
 
+    @torch.inference_mode()
     def reset(self) -> None:
         """Put the snapshots back."""
         for cache, snapshot in zip(self.caches, self.snapshots, strict=True):

@@ -32,7 +32,7 @@ from costmodel.units import format_bytes
 from costmodel.workload import Workload
 from lccost.catalogue import model_rows
 from lccost.cli import COMMANDS, cli
-from measure.methods import layer_cache_class
+from measure.methods import forms_of
 from measure.mixers import build_cache
 from measure.runnable import runnable_names
 
@@ -122,17 +122,12 @@ def run_table() -> str:
     """Method x mixer: priced, run on the torch engine, proven by the bridge."""
     notes: dict[str, int] = {}
     lines = [
-        f"| method | forms | {' | '.join(BRIDGED)} |",
-        f"|---|---|{'---|' * len(BRIDGED)}",
+        f"| method | {' | '.join(BRIDGED)} |",
+        f"|---|{'---|' * len(BRIDGED)}",
     ]
     for name in method_names():
         cells = [run_cell(name, mixers, notes) for mixers in BRIDGED.values()]
-        forms = "-"
-        if name in runnable_names() and name not in ("minference", "llmlingua2"):
-            forms = ", ".join(sorted(layer_cache_class(name).REALISATIONS))
-        elif name in runnable_names():
-            forms = "best"
-        lines.append(f"| `{name}` | {forms} | {' | '.join(cells)} |")
+        lines.append(f"| `{name}` | {' | '.join(cells)} |")
     lines += [f"\n({number}) {reason}" for reason, number in notes.items()]
     lines.append(
         "\nP: predicted. M: run by `lccost measure`. B: bridge-tested: after the prompt and after "
@@ -142,17 +137,38 @@ def run_table() -> str:
         "composed, and of models that mix Mamba-2, RG-LRU and windows with attention; "
         "`test_mixer_bridge.py`; `tests/property/test_bridge_found.py`). own: the method leaves "
         "such layers as the model has them, which is P M B as `full` (LLMLingua-2 changes only "
-        f"the prompt; {CHANGES_ONLY_THE_PROMPT}). Forms: `best` is the fastest correct one here, "
-        "`reference` the operations of the published code. Compositions run where both parts do, "
+        f"the prompt; {CHANGES_ONLY_THE_PROMPT}). Compositions run where both parts do, "
         "except that KVQuant cannot stand behind SnapKV. Chunked attention (Llama 4) is run with "
         "`full` only.\n"
     )
     return "\n".join(lines)
 
 
+def forms_table() -> str:
+    """Method x form: what ``--realisation reference`` runs."""
+    lines = [
+        "`measure --realisation best` (the default) runs the fastest correct form here and is "
+        "compared with level `ideal`; `--realisation reference` runs the operations of the "
+        "published code and is compared with level `reference`. Both forms of a method keep the "
+        "same tokens and give the same outputs; bytes and FLOPs of both equal their prediction "
+        "(`tests/contract/test_bridge.py`). Published code that knows batch 1 or no grouped "
+        "queries is run for batches and groups all the same.\n",
+        "| method | `best` | `reference` |",
+        "|---|---|---|",
+    ]
+    for name in method_names():
+        if name not in runnable_names():
+            lines.append(f"| `{name}` | no: {NOT_RUN[name]} | no: {NOT_RUN[name]} |")
+            continue
+        forms, published = forms_of(name)
+        cells = ["yes" if "best" in forms else "no", "no" if "reference" not in forms else "yes"]
+        lines.append(f"| `{name}` | {cells[0]} | {cells[1]}: {published} |")
+    return "\n".join(lines) + "\n"
+
+
 def methods_page() -> str:
     """docs/methods.md: the table and one section per method."""
-    out = [NOTE + "# Methods\n", method_table(), "", run_table(), ""]
+    out = [NOTE + "# Methods\n", method_table(), "", run_table(), "", forms_table(), ""]
     for name in method_names():
         cls = method_class(name)
         doc = (sys.modules[cls.__module__].__doc__ or "").strip()

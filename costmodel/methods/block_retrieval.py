@@ -16,6 +16,8 @@ from costmodel.workload import Point
 MANAGER = "thunlp/InfLLM inf_llm/attention/context_manager.py"
 #: Prompt tokens that upstream feeds to the model at once (``chunk_size`` of its configurations).
 MODEL_CHUNK = 8192.0
+#: Chunks of a prompt that ``chunk_counts`` looks at together, so that its memory is bounded.
+_CHUNKS_AT_ONCE = 16_384.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -91,33 +93,37 @@ def looked_up(budget: Budget, n_blocks: Array) -> Array:
     return np.where(n_blocks > budget.topk, n_blocks, 0.0)
 
 
-def chunk_counts(prompt_tokens: Array, budget: Budget, block: float) -> tuple[Array, Array]:
+def chunk_counts(
+    prompt_tokens: Array, budget: Budget, block: float, *, spare: float = -1.0
+) -> tuple[Array, Array]:
     """(pairs per head, representatives scored) of a prompt on an engine without a fused kernel.
 
     Queries of a chunk are scored in blocks of ``block``; one ending at e computes its window of
-    min(e, W + block - 1) keys, masked ones too, and from afar the first tokens, the blocks looked
-    up, and the rest of what lies more than W behind e. Every distinct prompt is counted once.
+    min(e, W + block + spare) keys, masked ones too, and from afar the first tokens, the blocks
+    looked up, and the rest of what lies more than W behind e. Every distinct prompt is counted
+    once.
     """
     s = np.asarray(prompt_tokens, dtype=np.float64)
     arrays = np.broadcast_arrays(s, budget.init, budget.local, budget.topk)
     distinct, where = np.unique(np.stack([x.ravel() for x in arrays]), axis=1, return_inverse=True)
     n, init, local, topk = (x[:, None] for x in distinct)
     p, chunk = budget.block_tokens, budget.chunk_tokens
-    start = chunk * np.arange(np.ceil(n.max() / chunk))[None, :]
-    n_blocks = np.maximum(np.floor((start - init - local) / p), 0.0)
-    pairs = np.zeros(np.broadcast_shapes(n.shape, start.shape))
-    for offset in np.arange(0.0, chunk, block):
-        low = np.minimum(start + offset, n)
-        high = np.minimum(np.minimum(low + block, start + chunk), n)
-        queries = np.maximum(high - low, 0.0)
-        outside = np.maximum(high - local, 0.0)
-        far = np.minimum(init, outside) + np.minimum(topk, n_blocks) * p
-        far = far + np.maximum(outside - init - n_blocks * p, 0.0)
-        pairs += queries * (np.minimum(high, local + queries - 1) + far)
-    scored = np.where((start < n) & (n_blocks > topk), n_blocks, 0.0)
+    pairs, scored = np.zeros(len(n)), np.zeros(len(n))
+    last = np.ceil(n.max() / chunk)
+    for first in np.arange(0.0, last, _CHUNKS_AT_ONCE):
+        start = chunk * np.arange(first, min(first + _CHUNKS_AT_ONCE, last))[None, :]
+        n_blocks = np.maximum(np.floor((start - init - local) / p), 0.0)
+        for offset in np.arange(0.0, chunk, block):
+            low = np.minimum(start + offset, n)
+            high = np.minimum(np.minimum(low + block, start + chunk), n)
+            queries = np.maximum(high - low, 0.0)
+            outside = np.maximum(high - local, 0.0)
+            far = np.minimum(init, outside) + np.minimum(topk, n_blocks) * p
+            far = far + np.maximum(outside - init - n_blocks * p, 0.0)
+            pairs += (queries * (np.minimum(high, local + queries + spare) + far)).sum(axis=1)
+        scored += np.where((start < n) & (n_blocks > topk), n_blocks, 0.0).sum(axis=1)
     shape = np.shape(arrays[0])
-    totals = [x.sum(axis=1)[where.ravel()].reshape(shape) for x in (pairs, scored)]
-    return totals[0], totals[1]
+    return pairs[where.ravel()].reshape(shape), scored[where.ravel()].reshape(shape)
 
 
 def _wanted(budget: Budget, n_blocks: Array) -> tuple[Array, Array]:

@@ -164,8 +164,7 @@ def blocked_transient_bytes(
     """Bytes alive where an engine without a kernel scores a block of queries over ``keys`` keys.
 
     A score in the compute type, its fp32 copy where that is another type, and its probability; and
-    of every token the layer's input (residual and normed), the fused projection, rotated q and k,
-    and the output. Nothing on engines that have the kernel.
+    what is ``alive_around_bytes``. Nothing on engines that have the kernel.
     """
     if not point.engine.score_block_tokens or point.level == "reference":
         return 0.0
@@ -173,11 +172,22 @@ def blocked_transient_bytes(
     queries = np.minimum(point.engine.score_block_tokens if block is None else block, s)
     widest = np.minimum(np.minimum(keys, s) + queries - 1, s)
     score = b + 4.0 + (4.0 if b < 4 else 0.0) if fp32 else 2 * b
+    scores: Array = point.batch * mixer.n_heads * queries * widest * score
+    return scores + alive_around_bytes(mixer, point)
+
+
+def alive_around_bytes(mixer: Attention, point: Point) -> Array:
+    """Bytes alive around a prompt's attention on an engine of plain torch; 0 on others.
+
+    Of every token the layer's input (residual and normed), the fused projection, rotated q and k,
+    and the output.
+    """
+    if not point.engine.score_block_tokens:
+        return 0.0
     q, k = mixer.n_heads * mixer.head_dim, mixer.n_kv_heads * mixer.head_dim
     v, out = mixer.n_kv_heads * mixer.v_head_dim, mixer.n_heads * mixer.v_head_dim
     token = 2 * q + (q + k + v) + (q + k) + out
-    scores: Array = point.batch * mixer.n_heads * queries * widest * score
-    return scores + point.batch * s * (token * b)
+    return point.batch * point.prompt_tokens * (token * point.element_bytes)
 
 
 def score_pass(

@@ -5,7 +5,7 @@ All amounts are for one layer; letters as in ``chains``. The chains are transfor
 """
 
 from costmodel.methods.base import layer_bytes
-from costmodel.methods.chains import elementwise, reads_copy
+from costmodel.methods.chains import alive_around_bytes, elementwise, reads_copy
 from costmodel.mixers import Attention
 from costmodel.mixers.attention import decode_attention
 from costmodel.operation import Array, Operation, Operations
@@ -20,6 +20,18 @@ def softmax_chain_bytes(b: float) -> float:
     Scale (read b, write b), mask (b, b), softmax (b, 4), cast (4, b).
     """
     return 6 * b + 8
+
+
+def alive_per_score(point: Point) -> float:
+    """Bytes of a score at the chain's widest moment.
+
+    The score, its fp32 probability and the cast: b + 4 + b; where a cast is none, b + 4. A softmax
+    of plain torch makes the fp32 copy of 16-bit scores before it works: b + 4 + 4.
+    """
+    b = point.element_bytes
+    if b >= 4:
+        return b + 4
+    return b + 8 if point.engine.score_block_tokens else 2 * b + 4
 
 
 def rope_bytes(b: float) -> float:
@@ -54,7 +66,7 @@ def eager_prompt(
     """Attention over the prompt with the whole N S S score matrix in memory.
 
     The multiplications run over the full square; ``pairs`` is the useful part. The chain's
-    largest moment holds the 16-bit scores, their fp32 softmax and the cast: b + 4 + b per score.
+    largest moment is its softmax (``alive_per_score``), with the S x S mask beside it.
     """
     s = point.prompt_tokens
     b = point.element_bytes
@@ -62,7 +74,8 @@ def eager_prompt(
     scores = rows * s
     ratio = mixer.n_heads / mixer.n_kv_heads
     kv = layer_bytes(mixer, point, s) * ratio
-    alive = kv + scores * (2 * b + 4)
+    beside = kv + s * s * b + alive_around_bytes(mixer, point)
+    alive = beside + scores * alive_per_score(point)
     k_share = mixer.head_dim / (mixer.head_dim + mixer.v_head_dim)
     useful = point.batch * mixer.n_heads * pairs
     return (
@@ -74,7 +87,7 @@ def eager_prompt(
             executed_flops=scores * (2.0 * mixer.head_dim),
             activation_bytes=rows * (mixer.head_dim * b),
             workspace_bytes=kv * k_share + b * scores,
-            transient_bytes=kv + b * scores,
+            transient_bytes=beside + b * scores,
             dtype=point.dtype,
             shape={"m": rows, "n": s, "k": float(mixer.head_dim)},
             source=source,
@@ -96,7 +109,7 @@ def eager_prompt(
             executed_flops=scores * (2.0 * mixer.v_head_dim),
             activation_bytes=rows * (mixer.v_head_dim * b),
             workspace_bytes=kv * (1 - k_share) + b * scores,
-            transient_bytes=kv + b * scores,
+            transient_bytes=beside + 2 * b * scores,
             dtype=point.dtype,
             shape={"m": rows, "n": float(mixer.v_head_dim), "k": s},
             source=source,
@@ -131,7 +144,7 @@ def eager_step(
         read_bytes=kv if direct else 0.0,
         written_bytes=layer_bytes(mixer, point, 1.0),
         workspace_bytes=2 * b * scores,
-        transient_bytes=(ratio * kv if ratio > 1 else 0.0) + scores * (2 * b + 4),
+        transient_bytes=(ratio * kv if ratio > 1 else 0.0) + scores * alive_per_score(point),
         name="eager_attention",
         launches=2,
         source=source,
@@ -144,7 +157,7 @@ def eager_step(
             "mask_softmax",
             vector_flops=6 * scores,
             workspace_bytes=scores * softmax_chain_bytes(b),
-            transient_bytes=scores * (2 * b + 4),
+            transient_bytes=scores * alive_per_score(point),
             launches=4,
             source=source,
             formula="B N T (6 b + 8): scale, mask, softmax in fp32, cast",

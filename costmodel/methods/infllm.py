@@ -18,7 +18,8 @@ Blocks on the GPU are taken as uniform among the n, so a lookup misses topk max(
 of its blocks (no locality; measured runs miss less). ``ideal``: one fused kernel per chunk and the
 score pass; ``reference``: concatenations, fp32 rotation of the window and buffer copies as well,
 and the host waits for the indices of every chunk and layer, so that its starting of kernels adds to
-their running.
+their running. Its attention is the Triton kernel; plain torch runs the authors' torch form, which
+holds a chunk's scores in memory and takes what keys received from them.
 """
 
 from dataclasses import dataclass, replace
@@ -52,7 +53,12 @@ from costmodel.methods.block_retrieval import (
     lookup,
     prompt_copies,
 )
-from costmodel.methods.chains import blocked_transient_bytes, host_link, score_pass
+from costmodel.methods.chains import (
+    alive_around_bytes,
+    blocked_transient_bytes,
+    host_link,
+    score_pass,
+)
 from costmodel.mixers import Attention
 from costmodel.mixers.attention import decode_attention, prefill_attention
 from costmodel.operation import Array, Operations, causal_pairs
@@ -226,9 +232,14 @@ class InfLLM(AbstractMethod):
         chunks = np.ceil(s / self.chunk_tokens)
         # over the prompt there are n / 2 blocks on average
         executed, scored = pairs, n / 2
-        unfused = bool(point.engine.score_block_tokens) and not reference
+        unfused = bool(point.engine.score_block_tokens)
         if unfused:  # the window's probabilities are at hand: no second pass for local scores
-            executed, scored = chunk_counts(s, budget, float(point.engine.score_block_tokens))
+            executed, scored = (
+                # the published torch form takes a chunk at once, and W keys before its first query
+                chunk_counts(s, budget, float(self.chunk_tokens), spare=0.0)
+                if reference
+                else chunk_counts(s, budget, float(point.engine.score_block_tokens))
+            )
             scored = scored / chunks
         main = prefill_attention(
             mixer,
@@ -253,7 +264,16 @@ class InfLLM(AbstractMethod):
         (main,) = within_pass((main,), point)
         if unfused:
             # also rotated twice (near and far), and what every key received
-            alive = blocked_transient_bytes(mixer, point, seen + float(self.chunk_tokens))
+            alive = (
+                self._stages_alive(mixer, point, seen)
+                if reference
+                else blocked_transient_bytes(
+                    mixer,
+                    point,
+                    seen + float(self.chunk_tokens),
+                    block=min(float(point.engine.score_block_tokens), float(self.chunk_tokens)),
+                )
+            )
             heads = mixer.n_heads * mixer.head_dim
             copies_alive = point.batch * s * (heads * point.element_bytes + mixer.n_heads * 4.0)
             main = replace(main, transient_bytes=alive + copies_alive)
@@ -290,6 +310,16 @@ class InfLLM(AbstractMethod):
             return operations
         return operations + prompt_copies(mixer, point, budget, n_blocks=n, remainder=rem)
 
+    def _stages_alive(self, mixer: Attention, point: Point, seen: Array) -> Array:
+        """Bytes alive where a chunk's scores are in memory: masked, joined, their softmax, and a
+        stage's masked copy; beside K and V repeated to all query heads.
+        """
+        queries = np.minimum(float(self.chunk_tokens), point.prompt_tokens)
+        keys = np.minimum(seen + queries / 2, point.prompt_tokens)
+        scores = point.batch * mixer.n_heads * queries * keys * (4 * point.element_bytes)
+        repeated = layer_bytes(mixer, point, keys) * (mixer.n_heads / mixer.n_kv_heads)
+        return scores + repeated + alive_around_bytes(mixer, point)
+
     def decode(self, group: MixerGroup, point: Point) -> Operations:
         """Lookup, transfers, attention over what is held and what was fetched."""
         mixer = attention_of(group)
@@ -300,13 +330,15 @@ class InfLLM(AbstractMethod):
         window = np.minimum(point.cached_tokens, budget.local)
         heads = point.batch * mixer.n_heads
         reference = point.level == "reference"
-        unfused = bool(point.engine.score_block_tokens) and not reference
+        unfused = bool(point.engine.score_block_tokens)
+        # a fused kernel's probabilities are gone: scores of the window again; the published torch
+        # form also multiplies with the token that leaves the window
+        again = window / 2 if not unfused else float(reference)
         attention = decode_attention(
             mixer,
             point,
             read_tokens=tokens,
-            # a fused kernel's probabilities are gone: scores of the window again
-            executed_tokens=tokens + 1 + (0.0 if unfused else window / 2),
+            executed_tokens=tokens + 1 + again,
             read_bytes=layer_bytes(mixer, point, tokens),
             # the new token goes into the window and into the remainder
             written_bytes=layer_bytes(mixer, point, 2.0),

@@ -25,7 +25,7 @@ from costmodel.methods.base import (
     State,
     check_at_least,
 )
-from costmodel.methods.chains import host_link
+from costmodel.methods.chains import elementwise, host_link
 from costmodel.operation import Array, Operations
 from costmodel.workload import Point
 
@@ -77,8 +77,11 @@ class KvOffload(AbstractMethod):
         """Layers by tier."""
         layer = group.mixer.state_bytes(point)
         resident = self._resident(group)
-        on_host = group.n_layers - (resident if point.level == "reference" else 0)
-        return State(resident * layer, host=on_host * layer)
+        if point.level == "ideal":
+            return State(resident * layer, host=group.n_layers * layer)
+        # a new tensor with every token: no spare room
+        size = resident * layer
+        return State(size, host=(group.n_layers - resident) * layer, allocated=size)
 
     def prefill_attention(
         self, group: MixerGroup, point: Point, attention: Operations
@@ -106,6 +109,14 @@ class KvOffload(AbstractMethod):
         layer = mixer.state_bytes(point)
         reference = point.level == "reference"
         new = point.batch * (mixer.kv_elements_per_token() * point.kv_element_bytes)
+        cat = elementwise(
+            "cache_cat",
+            workspace_bytes=2 * layer,
+            transient_bytes=layer,
+            launches=2,
+            source="transformers 5.23 cache_utils.py DynamicLayer.update (torch.cat)",
+            formula="the layer's cache read and written",
+        )
         return (
             host_link(
                 "fetch_layer",
@@ -115,6 +126,7 @@ class KvOffload(AbstractMethod):
                 source=f"{_LAYER}.prefetch" if reference else "",
                 formula="the layer's whole cache to the GPU",
             ),
+            *((cat,) if reference and point.engine.kv_growth != "cat" else ()),
             *self._in_transit(group, point, mixer.decode(point)),
             host_link(
                 "write_back",

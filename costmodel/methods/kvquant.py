@@ -16,7 +16,7 @@ outliers of each new key on the host, and runs fp32 matrix-vector kernels (batch
 upstream).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, final
 
 import numpy as np
@@ -32,10 +32,10 @@ from costmodel.methods.base import (
     layer_bytes,
     not_stored,
 )
-from costmodel.methods.chains import attend_packed, elementwise, host_link, select
+from costmodel.methods.chains import attend_packed, elementwise, host_link, reads_copy, select
 from costmodel.mixers import Attention
 from costmodel.mixers.attention import decode_attention
-from costmodel.operation import Array, Operations
+from costmodel.operation import Array, Operation, Operations
 from costmodel.workload import Point
 
 _MODEL = "SqueezeAILab/KVQuant deployment/transformers models/llama/modeling_llama.py"
@@ -180,7 +180,7 @@ class KvQuant(AbstractMethod):
             )
         return (
             *self._reference_append(mixer, point, new),
-            attention,
+            *self._reference_attention(point, attention, elements),
             elementwise(
                 "softmax",
                 vector_flops=6 * scores,
@@ -191,6 +191,26 @@ class KvQuant(AbstractMethod):
                 formula="fp32 scores transposed and halved, scale, mask, softmax in fp32, cast",
             ),
         )
+
+    @staticmethod
+    def _reference_attention(point: Point, attention: Operation, elements: Array) -> Operations:
+        """The published kernels, or what plain torch does in their place: an fp32 copy of keys and
+        values, keys turned.
+        """
+        if point.engine.fused_dequantise:
+            return (attention,)
+        copy = elementwise(
+            "dequantise_codebook",
+            vector_flops=2.5 * elements,
+            state_bytes=attention.state_bytes,
+            workspace_bytes=elements * (4 + 4 * 4),
+            # codes, keys before and after turning, values
+            transient_bytes=elements / 2 * (1 + 4 + 4 + 4),
+            launches=20,
+            source="measure/methods/kvquant.py",
+            formula="packed state read; fp32 copies written, keys turned and joined",
+        )
+        return copy, reads_copy(replace(attention, state_bytes=0.0), 4 * elements)
 
     def _reference_append(self, mixer: Attention, point: Point, new: Array) -> Operations:
         source = f"{_MODEL} QuantK.forward_fused_sparse"

@@ -5,8 +5,8 @@ against all keys; the best columns (vertical) and diagonals (slash) are attended
 published head file of Llama-3.1-8B averages v + s = 3004 of them, which is ``kept_tokens``.
 
 Pairs per head: sum over queries of min(position, kept). Index: 2 N 64 S Hk FLOPs. Decode is dense.
-``reference``: scores of the 64 queries materialised, and diagonals computed in blocks of 64, so a
-query computes one more block.
+``reference``: K and V repeated to all query heads, scores of the 64 queries materialised, one head
+after another, and diagonals computed in blocks of 64, so a query computes one more block.
 """
 
 from dataclasses import dataclass, replace
@@ -23,10 +23,16 @@ from costmodel.methods.base import (
     State,
     attention_of,
     check_at_least,
+    layer_bytes,
     within_pass,
 )
-from costmodel.methods.chains import blocked_transient_bytes, elementwise, select
-from costmodel.methods.eager import softmax_chain_bytes
+from costmodel.methods.chains import (
+    alive_around_bytes,
+    blocked_transient_bytes,
+    elementwise,
+    select,
+)
+from costmodel.methods.eager import repeat_kv, softmax_chain_bytes
 from costmodel.mixers.attention import prefill_attention
 from costmodel.operation import Array, Operation, Operations, causal_pairs
 from costmodel.workload import Point
@@ -75,12 +81,14 @@ class MInference(AbstractMethod):
         """Slash blocks of a query where half of the kept tokens are in blocks."""
         return max(1, self.kept_tokens // 2 // self.block_tokens)
 
-    def _unfused_pairs(self, prompt_tokens: Array) -> Array:
+    def _unfused_pairs(self, prompt_tokens: Array, *, square: bool) -> Array:
         """Pairs of an engine without a sparse kernel: dense causal rows as long as they see no
-        more than what is kept (whole blocks of them), then the kept tokens for every row.
+        more than what is kept (whole blocks of them; ``square`` as torch's counter counts them),
+        then the kept tokens for every row.
         """
         dense = float(self.kept_tokens // self.block_tokens * self.block_tokens)
-        pairs: Array = causal_pairs(dense) + (prompt_tokens - dense) * self.kept_tokens
+        first = dense * dense if square else causal_pairs(dense)
+        pairs: Array = first + (prompt_tokens - dense) * self.kept_tokens
         return pairs
 
     def equals_full(
@@ -103,8 +111,8 @@ class MInference(AbstractMethod):
         pairs = causal_pairs(s, float(self.kept_tokens))
         reference = point.level == "reference"
         executed = causal_pairs(s, self.kept_tokens + _BLOCK) if reference else pairs
-        if point.engine.score_block_tokens and not reference:
-            executed = self._unfused_pairs(s)
+        if point.engine.score_block_tokens:
+            executed = self._unfused_pairs(s, square=reference)
         heads = point.batch * mixer.n_heads
         queries = np.minimum(_LAST_QUERIES, s)
         scores = heads * queries * s
@@ -128,7 +136,8 @@ class MInference(AbstractMethod):
             vector_flops=0.0 if reference else 6 * scores,
             activation_bytes=heads * queries * (mixer.head_dim * b),
             workspace_bytes=scores * b if reference else heads * s * 8.0,
-            transient_bytes=scores * b if reference else heads * s * 8.0 + unfused,
+            # published code holds one head's at a time
+            transient_bytes=scores * b / mixer.n_heads if reference else heads * s * 8.0 + unfused,
             dtype=point.dtype,
             shape={**sparse.shape, "q_len": queries, "pairs": queries * s, "v_head_dim": 0.0},
             unfitted=_UNFITTED,
@@ -151,13 +160,22 @@ class MInference(AbstractMethod):
             "index_softmax",
             vector_flops=6 * scores,
             workspace_bytes=scores * (softmax_chain_bytes(b) + 2 * b) + heads * s * 8.0,
-            transient_bytes=scores * (2 * b + 4),
+            transient_bytes=scores * (2 * b + 4) / mixer.n_heads,
             launches=6 * mixer.n_heads,
             source=_CODE,
             formula="B N 64 S (8 b + 8): mask, softmax in fp32, sums over columns and diagonals",
         )
-        sparse = replace(sparse, launches=2 * mixer.n_heads)
-        return index, softmax, choose, sparse
+        repeated = layer_bytes(mixer, point, s) * (mixer.n_heads / mixer.n_kv_heads)
+        around = (repeated if mixer.n_heads > mixer.n_kv_heads else 0.0) + alive_around_bytes(
+            mixer, point
+        )
+        sparse = replace(
+            sparse,
+            launches=2 * mixer.n_heads,
+            transient_bytes=sparse.transient_bytes + around,
+        )
+        repeat = repeat_kv(mixer, point, s, source=f"{_CODE} repeat_kv", from_state=False)
+        return *repeat, index, softmax, choose, sparse
 
     def decode(self, group: MixerGroup, point: Point) -> Operations:
         """The model's own."""

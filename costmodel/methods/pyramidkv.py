@@ -29,8 +29,8 @@ from costmodel.methods.base import (
     layer_bytes,
 )
 from costmodel.methods.window_scores import (
-    allocated_heads,
     decode_kept,
+    held,
     keep_prompt_apart,
     score_select_gather,
 )
@@ -108,7 +108,7 @@ class PyramidKV(AbstractMethod):
         )
         step = self.budget(s, 0.0, group.n_kv_layers) - self.budget(s, 1.0, group.n_kv_layers)
         size = layer_bytes(mixer, point, total - step * float(sum(group.indices)))
-        return State(size, allocated=allocated_heads(mixer, point, size))
+        return held(mixer, point, size)
 
     def prefill_attention(
         self, group: MixerGroup, point: Point, attention: Operations

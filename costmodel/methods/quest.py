@@ -132,6 +132,9 @@ class Quest(AbstractMethod):
         reference = point.level == "reference"
         rows = point.batch * (mixer.n_heads if reference else mixer.n_kv_heads)
         b = point.kv_element_bytes
+        # plain torch has no attention that reads pages: they are copied for every query head
+        copied = layer_bytes(mixer, point, tokens) * (mixer.n_heads / mixer.n_kv_heads)
+        copies = reference and bool(point.engine.score_block_tokens)
         new = point.batch * mixer.n_kv_heads * (2.0 * mixer.head_dim * b)
         estimate = elementwise(
             "estimate_pages",
@@ -161,6 +164,8 @@ class Quest(AbstractMethod):
                 executed_tokens=tokens + 1,
                 read_bytes=layer_bytes(mixer, point, tokens),
                 written_bytes=layer_bytes(mixer, point, 1.0),
+                workspace_bytes=2 * copied if copies else 0.0,
+                transient_bytes=copied if copies else 0.0,
                 launches=2 if reference else 1,
                 source=f"{_ATTENTION} decode_sparse_attn" if reference else "",
                 formula="min(T, pages p) tokens read once",

@@ -5,8 +5,8 @@ prompt, pooled along the tokens, top C - w per KV head, plus the window itself. 
 while decoding: min(S, C) + generated tokens.
 
 State per layer: B K [min(S, C) + T - S] (Hk + Hv) b. ``reference`` is FasterDecoding/SnapKV, which
-repeats K and V to all query heads before it caches them: G times the state is what it allocates
-and reads (kvpress keeps K heads and averages the scores of a group).
+repeats K and V to all query heads before it caches them: it holds and reads G times the state
+(kvpress keeps K heads and averages the scores of a group).
 """
 
 from dataclasses import dataclass
@@ -28,8 +28,8 @@ from costmodel.methods.base import (
     layer_bytes,
 )
 from costmodel.methods.window_scores import (
-    allocated_heads,
     decode_kept,
+    held,
     keep_prompt_apart,
     score_select_gather,
 )
@@ -90,10 +90,10 @@ class SnapKV(AbstractMethod):
         return kept(float(self.keep_tokens), s) + (point.cached_tokens - s)
 
     def state(self, group: MixerGroup, point: Point) -> State:
-        """K heads; what the repository allocates at level ``reference``."""
+        """K heads; at level ``reference`` all query heads."""
         mixer = attention_of(group)
         size = group.n_layers * layer_bytes(mixer, point, self.tokens_left(group, point))
-        return State(size, allocated=allocated_heads(mixer, point, size))
+        return held(mixer, point, size)
 
     def prefill_attention(
         self, group: MixerGroup, point: Point, attention: Operations

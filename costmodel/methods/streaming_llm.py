@@ -10,7 +10,8 @@ benchmark's harness): local keys keep true distances, sinks one fixed distance.
 
 ``ideal``: a banded attention kernel and a ring buffer. ``reference``: positions=cache runs the
 prompt through eager attention and concatenates the cache anew on every step; positions=fixed works
-in chunks of 8192 and re-rotates its window in fp32.
+in chunks of 8192 and re-rotates its window in fp32. Its kernel computes the band; plain torch
+multiplies every query of a chunk with the whole chunk, the window before it and the sinks.
 """
 
 from dataclasses import dataclass, replace
@@ -35,6 +36,7 @@ from costmodel.methods.base import (
     within_pass,
 )
 from costmodel.methods.chains import (
+    alive_around_bytes,
     blocked_transient_bytes,
     cache_cat,
     computed_pairs,
@@ -44,7 +46,7 @@ from costmodel.methods.chains import (
 from costmodel.methods.eager import eager_prompt, eager_step, rotate_keys
 from costmodel.mixers import Attention
 from costmodel.mixers.attention import decode_attention, prefill_attention
-from costmodel.operation import Array, Operations, causal_pairs
+from costmodel.operation import Array, Operation, Operations, causal_pairs
 from costmodel.workload import Point
 
 _MIT_CACHE = "mit-han-lab/streaming-llm streaming_llm/kv_cache.py"
@@ -122,7 +124,9 @@ class StreamingLLM(AbstractMethod):
     def state(self, group: MixerGroup, point: Point) -> State:
         """Sinks and window."""
         mixer = attention_of(group)
-        return State(group.n_layers * layer_bytes(mixer, point, self.tokens(point)))
+        size = group.n_layers * layer_bytes(mixer, point, self.tokens(point))
+        # published code concatenates: there is no room besides
+        return State(size, allocated=None if point.level == "ideal" else size)
 
     def fed_tokens(self, point: Point) -> float:
         """The InfLLM harness feeds chunks; the original repository the whole prompt."""
@@ -139,12 +143,15 @@ class StreamingLLM(AbstractMethod):
         c = self.tokens(point.at(point.prompt_tokens))
         if point.level == "reference" and self.positions == "cache":
             return self._eager_prefill(mixer, point, pairs, c)
+        stages = point.level == "reference" and bool(point.engine.score_block_tokens)
         banded = prefill_attention(
             mixer,
             point,
             name="banded_attention",
             pairs=pairs,
-            executed_pairs=computed_pairs(point, sinks + window),
+            executed_pairs=_two_stage_pairs(point.prompt_tokens, sinks, window)
+            if stages
+            else computed_pairs(point, sinks + window),
             state_bytes=layer_bytes(mixer, point, c),
             source=f"{_INF}, Triton multi-stage kernel" if point.level == "reference" else "",
             formula="2 (Hk + Hv) N for each of S queries and at most I + W keys",
@@ -161,6 +168,13 @@ class StreamingLLM(AbstractMethod):
             return (replace(banded, transient_bytes=np.maximum(banded.transient_bytes, alive)),)
         s = point.prompt_tokens
         chunk = np.minimum(s, _CHUNK)
+        if stages:  # scores joined, their softmax, and a stage's masked copy: 4 b each
+            keys = np.minimum(s, chunk + window) + sinks
+            b = point.element_bytes
+            scores = point.batch * mixer.n_heads * chunk * keys * (4 * b)
+            repeated = layer_bytes(mixer, point, keys) * (mixer.n_heads / mixer.n_kv_heads)
+            alive = scores + repeated + alive_around_bytes(mixer, point)
+            banded = replace(banded, transient_bytes=banded.transient_bytes + alive)
         return (
             banded,
             elementwise(
@@ -177,9 +191,11 @@ class StreamingLLM(AbstractMethod):
 
     def _eager_prefill(self, mixer: Attention, point: Point, pairs: Array, c: Array) -> Operations:
         s = point.prompt_tokens
+        sinks, _ = self.budget(s)
         return (
             rotate_keys(mixer, point, s, source=f"{_MIT_LLAMA} apply_rotary_pos_emb_single"),
             *eager_prompt(mixer, point, pairs=pairs, source=_MIT_LLAMA),
+            *_sink_scores(mixer, point, sinks),
             elementwise(
                 "evict",
                 state_bytes=layer_bytes(mixer, point, c),
@@ -240,3 +256,37 @@ class StreamingLLM(AbstractMethod):
             rotate_keys(mixer, point, c, source=f"{_MIT_LLAMA} apply_rotary_pos_emb_single"),
             *eager_step(mixer, point, c, source=_MIT_LLAMA),
         )
+
+
+def _sink_scores(mixer: Attention, point: Point, sinks: Array) -> Operations:
+    """Scores of the sinks again, by queries at their places in the cache: what token by token a
+    prompt's queries meet. Only this package runs it, upstream leaves its prompt dense.
+    """
+    if not point.engine.score_block_tokens:
+        return ()
+    scores = point.batch * mixer.n_heads * point.prompt_tokens * sinks
+    return (
+        Operation(
+            name="sink_scores",
+            kind="elementwise",
+            executed_flops=scores * (2.0 * mixer.head_dim),
+            workspace_bytes=scores * (3 * point.element_bytes),
+            launches=3,
+            source="measure/methods/streaming_llm.py",
+            formula="2 Hk N S I FLOPs: queries at their places in the cache against the sinks",
+        ),
+    )
+
+
+def _two_stage_pairs(prompt_tokens: Array, sinks: Array, window: Array) -> Array:
+    """Pairs that plain torch computes, masked ones too, chunk by chunk: every query of a chunk with
+    the chunk and the window before it, and once tokens have left the window with the sinks.
+    """
+    s = np.asarray(prompt_tokens, dtype=np.float64)
+    pairs: Array = np.zeros(np.broadcast_shapes(s.shape, np.shape(sinks), np.shape(window)))
+    for start in np.arange(0.0, np.max(s, initial=0.0), _CHUNK):
+        queries = np.clip(s - start, 0.0, _CHUNK)
+        kept_tokens = np.minimum(start, sinks + window) + queries
+        far = np.where(start + queries > window, np.minimum(sinks, kept_tokens), 0.0)
+        pairs = pairs + queries * (np.minimum(kept_tokens, queries + window) + far)
+    return pairs

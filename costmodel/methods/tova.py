@@ -6,7 +6,8 @@ attended exactly, then cut to C; afterwards each decoded token evicts one.
 
 State per layer: B K min(T, C) (Hk + Hv) b. ``ideal`` recomputes one row of scores after the prompt
 and overwrites a slot. ``reference`` attends the prompt eagerly, stores keys before rotation and
-rotates all of them on every step, and gathers the whole cache on every step.
+rotates all of them on every step, and gathers the whole cache on every step; it also keeps the
+position of every token, B min(T, C) 8 bytes a layer.
 """
 
 from dataclasses import dataclass
@@ -42,6 +43,7 @@ from costmodel.workload import Point
 
 _CACHE = "schwartz-lab-NLP/TOVA src/tova_cache.py"
 _LLAMA = "schwartz-lab-NLP/TOVA src/convert_models/llama_custom.py"
+_POSITION_BYTES = 8.0  # int64, one per sequence and token
 
 
 @final
@@ -74,9 +76,13 @@ class Tova(AbstractMethod):
         return np.asarray(cached_tokens) <= self.keep_tokens
 
     def state(self, group: MixerGroup, point: Point) -> State:
-        """At most C tokens."""
+        """At most C tokens; at level ``reference`` their positions and no spare room."""
         tokens = kept(float(self.keep_tokens), point.cached_tokens)
-        return State(group.n_layers * layer_bytes(attention_of(group), point, tokens))
+        size = layer_bytes(attention_of(group), point, tokens)
+        if point.level == "ideal":
+            return State(group.n_layers * size)
+        size = group.n_layers * (size + point.batch * tokens * _POSITION_BYTES)
+        return State(size, allocated=size)
 
     def prefill_attention(
         self, group: MixerGroup, point: Point, attention: Operations

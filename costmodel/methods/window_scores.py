@@ -5,15 +5,16 @@ from dataclasses import replace
 import numpy as np
 
 from costmodel.fused_kernels import fused_step
-from costmodel.methods.base import layer_bytes, not_stored
+from costmodel.methods.base import State, layer_bytes, not_stored
 from costmodel.methods.chains import (
+    alive_around_bytes,
     blocked_transient_bytes,
     cache_cat,
     elementwise,
     gather_tokens,
     select,
 )
-from costmodel.methods.eager import repeat_kv, softmax_chain_bytes
+from costmodel.methods.eager import alive_per_score, repeat_kv, softmax_chain_bytes
 from costmodel.mixers import Attention
 from costmodel.mixers.attention import decode_attention
 from costmodel.operation import Array, Operation, Operations
@@ -31,7 +32,15 @@ def keep_prompt_apart(
     if point.level == "ideal":
         return apart
     s = point.prompt_tokens
+    around = layer_bytes(mixer, point, s) * _copies(mixer) + alive_around_bytes(mixer, point)
+    apart = tuple(replace(op, transient_bytes=op.transient_bytes + around) for op in apart)
     return (*repeat_kv(mixer, point, s, source=f"{source} repeat_kv", from_state=False), *apart)
+
+
+def _copies(mixer: Attention) -> float:
+    """Times K and V that their repetition to all query heads holds beside them."""
+    ratio = mixer.n_heads / mixer.n_kv_heads
+    return ratio if ratio > 1 else 0.0
 
 
 def score_select_gather(
@@ -52,6 +61,7 @@ def score_select_gather(
     ratio = mixer.n_heads / mixer.n_kv_heads
     full_layer = layer_bytes(mixer, point, s)
     unfused = blocked_transient_bytes(mixer, point, np.inf, block=window)
+    around = alive_around_bytes(mixer, point)
     matmul = Operation(
         name="window_scores",
         kind="prefill_attention",
@@ -59,7 +69,7 @@ def score_select_gather(
         vector_flops=0.0 if reference else 6 * scores,
         activation_bytes=heads * window_tokens * (mixer.head_dim * b),
         workspace_bytes=scores * b + full_layer / 2 * ratio if reference else rows * s * 4.0,
-        transient_bytes=full_layer * ratio + scores * b
+        transient_bytes=full_layer * ratio + around + scores * b
         if reference
         else np.maximum(full_layer, unfused) + rows * s * 4.0,
         dtype=point.dtype,
@@ -96,7 +106,7 @@ def score_select_gather(
         "window_softmax",
         vector_flops=6 * scores,
         workspace_bytes=scores * (softmax_chain_bytes(b) + b) + heads * s * 2 * b,
-        transient_bytes=full_layer * ratio + scores * (2 * b + 4),
+        transient_bytes=full_layer * ratio + around + scores * alive_per_score(point),
         launches=7,
         source=source,
         formula="B N w S (7 b + 8): scale, mask, softmax in fp32, cast, sum over the window",
@@ -134,8 +144,11 @@ def decode_kept(mixer: Attention, point: Point, tokens: Array, *, source: str) -
     )
 
 
-def allocated_heads(mixer: Attention, point: Point, size: Array) -> Array | None:
-    """What an implementation that caches all query heads allocates; None at level ``ideal``."""
+def held(mixer: Attention, point: Point, size: Array) -> State:
+    """The state where ``size`` bytes of K heads are kept; an implementation that caches all query
+    heads (level ``reference``) holds G times that, and grows with every token.
+    """
     if point.level == "ideal":
-        return None
-    return size * (mixer.n_heads / mixer.n_kv_heads)
+        return State(size)
+    repeated = size * (mixer.n_heads / mixer.n_kv_heads)
+    return State(repeated, allocated=repeated)

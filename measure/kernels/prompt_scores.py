@@ -3,8 +3,8 @@
     received[j] = sum over queries i >= j, heads of the group: exp(q_i k_j / sqrt(D) - L_i)
 
 Two passes: the log-sum-exps L (or those a flash kernel left), then the columns, for which the
-logits are computed again. H2O takes all queries, SnapKV and PyramidKV the last w and pool over
-neighbours, TOVA the last one and sums over all heads.
+logits are computed again. H2O takes all queries, SnapKV and PyramidKV the last w, TOVA the last one
+and sums over all heads.
 
 Per KV head, all queries: each pass multiplies G D S^2 (a causal half of 2 G D S^2), as much as QK^T
 of the attention itself, and exponentiates G S^2 / 2 logits. Bytes: K once per tile of queries and
@@ -19,7 +19,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn.functional import avg_pool1d
 
 from measure.kernels import interpreted
 from measure.kernels._compile import CompileCase, typed
@@ -162,12 +161,6 @@ def received_scores(q: Tensor, k: Tensor, log_sums: Tensor | None = None) -> Ten
         q, k, log_sums, received, scale, n_queries, n_keys, *rows_of(k), **geometry
     )
     return received
-
-
-def window_votes(q: Tensor, k: Tensor, kernel: int) -> Tensor:
-    """SnapKV's votes [B, K, S] of the last w queries [B, N, w, D], averaged over neighbours."""
-    votes = received_scores(q, k)
-    return avg_pool1d(votes, kernel, stride=1, padding=kernel // 2)
 
 
 def received_scores_reference(q: Tensor, k: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ built from the same dataclass. There is no list to edit.
 
 import functools
 import importlib
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,13 +40,27 @@ def prompt_attention_class(name: str) -> type[AbstractPromptAttention]:
     return found
 
 
-def _twin(name: str, base: Any) -> Any:
+@functools.cache
+def forms_of(name: str) -> tuple[frozenset[Realisation], str]:
+    """Return the forms that a runnable method has, and what its ``reference`` runs."""
+    twins = [
+        value
+        for value in vars(_module(name)).values()
+        if getattr(value, "NAME", None) == name and hasattr(value, "REALISATIONS")
+    ]
+    return twins[0].REALISATIONS, twins[0].PUBLISHED_AS
+
+
+def _module(name: str) -> ModuleType:
     if name not in runnable_names():
         raise NotApplicableError(
             f"{name} is priced but cannot be run here; runnable: {', '.join(runnable_names())}"
         )
-    module = importlib.import_module(f"{__name__}.{name}")
-    for value in vars(module).values():
+    return importlib.import_module(f"{__name__}.{name}")
+
+
+def _twin(name: str, base: Any) -> Any:
+    for value in vars(_module(name)).values():
         is_twin = isinstance(value, type) and issubclass(value, base)
         if is_twin and getattr(value, "NAME", None) == name:
             return value
@@ -53,14 +68,21 @@ def _twin(name: str, base: Any) -> Any:
 
 
 def prompt_compressor(
-    stack: MethodStack, *, dtype: torch.dtype, device: torch.device, seed: int = 0
+    stack: MethodStack,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int = 0,
+    realisation: Realisation = "best",
 ) -> "LLMLingua2Compressor | None":
     """Return what shortens the prompt before the model sees it, if a method of the stack does."""
     for method in stack.methods:
         if isinstance(method, LLMLingua2) and method.kept_rate < 1:
             from measure.methods.llmlingua2 import LLMLingua2Compressor
 
-            return LLMLingua2Compressor(method, dtype=dtype, device=device, seed=seed)
+            return LLMLingua2Compressor(
+                method, dtype=dtype, device=device, seed=seed, realisation=realisation
+            )
     return None
 
 
@@ -111,5 +133,5 @@ def build_layer_cache(
         assert isinstance(cache, EvictingCache)
         cache.hold_in(built(holds))
     if attends is not None:
-        cache.prompt_attention = prompt_attention_class(attends.NAME)(attends)
+        cache.prompt_attention = prompt_attention_class(attends.NAME)(attends, realisation)
     return cache

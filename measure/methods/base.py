@@ -25,12 +25,25 @@ from measure.parts import QUERY_BLOCK, attend_prompt, rotate, shared_rope_table
 Realisation = Literal["reference", "best"]
 
 
+def check_form(name: str, forms: frozenset[Realisation], realisation: Realisation) -> None:
+    """Raise ``NotApplicableError`` for a form that a method does not have here."""
+    if realisation not in forms:
+        raise NotApplicableError(
+            f"{name}: expected realisation {' or '.join(sorted(forms))}, got {realisation}"
+        )
+
+
 class AbstractPromptAttention(ABC):
     """What a method that only changes attention over the prompt runs in its place."""
 
     NAME: ClassVar[str]
+    #: as for a cache
+    REALISATIONS: ClassVar[frozenset[Realisation]] = frozenset({"best"})
+    PUBLISHED_AS: ClassVar[str] = ""
 
-    def __init__(self, method: AbstractMethod) -> None:
+    def __init__(self, method: AbstractMethod, realisation: Realisation = "best") -> None:
+        check_form(self.NAME, self.REALISATIONS, realisation)
+        self.is_reference = realisation == "reference"
         self._configure(method)
 
     @abstractmethod
@@ -60,8 +73,10 @@ class AbstractLayerCache(ABC):
     NAME: ClassVar[str]
     #: forms that this twin has
     REALISATIONS: ClassVar[frozenset[Realisation]] = frozenset({"best"})
+    #: what ``reference`` runs, and where it does not do as the published code; for the docs
+    PUBLISHED_AS: ClassVar[str] = ""
     #: whether it takes queries and keys as projected and turns them itself (``turned``)
-    ROTATES: ClassVar[bool] = False
+    ROTATES: bool = False
     #: what attends the prompt in the place of exact attention
     prompt_attention: AbstractPromptAttention | None = None
     #: place among the model's caches, and how many it has
@@ -87,11 +102,7 @@ class AbstractLayerCache(ABC):
         reserve_tokens: int = 0,
         realisation: Realisation = "best",
     ) -> None:
-        if realisation not in self.REALISATIONS:
-            raise NotApplicableError(
-                f"{self.NAME}: expected realisation {' or '.join(sorted(self.REALISATIONS))}, "
-                f"got {realisation}"
-            )
+        check_form(self.NAME, self.REALISATIONS, realisation)
         self.realisation = realisation
         self.mixer = mixer
         self.batch = batch
@@ -172,7 +183,9 @@ class AbstractLayerCache(ABC):
         )
 
     def turned(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Turn ``x`` [B, heads, n, H] as the model's rotary embedding does at ``positions`` [n]."""
+        """Turn ``x`` [B, heads, n, H] as the model's rotary embedding does at ``positions``: [n],
+        or [B, 1, n] where every sequence has its own.
+        """
         if self.rope is None:
             return x
         longest = int(positions.max()) + 1

@@ -84,6 +84,12 @@ class GrowingBuffer:
             strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
             self._data = self._data.as_strided(shape, strides, 0)
 
+    def hold(self, entries: Tensor) -> None:
+        """Have ``entries`` [B, K, n, ...] in use, the tensor itself, as code that builds its cache
+        anew with every step does.
+        """
+        self._data, self.length = entries, entries.shape[_AXIS]
+
     def extend_to(self, length: int) -> None:
         """Have ``length`` entries in use; those added hold nothing yet."""
         if length > self.capacity:

@@ -26,6 +26,9 @@ class FlexGenCache(TokenPackedCache):
 
     NAME: ClassVar[str] = "flexgen"
     REALISATIONS: ClassVar[frozenset[Realisation]] = frozenset({"best", "reference"})
+    PUBLISHED_AS: ClassVar[str] = (
+        "the whole layer unpacked, permuted to heads x tokens in copies, attended eagerly"
+    )
 
     def _configure(self, method: AbstractMethod) -> None:
         assert isinstance(method, FlexGen)

@@ -26,6 +26,10 @@ class Fp8KvCache(TokenPackedCache):
 
     NAME: ClassVar[str] = "fp8_kv"
     REALISATIONS: ClassVar[frozenset[Realisation]] = frozenset({"best", "reference"})
+    PUBLISHED_AS: ClassVar[str] = (
+        "transformers' fp8 layer: `torch.cat`, the whole layer dequantised through fp32 every "
+        "step, fused attention over the copy"
+    )
 
     def _configure(self, method: AbstractMethod) -> None:
         self.scales = GrowingBuffer(1, 1, (), torch.float32, self.device)

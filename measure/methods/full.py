@@ -25,8 +25,8 @@ class FullCache(AbstractLayerCache):
     """
 
     NAME: ClassVar[str] = "full"
-    #: the same: published code calls the same fused attention
     REALISATIONS: ClassVar[frozenset[Realisation]] = frozenset({"best", "reference"})
+    PUBLISHED_AS: ClassVar[str] = "the same: published code calls the same fused attention"
 
     def _build(self, method: AbstractMethod) -> None:
         shape = (self.batch, self.mixer.n_kv_heads)

@@ -41,6 +41,11 @@ class H2OCache(KeptTokensCache):
 
     NAME: ClassVar[str] = "h2o"
     REALISATIONS: ClassVar[frozenset[Realisation]] = frozenset({"best", "reference"})
+    PUBLISHED_AS: ClassVar[str] = (
+        "eager attention with the S x S probabilities in memory; `slot` permutes its slots "
+        "into copies (h2o_flexgen), `real_drop` and `mask` concatenate and gather every step "
+        "(h2o_hf). Scores of a KV head are sums over its query heads (upstream: MHA)"
+    )
 
     def _build(self, method: AbstractMethod) -> None:
         assert isinstance(method, H2O)

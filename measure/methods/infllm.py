@@ -12,6 +12,8 @@ computes local scores a second time). A step starts the copies of its missing bl
 of pinned memory on a stream of their own, and waits for them behind the scores of everything else.
 Where a cache leaves plain attention during decoding no scores are known yet: keys of its blocks are
 averaged as they come.
+
+``reference`` is ``infllm_published``; its window holds keys unturned.
 """
 
 from collections.abc import Iterator
@@ -22,9 +24,10 @@ from torch import Tensor
 
 from costmodel.methods.base import AbstractMethod
 from costmodel.methods.infllm import InfLLM
-from measure.methods.base import AbstractLayerCache
+from measure.methods.base import AbstractLayerCache, Realisation
 from measure.methods.buffers import GrowingBuffer
 from measure.methods.host_copies import Wait, start_copies
+from measure.methods.infllm_published import published_prompt, published_step
 from measure.methods.kept_tokens import attend_all, gather_tokens
 from measure.parts import QUERY_BLOCK
 
@@ -52,7 +55,13 @@ class InfLLMCache(AbstractLayerCache):
     """One layer's window, first tokens, remainder, representatives, block cache and host blocks."""
 
     NAME: ClassVar[str] = "infllm"
-    ROTATES: ClassVar[bool] = True
+    REALISATIONS: ClassVar[frozenset[Realisation]] = frozenset({"best", "reference"})
+    PUBLISHED_AS: ClassVar[str] = (
+        "the authors' torch attention in two stages: window rotated anew in fp32, first tokens and "
+        "remainder copied into the attention buffer, scores of a chunk in memory. Views of "
+        "concatenated tensors are trimmed to what is used"
+    )
+    ROTATES = True
 
     def _build(self, method: AbstractMethod) -> None:
         assert isinstance(method, InfLLM)
@@ -156,12 +165,14 @@ class InfLLMCache(AbstractLayerCache):
             out = self.attend_prompt(q, k, v)
             self.store(k, v)
             return out
-        return self._prompt(q, k, v)
+        return published_prompt(self, q, k, v) if self.is_reference else self._prompt(q, k, v)
 
     def store(self, k: Tensor, v: Tensor) -> None:
         """Keep a prompt without queries: no key has local scores."""
         self._set_budget(k.shape[2])
-        turned = self.turned(k, torch.arange(k.shape[2], device=k.device))
+        turned = k
+        if not self.is_reference:
+            turned = self.turned(k, torch.arange(k.shape[2], device=k.device))
         if k.shape[2] <= self._plain_tokens:
             self.window[0].append(turned)
             self.window[1].append(v)
@@ -170,11 +181,11 @@ class InfLLMCache(AbstractLayerCache):
         received = torch.zeros(
             self.batch, self.mixer.n_heads, k.shape[2], dtype=self.dtype, device=k.device
         )
-        self._make_room()
-        self._send_blocks(k, v, received, k.shape[2])
-        self._settle(turned, k, v, received)
+        self.take_full_size()
+        self.send_blocks(k, v, received, k.shape[2])
+        self.settle(turned, k, v, received)
 
-    def _make_room(self) -> None:
+    def take_full_size(self) -> None:
         """Block cache, attention buffer and representatives have their full size from now on."""
         for pair, size in (
             (self.buffer, self._buffer_tokens),
@@ -192,17 +203,17 @@ class InfLLMCache(AbstractLayerCache):
         far = self._at_fixed_distance(q)
         received = torch.zeros(self.batch, self.mixer.n_heads, s, device=k.device)
         out = torch.empty(*q.shape[:3], v.shape[-1], dtype=q.dtype, device=q.device)
-        self._make_room()
+        self.take_full_size()
         for start in range(0, s, self.chunk):
             stop = min(s, start + self.chunk)
-            blocks = self._fetched(far[:, :, start:stop])
+            blocks = self.fetched(far[:, :, start:stop])
             for low in range(start, stop, QUERY_BLOCK):
                 high = min(stop, low + QUERY_BLOCK)
                 out[:, :, low:high] = self._attend_block(
                     near, far, (turned, k, v), blocks, received, low, high
                 )
-            self._send_blocks(k, v, received, stop)
-        self._settle(turned, k, v, received.to(self.dtype))
+            self.send_blocks(k, v, received, stop)
+        self.settle(turned, k, v, received.to(self.dtype))
         return out
 
     def _attend_block(
@@ -262,7 +273,7 @@ class InfLLMCache(AbstractLayerCache):
     def _at_fixed_distance(self, q: Tensor) -> Tensor:
         return self.turned(q, torch.tensor([self.local], device=q.device))
 
-    def _send_blocks(self, k: Tensor, v: Tensor, received: Tensor, n_seen: int) -> None:
+    def send_blocks(self, k: Tensor, v: Tensor, received: Tensor, n_seen: int) -> None:
         """Cut what is too far behind ``n_seen`` tokens of a prompt into blocks on the host."""
         n_blocks = self._blocks_of(n_seen)
         first = self.init + self.n_blocks * self.block
@@ -290,7 +301,7 @@ class InfLLMCache(AbstractLayerCache):
         self.representatives.write(self.n_blocks, mean)
         self.n_blocks += 1
 
-    def _settle(self, turned: Tensor, k: Tensor, v: Tensor, received: Tensor) -> None:
+    def settle(self, turned: Tensor, k: Tensor, v: Tensor, received: Tensor) -> None:
         """Keep window, first tokens and remainder of a prompt whose blocks are on the host."""
         self.n_tokens = s = k.shape[2]
         rest = self.init + self.n_blocks * self.block
@@ -303,7 +314,7 @@ class InfLLMCache(AbstractLayerCache):
 
     # Lookup ----------------------------------------------------------------------------------
 
-    def _fetched(self, q: Tensor) -> tuple[Tensor, Tensor]:
+    def fetched(self, q: Tensor) -> tuple[Tensor, Tensor]:
         """K and V of the blocks for queries [B, N, n, H], in the attention buffer."""
         return self._arrived(self._on_their_way(q))
 
@@ -370,13 +381,18 @@ class InfLLMCache(AbstractLayerCache):
     def decode(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend window, first tokens, remainder and the blocks looked up."""
         t = self.n_tokens
+        if self.is_reference and t > self._plain_tokens:
+            return published_step(self, q, k, v)
         position = torch.tensor([t], device=q.device)
         turned, near = self.turned(k, position), self.turned(q, position)
         if t <= self._plain_tokens:
-            self.window[0].append(turned)
+            self.window[0].append(k if self.is_reference else turned)
             self.window[1].append(v)
             self.n_tokens += 1
-            out = attend_all(self, near, self.window[0].entries(), self.window[1].entries())
+            keys = self.window[0].entries()
+            if self.is_reference:
+                keys = self.turned(keys, torch.arange(self.n_tokens, device=k.device))
+            out = attend_all(self, near, keys, self.window[1].entries())
             if self.n_tokens > self._plain_tokens:
                 self._leave_plain()
             return out
@@ -405,17 +421,23 @@ class InfLLMCache(AbstractLayerCache):
         parts = weights.to(v.dtype).split([x.shape[2] for x in values], dim=-1)
         out = sum(torch.matmul(part, x) for part, x in zip(parts, values, strict=True))
         assert isinstance(out, Tensor)
-        received = weights[..., : self.local].flatten(1, 2).to(self.dtype)
+        self.take(turned, k, v, weights[..., : self.local].flatten(1, 2).to(self.dtype))
+        return self.unfold(out)
+
+    def take(self, in_window: Tensor, k: Tensor, v: Tensor, received: Tensor) -> None:
+        """Add a token that was attended: ``in_window`` is what the window keeps of its key, and
+        ``received`` [B, N, W] what its query gave to the window's keys, its own last.
+        """
+        n_away = self.rest[0].length - self.local + 1
         self.scores.entries(n_away).add_(received[..., :-1])
         self.scores.append(received[..., -1:])
         for buffer, x in zip(self.rest, (k, v), strict=True):
             buffer.append(x)
-        for buffer, x in zip(self.window, (turned, v), strict=True):
-            buffer.write(slot, x)
+        for buffer, x in zip(self.window, (in_window, v), strict=True):
+            buffer.write(self.n_tokens % self.local, x)
         self.n_tokens += 1
         if self._blocks_of(self.n_tokens) > self.n_blocks:
             self._send_oldest()
-        return self.unfold(out)
 
     def _send_oldest(self) -> None:
         """The first p tokens of the remainder become a block."""
@@ -434,15 +456,17 @@ class InfLLMCache(AbstractLayerCache):
     def _leave_plain(self) -> None:
         """The plain cache outgrew its budget: turn its keys back and deal them out."""
         keys, values = (x.entries().clone() for x in self.window)
-        unturned = self.turned_back(keys, torch.arange(self.n_tokens, device=keys.device))
+        unturned = keys
+        if not self.is_reference:
+            unturned = self.turned_back(keys, torch.arange(self.n_tokens, device=keys.device))
         for buffer in self.window:
             buffer.clear(release=self._is_exact)
         received = torch.zeros(
             self.batch, self.mixer.n_heads, self.n_tokens, dtype=self.dtype, device=keys.device
         )
-        self._make_room()
-        self._send_blocks(unturned, values, received, self.n_tokens)
-        self._settle(keys, unturned, values, received)
+        self.take_full_size()
+        self.send_blocks(unturned, values, received, self.n_tokens)
+        self.settle(keys, unturned, values, received)
 
     # Undo ------------------------------------------------------------------------------------
 

@@ -84,6 +84,10 @@ class KiviCache(AbstractLayerCache):
 
     NAME: ClassVar[str] = "kivi"
     REALISATIONS: ClassVar[frozenset[Realisation]] = frozenset({"best", "reference"})
+    PUBLISHED_AS: ClassVar[str] = (
+        "codes, scales and zeros repeated to all query heads and made contiguous, unpacked "
+        "whole; scores and residuals concatenated; softmax in fp32"
+    )
 
     def _build(self, method: AbstractMethod) -> None:
         assert isinstance(method, Kivi)

@@ -5,6 +5,10 @@ others pass through a buffer that lives for one step. Only the new token goes ba
 host side is pinned, and a layer's copy begins while the layer before it computes. On a CPU device
 both sides are the same memory, and the copies are real. With a window of W tokens every buffer is a
 ring: token t lies in entry t mod W.
+
+``reference`` is transformers' offloaded cache: a layer is in one place at a time. A step brings it
+to the device, concatenates the new token and sends the whole layer back to pageable host memory;
+the first ``resident_layers`` are already there and come back at once for the next step.
 """
 
 from collections.abc import Iterator
@@ -16,6 +20,7 @@ from torch import Tensor
 from costmodel.errors import NotApplicableError
 from costmodel.methods.base import AbstractMethod
 from costmodel.methods.kv_offload import KvOffload
+from measure.methods.base import Realisation
 from measure.methods.buffers import GrowingBuffer
 from measure.methods.host_copies import Wait, start_copies
 from measure.methods.kept_tokens import KeptTokensCache, attend_all
@@ -26,6 +31,12 @@ class KvOffloadCache(KeptTokensCache):
     """K and V on the host; on the device as well where the layer owns a slot."""
 
     NAME: ClassVar[str] = "kv_offload"
+    REALISATIONS: ClassVar[frozenset[Realisation]] = frozenset({"best", "reference"})
+    PUBLISHED_AS: ClassVar[str] = (
+        "transformers' offloaded DynamicLayer: whole layers both ways over pageable memory and "
+        "`torch.cat`, without its stream (transfers queue). Windows are offloaded too (upstream "
+        "keeps them on the device)"
+    )
 
     def _build(self, method: AbstractMethod) -> None:
         assert isinstance(method, KvOffload)
@@ -41,7 +52,7 @@ class KvOffloadCache(KeptTokensCache):
         self.host = tuple(
             GrowingBuffer(
                 *(self.batch, self.mixer.n_kv_heads, (size,), self.dtype, torch.device("cpu")),
-                pinned=self.pinned and self.is_asynchronous,
+                pinned=self.pinned and self.is_asynchronous and not self.is_reference,
             )
             for size in (self.mixer.head_dim, self.mixer.v_head_dim)
         )
@@ -68,12 +79,16 @@ class KvOffloadCache(KeptTokensCache):
 
     def reserve(self, n_tokens: int) -> None:
         """Room on the host, and on the device where there is a slot."""
+        if self.is_reference and not self._is_plain:
+            return  # it grows by torch.cat
         room = n_tokens if self.limit is None else min(n_tokens, self.limit)
         for buffer in self._held_by():
             buffer.reserve(room)
 
     def _held_by(self) -> tuple[GrowingBuffer, ...]:
         """Buffers that keep the cache between steps."""
+        if self.is_reference:
+            return self.slots if self._is_resident else self.host
         return (
             *(() if self._is_plain else self.host),
             *(self.slots if self._is_resident else ()),
@@ -104,13 +119,15 @@ class KvOffloadCache(KeptTokensCache):
         if self.limit is not None and n > self.limit:
             k, v = (x[:, :, -self.limit :].roll(n % self.limit, dims=2) for x in (k, v))
         for slot, host, x in zip(self.slots, self.host, (k, v), strict=True):
-            if not self._is_plain:
+            if not self._is_plain and not (self.is_reference and self._is_resident):
                 host.append(x)
             if self._is_resident:
                 slot.append(x)
 
     def decode(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Fetch the layer, attend it with the new token, write that back."""
+        if self.is_reference and not self._is_plain:
+            return self._reference_step(q, k, v)
         if self._can_prefetch:
             held = self._arrived(k, v)
         else:
@@ -118,6 +135,23 @@ class KvOffloadCache(KeptTokensCache):
                 self._fetched(slot, host, x)
                 for slot, host, x in zip(self.slots, self.host, (k, v), strict=True)
             ]
+        self.n_tokens += 1
+        return attend_all(self, q, *held)
+
+    def _reference_step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """``Cache.update``: prefetch, concatenate, offload; then the next step's prefetch."""
+        entry, held = self._overwritten, []
+        for buffer, x in zip(self._held_by(), (k, v), strict=True):
+            layer = buffer.entries().to(self.device)
+            if entry is None:
+                layer = torch.cat((layer, x), dim=2)
+            else:
+                layer = layer.clone()
+                layer[:, :, entry] = x[:, :, 0]
+            on_host = layer.to("cpu", copy=True)
+            back = self._is_resident
+            buffer.hold(on_host.to(self.device, copy=True) if back else on_host)
+            held.append(layer)
         self.n_tokens += 1
         return attend_all(self, q, *held)
 

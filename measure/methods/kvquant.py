@@ -5,6 +5,11 @@ here, as costs do not depend on it); every value token has a scale and an offset
 table of 2^bits normal quantiles. The most extreme elements of a token, over all heads, are kept as
 they are: of keys relative to their channel's table. A step unpacks pieces, puts the exact elements
 back, turns the keys to their positions and multiplies.
+
+``reference`` holds what the published kernels read: outliers as fp32 values with int32 indices, an
+fp32 table for every token's values, fp32 tables with thresholds and zero point for every channel.
+A step unpacks all of it to fp32 and multiplies in fp32; the kernels that do so in registers exist
+in CUDA alone.
 """
 
 import functools
@@ -17,12 +22,16 @@ from torch import Tensor
 
 from costmodel.methods.base import AbstractMethod
 from costmodel.methods.kvquant import KvQuant
+from measure.methods.base import Realisation
 from measure.methods.buffers import GrowingBuffer
+from measure.methods.eager import softmax_fp32
 from measure.methods.packing import pack_words, unpack_words
 from measure.methods.token_packed import Side, TokenPackedCache
 
 #: Tokens of the random calibration sample, and rounds of k-means over it.
 _SAMPLE_TOKENS, _ROUNDS = 256, 8
+#: What a channel's published table holds besides its values: two thresholds and the zero point.
+_THRESHOLDS = 3
 
 
 @final
@@ -30,14 +39,22 @@ class KvQuantCache(TokenPackedCache):
     """Codes and exact elements of every token, scales of the values, tables of the keys."""
 
     NAME: ClassVar[str] = "kvquant"
-    ROTATES: ClassVar[bool] = True
+    REALISATIONS: ClassVar[frozenset[Realisation]] = frozenset({"best", "reference"})
+    PUBLISHED_AS: ClassVar[str] = (
+        "the deployed layout (fp32 and int32 outliers, fp32 tables) and products in fp32; the "
+        "fused CUDA kernels as a dense fp32 copy. The new token is attended before it is packed, "
+        "and its outliers found on the device (upstream: after, and on the host)"
+    )
+    ROTATES = True
 
     def _configure(self, method: AbstractMethod) -> None:
         assert isinstance(method, KvQuant)
         self.method, self.bits = method, method.bits
-        self.codebook = GrowingBuffer(
-            1, self.mixer.n_kv_heads, (1 << self.bits,), self.dtype, self.device
-        )
+        # published: in fp32, with both thresholds and the zero point
+        dtype, entries = self.dtype, 1 << self.bits
+        if self.is_reference:
+            dtype, entries = torch.float32, entries + _THRESHOLDS
+        self.codebook = GrowingBuffer(1, self.mixer.n_kv_heads, (entries,), dtype, self.device)
         channels = self.mixer.n_kv_heads * self.mixer.head_dim
         self._set_tables(_random_tables(channels, 1 << self.bits, self.device))
 
@@ -47,18 +64,25 @@ class KvQuantCache(TokenPackedCache):
 
     def _set_tables(self, tables: Tensor) -> None:
         self.codebook.clear(release=True)
-        self.codebook.append(tables.view(1, self.mixer.n_kv_heads, -1, 1 << self.bits))
+        if self.is_reference:
+            low, high = tables[:, :1], tables[:, -1:]
+            tables = torch.cat((tables, high, low, (low + high) / 2), dim=-1)
+        self.codebook.append(tables.unflatten(0, (self.mixer.n_kv_heads, -1)).unsqueeze(0))
         # decisions are made against the tables as they are stored
-        self.tables = self.codebook.entries()[0].flatten(0, 1)
+        self.tables = self.codebook.entries()[0].flatten(0, 1)[:, : 1 << self.bits]
 
     def _parts(self, size: int, *, is_values: bool) -> tuple[GrowingBuffer, ...]:
         n_outliers = self.method.outliers_of(self.mixer.n_kv_heads * size)
+        published = self.is_reference
+        exact, index = (torch.float32, torch.int32) if published else (self.dtype, torch.int16)
         parts = (
             self._buffer((-(-size * self.bits // 32),), torch.int32),
-            self._buffer((n_outliers,), self.dtype, heads=1),
-            self._buffer((n_outliers,), torch.int16, heads=1),
+            self._buffer((n_outliers,), exact, heads=1),
+            self._buffer((n_outliers,), index, heads=1),
         )
-        return (*parts, self._buffer((2,), self.dtype, heads=1)) if is_values else parts
+        # a value's scale and offset, or the table that they make
+        entry = (1 << self.bits if published else 2,)
+        return (*parts, self._buffer(entry, exact, heads=1)) if is_values else parts
 
     def _buffers(self) -> Iterator[GrowingBuffer]:
         yield from self._token_buffers()
@@ -85,11 +109,14 @@ class KvQuantCache(TokenPackedCache):
             levels = _normal_levels(self.bits, exact.device)
             step = torch.where(scale[..., :1] == 0, 1.0, scale[..., :1].float())
             codes = _nearest((exact - scale[..., 1:].float()) / step, levels)
+            if self.is_reference:
+                scale = levels * scale[..., :1].float() + scale[..., 1:].float()
             scales = (scale.unsqueeze(1),)
         heads = codes.unflatten(-1, (-1, side.size)).transpose(1, 2)
         outliers = rows.gather(-1, index).unsqueeze(1)
         words = pack_words(heads.contiguous(), self.bits)
-        return (words, outliers, _to_int16(index).unsqueeze(1), *scales)
+        index = index.int() if self.is_reference else _to_int16(index)
+        return (words, outliers, index.unsqueeze(1), *scales)
 
     def _most_extreme(self, x: Tensor, side: Side) -> Tensor:
         """Indices [B, n, o] of the o/2 largest and smallest of x [B, n, d]."""
@@ -113,12 +140,15 @@ class KvQuantCache(TokenPackedCache):
         codes = unpack_words(words, self.bits, side.size)  # [B, K, n, H]
         if side is self.keys:
             values = self._looked_up(codes)
+        elif self.is_reference:  # [B, 1, n, levels]: a table a token for all heads
+            values = scales[0].expand(-1, codes.shape[1], -1, -1).gather(3, codes.long())
         else:
             levels = _normal_levels(self.bits, codes.device).to(self.dtype)
             values = levels.index_select(0, codes.flatten().int()).view(codes.shape)
             values = values.mul_(scales[0][..., :1]).add_(scales[0][..., 1:])
         n, size = values.shape[2:]
-        position = _from_int16(index.squeeze(1))
+        position = index.squeeze(1).long()
+        position = position if self.is_reference else position & 0xFFFF
         head, channel = position // size, position % size
         token = torch.arange(n, device=values.device).view(1, n, 1)
         flat = ((head * n + token) * size + channel).flatten(1)
@@ -130,6 +160,21 @@ class KvQuantCache(TokenPackedCache):
         first = (channels << self.bits).view(codes.shape[1], 1, -1)
         index = first + codes
         return self.tables.flatten().index_select(0, index.flatten()).view(codes.shape)
+
+    def _reference_step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """``QuantK`` and ``QuantV.forward_fused_sparse``: fp32 products over everything, the scores
+        halved in between.
+        """
+        position = torch.tensor([self.n_tokens], device=q.device)
+        keys = [self._positioned_keys(*part) for part in self._entries()]
+        keys.append(self.turned(k.float(), position))
+        queries = self.fold(self.turned(q.float(), position))
+        scores = torch.matmul(queries, torch.cat(keys, dim=2).transpose(-1, -2))
+        weights = softmax_fp32(scores.to(q.dtype) / q.shape[-1] ** 0.5)
+        values = [self.unpacked(self.values, *part) for part in self._entries()]
+        out = torch.matmul(weights.float(), torch.cat((*values, v.float()), dim=2))
+        self._add(k, v)
+        return self.unfold(out.to(q.dtype))
 
 
 @functools.lru_cache(maxsize=8)
@@ -174,7 +219,3 @@ def _normal_levels(bits: int, device: torch.device) -> Tensor:
 def _to_int16(index: Tensor) -> Tensor:
     """Indices up to 65,535 in two bytes."""
     return torch.where(index > 32767, index - 65536, index).to(torch.int16)
-
-
-def _from_int16(index: Tensor) -> Tensor:
-    return index.long() & 0xFFFF

@@ -5,6 +5,9 @@ floor(rate S) most probable stay, in their order. (The published code averages o
 threshold per chunk, so that it keeps about as many.) The encoder has the true sizes and random
 weights unless a folder with a checkpoint is given: which tokens stay does not change what anything
 costs. Tokens are taken as the encoder's own, modulo its vocabulary.
+
+``reference`` pads every chunk to 512 tokens, passes 50 chunks of any sequence together and attends
+eagerly, padding masked.
 """
 
 from collections.abc import Iterator
@@ -18,11 +21,13 @@ from torch.nn.functional import (
     gelu,
     layer_norm,
     linear,
+    pad,
     scaled_dot_product_attention,
 )
 
 from costmodel.errors import ConfigError
 from costmodel.methods.llmlingua2 import ENCODER, Encoder, LLMLingua2
+from measure.methods.base import Realisation
 
 #: Tokens of a chunk besides its two marks; marks and padding of XLM-RoBERTa.
 _CHUNK, _START, _END, _PADDING = 510, 0, 2, 1
@@ -45,11 +50,17 @@ class LLMLingua2Compressor:
     """
 
     NAME: ClassVar[str] = "llmlingua2"
+    REALISATIONS: ClassVar[frozenset[Realisation]] = frozenset({"best", "reference"})
+    PUBLISHED_AS: ClassVar[str] = (
+        "chunks padded to 512 and attended eagerly, 50 a pass; words and thresholds are left to "
+        "the host upstream and not run"
+    )
 
     def __init__(
         self,
         method: LLMLingua2,
         *,
+        realisation: Realisation = "best",
         dtype: torch.dtype,
         device: torch.device,
         seed: int = 0,
@@ -57,6 +68,7 @@ class LLMLingua2Compressor:
         checkpoint: Path | None = None,
     ) -> None:
         self.method, self.encoder = method, encoder
+        self.is_reference = realisation == "reference"
         self.dtype = torch.bfloat16 if dtype == torch.float32 else dtype
         if checkpoint is None:
             self.source = "XLM-RoBERTa-large, random weights"
@@ -82,20 +94,36 @@ class LLMLingua2Compressor:
         b, s = tokens.shape
         whole = s // _CHUNK * _CHUNK
         ids = tokens % self.encoder.vocab_size
+        if self.is_reference:
+            return self._padded(ids).float().softmax(dim=-1)[..., 1]
         parts = []
         if whole:
-            chunks = ids[:, :whole].reshape(-1, _CHUNK)
+            chunks = _marked(ids[:, :whole].reshape(-1, _CHUNK))
             logits = [self._encode(x) for x in chunks.split(_CHUNKS_PER_PASS)]
-            parts.append(torch.cat(logits).reshape(b, whole, 2))
+            parts.append(torch.cat(logits)[:, 1:-1].reshape(b, whole, 2))
         if whole < s:
-            rest = [self._encode(x) for x in ids[:, whole:].split(_CHUNKS_PER_PASS)]
-            parts.append(torch.cat(rest))
+            rest = [self._encode(x) for x in _marked(ids[:, whole:]).split(_CHUNKS_PER_PASS)]
+            parts.append(torch.cat(rest)[:, 1:-1])
         return torch.cat(parts, dim=1).float().softmax(dim=-1)[..., 1]
 
-    def _encode(self, chunks: Tensor) -> Tensor:
-        """Logits [n, c, 2] of chunks [n, c], their marks left out."""
-        marks = (chunks.new_full((len(chunks), 1), x) for x in (_START, _END))
-        ids = torch.cat((next(marks), chunks, next(marks)), dim=1)
+    def _padded(self, ids: Tensor) -> Tensor:
+        """Logits [B, S, 2], every chunk padded to its full length (``prompt_compressor.py``)."""
+        s, full = ids.shape[1], _CHUNK + 2
+        chunks = [_marked(x) for x in ids.split(_CHUNK, dim=1)]
+        rows = torch.stack([pad(x, (0, full - x.shape[1]), value=_PADDING) for x in chunks], 1)
+        lengths = torch.tensor([x.shape[1] for x in chunks], device=ids.device)
+        seen = torch.arange(full, device=ids.device) < lengths[:, None]
+        seen = seen.expand(len(ids), -1, -1).flatten(0, 1)
+        passes = zip(
+            rows.flatten(0, 1).split(_CHUNKS_PER_PASS), seen.split(_CHUNKS_PER_PASS), strict=True
+        )
+        logits = torch.cat([self._encode(*x) for x in passes])
+        return logits.unflatten(0, (len(ids), -1))[:, :, 1:-1].flatten(1, 2)[:, :s]
+
+    def _encode(self, ids: Tensor, seen: Tensor | None = None) -> Tensor:
+        """Logits [n, c, 2] of chunks [n, c], marks included; ``seen`` [n, c] are not padding, and
+        the attention then is eager.
+        """
         w, e = self.weights, self.encoder
         # positions count from behind the padding's
         positions = torch.arange(_PADDING + 1, _PADDING + 1 + ids.shape[1], device=ids.device)
@@ -104,11 +132,24 @@ class LLMLingua2Compressor:
         for i in range(e.n_layers):
             qkv = linear(x, w[f"{i}.qkv"], w[f"{i}.qkv_bias"])
             q, k, v = qkv.unflatten(-1, (3, e.n_heads, -1)).permute(2, 0, 3, 1, 4)
-            mixed = scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+            mixed = _attended(q, k, v, seen).transpose(1, 2).flatten(2)
             x = _norm(x + linear(mixed, w[f"{i}.out"], w[f"{i}.out_bias"]), w, f"{i}.norm")
             hidden = gelu(linear(x, w[f"{i}.up"], w[f"{i}.up_bias"]))
             x = _norm(x + linear(hidden, w[f"{i}.down"], w[f"{i}.down_bias"]), w, f"{i}.norm2")
-        return linear(x, w["head"], w["head_bias"])[:, 1:-1]
+        return linear(x, w["head"], w["head_bias"])
+
+
+def _marked(chunks: Tensor) -> Tensor:
+    """Chunks [n, c] between their marks."""
+    return pad(pad(chunks, (1, 0), value=_START), (0, 1), value=_END)
+
+
+def _attended(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> Tensor:
+    if seen is None:
+        return scaled_dot_product_attention(q, k, v)
+    scores = torch.matmul(q, k.transpose(-1, -2)) / q.shape[-1] ** 0.5
+    mask = torch.where(seen[:, None, None], 0.0, torch.finfo(q.dtype).min).to(q.dtype)
+    return torch.matmul((scores + mask).softmax(dim=-1), v)
 
 
 def _norm(x: Tensor, w: dict[str, Tensor], name: str) -> Tensor:

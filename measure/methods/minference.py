@@ -6,6 +6,8 @@ over diagonals of blocks of 64 x 64 tokens the slash blocks: as in microsoft/MIn
 and a column inside a chosen block counts once. Here blocks are aligned, and half of the kept tokens
 are columns, half blocks. The first columns and the diagonal itself are always chosen. Queries that
 see no more than the kept tokens see everything before them, in one fused call.
+
+``reference`` repeats K and V to all query heads and does all of this one head after another.
 """
 
 from typing import ClassVar, final
@@ -16,7 +18,8 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 from costmodel.methods.base import AbstractMethod
 from costmodel.methods.minference import MInference
-from measure.methods.base import AbstractPromptAttention
+from measure.methods.base import AbstractPromptAttention, Realisation
+from measure.methods.eager import repeat_kv
 
 _LAST_QUERIES = 64
 #: Columns that are always chosen.
@@ -28,6 +31,12 @@ class MInferenceAttention(AbstractPromptAttention):
     """Vertical-slash sparse attention over a prompt."""
 
     NAME: ClassVar[str] = "minference"
+    REALISATIONS: ClassVar[frozenset[Realisation]] = frozenset({"best", "reference"})
+    PUBLISHED_AS: ClassVar[str] = (
+        "K and V repeated to all query heads, then index and sparse attention one head after "
+        "another. The sparse kernel is that of `best`: upstream's is Triton and CUDA alone, and "
+        "what it multiplies depends on the data"
+    )
 
     def _configure(self, method: AbstractMethod) -> None:
         assert isinstance(method, MInference)
@@ -38,9 +47,21 @@ class MInferenceAttention(AbstractPromptAttention):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """[B, N, S, H] and [B, K, S, H] -> [B, N, S, H]."""
-        s, g = q.shape[2], self.block
-        if s <= self.kept:
+        if q.shape[2] <= self.kept:
             return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return self._head_by_head(q, k, v) if self.is_reference else self._sparse(q, k, v)
+
+    def _head_by_head(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """``minference_forward``."""
+        k, v = repeat_kv(k, q.shape[1]), repeat_kv(v, q.shape[1])
+        out = torch.empty(*q.shape[:3], v.shape[-1], dtype=q.dtype, device=q.device)
+        for head in range(q.shape[1]):
+            one = slice(head, head + 1)
+            out[:, one] = self._sparse(q[:, one], k[:, one], v[:, one])
+        return out
+
+    def _sparse(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        s, g = q.shape[2], self.block
         out = torch.empty(*q.shape[:3], v.shape[-1], dtype=q.dtype, device=q.device)
         dense = self.kept // g * g
         if dense:

@@ -16,7 +16,7 @@ class PyramidKVCache(WindowScoresCache):
 
     def _configure(self, method: AbstractMethod) -> None:
         assert isinstance(method, PyramidKV)
-        self.method, self.window = method, method.window_tokens
+        self.method, self.keep, self.window = method, method.keep_tokens, method.window_tokens
 
     def _budget(self, n_prompt: int) -> int:
         return int(self.method.budget(float(n_prompt), float(self.layer), self.n_kv_layers))

@@ -5,6 +5,9 @@ each page's keys can score, sum_i max(q_i min_i, q_i max_i), takes the largest b
 query heads, and attends the best pages and the new token. A chosen page that is not full is
 attended in full width with its empty places masked. The first two layers are dense. As long as a
 step reads everything there are no pages.
+
+``reference`` runs the three kernels of the published step one after the other: bounds of every page
+and query head in memory, their top-k, and attention of every query head over its own pages.
 """
 
 from collections.abc import Iterator
@@ -16,7 +19,9 @@ from torch import Tensor
 from costmodel.methods.base import AbstractMethod
 from costmodel.methods.quest import Quest
 from measure.kernels._dropping import heads_fit, quest_step
+from measure.methods.base import Realisation
 from measure.methods.buffers import GrowingBuffer
+from measure.methods.eager import repeat_kv
 from measure.methods.kept_tokens import KeptTokensCache, attend_all, gather_tokens
 
 _DENSE_LAYERS = 2
@@ -28,6 +33,14 @@ class QuestCache(KeptTokensCache):
     """K and V of every token, minimum and maximum key of every page."""
 
     NAME: ClassVar[str] = "quest"
+    REALISATIONS: ClassVar[frozenset[Realisation]] = frozenset({"best", "reference"})
+    PUBLISHED_AS: ClassVar[str] = (
+        "the three CUDA kernels' work as torch operations: page bounds of every query head in "
+        "memory, top-k, attention of every query head over its own pages. Heads of a group choose "
+        "together (upstream: no GQA), and a page is read because of its bound alone (upstream: the "
+        "last one always). Its evaluation script multiplies everything under a mask and saves "
+        "nothing: not run"
+    )
 
     def _build(self, method: AbstractMethod) -> None:
         assert isinstance(method, Quest)
@@ -71,6 +84,8 @@ class QuestCache(KeptTokensCache):
             return attend_all(self, q, self.keys.entries(), self.values.entries())
         if self.fused and heads_fit(self.mixer):
             return quest_step(self, q, k, v, max(_MIN_PAGES, self.keep // self.page))
+        if self.is_reference:
+            return self._reference_step(q, k, v)
         chosen, hidden = self._chosen_tokens(self.fold(q))
         keys, values = (gather_tokens(x.entries(), chosen) for x in (self.keys, self.values))
         queries = self.fold(q) * q.shape[-1] ** -0.5
@@ -81,19 +96,44 @@ class QuestCache(KeptTokensCache):
         self._append(k, v)
         return self.unfold(out)
 
-    def chosen_pages(self, queries: Tensor) -> Tensor:
-        """Pages [B, K, n] to read for queries [B, K, G, H]."""
+    def chosen_pages(self, queries: Tensor, *, each_head: bool = False) -> Tensor:
+        """Pages [B, K, n] to read for queries [B, K, G, H]; ``each_head`` chooses once for every
+        query head, [B, N, n].
+        """
         n_pages = self.low.length
         low, high = (x.entries().unsqueeze(2) for x in (self.low, self.high))
         one = queries.unsqueeze(3)
         bounds = torch.maximum(one * low, one * high).sum(dim=-1, dtype=torch.float32)
         n_chosen = min(max(_MIN_PAGES, self.keep // self.page), n_pages)
-        return bounds.amax(dim=2).topk(n_chosen, dim=-1).indices
+        best = bounds.amax(dim=2)
+        if each_head:
+            best = repeat_kv(best, self.mixer.n_heads)
+        return best.topk(n_chosen, dim=-1).indices
 
-    def _chosen_tokens(self, queries: Tensor) -> tuple[Tensor, Tensor]:
+    def _reference_step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """``decode_estimate``, ``decode_topk`` and ``decode_sparse_attn``."""
+        n_kv, n_heads = self.mixer.n_kv_heads, self.mixer.n_heads
+        chosen, hidden = self._chosen_tokens(self.fold(q), each_head=True)
+        index = chosen.unflatten(1, (n_kv, -1)).flatten(2)
+        keys, values = (
+            gather_tokens(x.entries(), index).view(*chosen.shape, x.entries().shape[-1])
+            for x in (self.keys, self.values)
+        )
+        k_all, v_all = repeat_kv(k, n_heads), repeat_kv(v, n_heads)
+        queries = q * q.shape[-1] ** -0.5
+        scores = torch.cat(
+            [torch.matmul(queries, x.transpose(-1, -2)) for x in (keys, k_all)], dim=-1
+        )
+        scores[..., :-1].masked_fill_(hidden.unsqueeze(2), float("-inf"))
+        weights = scores.softmax(dim=-1)
+        out = torch.matmul(weights[..., :-1], values) + torch.matmul(weights[..., -1:], v_all)
+        self._append(k, v)
+        return out
+
+    def _chosen_tokens(self, queries: Tensor, *, each_head: bool = False) -> tuple[Tensor, Tensor]:
         """Positions [B, K, n] of the chosen pages' tokens, and which of them do not exist."""
         t = self.n_tokens
-        pages = self.chosen_pages(queries)
+        pages = self.chosen_pages(queries, each_head=each_head)
         if pages.shape[-1] * self.page >= t:
             everything = torch.arange(t, device=queries.device).expand(*pages.shape[:2], -1)
             return everything, torch.zeros_like(everything, dtype=torch.bool)

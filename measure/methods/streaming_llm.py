@@ -15,13 +15,16 @@ from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 from costmodel.methods.base import AbstractMethod
+from costmodel.methods.block_retrieval import MODEL_CHUNK
 from costmodel.methods.streaming_llm import StreamingLLM
 from measure.kernels._dropping import ring_fits, ring_step
+from measure.methods.base import Realisation
 from measure.methods.buffers import GrowingBuffer
+from measure.methods.eager import eager_prompt, eager_step
 from measure.methods.kept_tokens import KeptTokensCache, attend_all
+from measure.methods.two_stages import TwoStages, turned_in_fp32
 from measure.numerics import Rope
 from measure.parts import QUERY_BLOCK, rotate
 
@@ -31,10 +34,18 @@ class StreamingCache(KeptTokensCache):
     """Sinks, and the window as a ring whose ``_oldest`` entry leaves next."""
 
     NAME: ClassVar[str] = "streaming_llm"
+    REALISATIONS: ClassVar[frozenset[Realisation]] = frozenset({"best", "reference"})
+    PUBLISHED_AS: ClassVar[str] = (
+        "keys cached before rotation, concatenated and rotated on every step; `positions=cache` "
+        "eager over the whole square, `positions=fixed` the two-stage torch attention of InfLLM in "
+        "chunks of 8192. The prompt's mask is the band (upstream attends a whole prompt densely "
+        "and drops afterwards), so that both forms give the same"
+    )
 
     def _build(self, method: AbstractMethod) -> None:
         assert isinstance(method, StreamingLLM)
         self.method = method
+        self.ROTATES = self.is_reference
         self.sinks = self.window = self._oldest = 0
         self.keys, self.values = self._kv_buffers()
 
@@ -47,6 +58,8 @@ class StreamingCache(KeptTokensCache):
     def reserve(self, n_tokens: int) -> None:
         """Room for sinks and window of a prompt of ``n_tokens``."""
         self._set_budget(n_tokens)
+        if self.is_reference:
+            return  # it grows by torch.cat
         for buffer in self._buffers():
             buffer.reserve(min(n_tokens, self.sinks + self.window))
 
@@ -60,7 +73,10 @@ class StreamingCache(KeptTokensCache):
         s = k.shape[2]
         self._set_budget(s)
         if s <= self.sinks + self.window:
-            out = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            out = self.attend_prompt(q, k, v)
+        elif self.is_reference:
+            fixed = self.method.positions == "fixed"
+            out = self._two_stage_prompt(q, k, v) if fixed else self._eager_prompt(q, k, v)
         else:
             out = self._banded(q, k, v)
         self.store(k, v)
@@ -119,6 +135,8 @@ class StreamingCache(KeptTokensCache):
         """Attend sinks, window and the new token, which takes the oldest one's place."""
         t, keys, values = self.n_tokens, self.keys, self.values
         self.n_tokens += 1
+        if self.is_reference:
+            return self._reference_step(q, k, v, t)
         if t < self.sinks + self.window:
             keys.append(k)
             values.append(v)
@@ -148,6 +166,88 @@ class StreamingCache(KeptTokensCache):
             buffer.write(self.sinks + self._oldest, new)
         self._oldest = (self._oldest + 1) % self.window
         return self.unfold(out)
+
+    # Published operations ----------------------------------------------------------------------
+
+    def _places(self, positions: Tensor) -> Tensor:
+        """Where in the cache queries at ``positions`` [n] meet the sinks."""
+        return positions.clamp(max=self.sinks + self.window)
+
+    def _eager_prompt(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """``modify_llama.py``: the square of scores; queries meet the sinks at their places."""
+        positions = torch.arange(k.shape[2], device=k.device)
+        turned, sinks = self.turned(k, positions), slice(0, self.sinks)
+        out, _ = eager_prompt(
+            self.turned(q, positions),
+            turned,
+            v,
+            hidden=self._hidden(positions, positions),
+            first_queries=(self.turned(q, self._places(positions)), turned[:, :, sinks]),
+        )
+        return out
+
+    def _hidden(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """Pairs between sinks and window: [queries, keys]."""
+        return (columns >= self.sinks) & (columns <= rows[:, None] - self.window)
+
+    def _two_stage_prompt(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """``stream_llm.py``, chunk after chunk."""
+        out = []
+        for start in range(0, k.shape[2], int(MODEL_CHUNK)):
+            stop = min(start + int(MODEL_CHUNK), k.shape[2])
+            first = max(0, start - self.window)
+            kept = torch.cat([torch.arange(*x, device=k.device) for x in
+                              ((0, min(self.sinks, first)), (first, stop))])  # fmt: skip
+            out.append(self._two_stages(q[:, :, start:stop], k[:, :, kept], v[:, :, kept], stop))
+        return torch.cat(out, dim=2)
+
+    def _two_stages(self, q: Tensor, keys: Tensor, values: Tensor, n_seen: int) -> Tensor:
+        """Attend the last tokens of ``n_seen``; keys and values are those kept, sinks first."""
+        n = q.shape[2]
+        rows = torch.arange(n_seen - n, n_seen, device=q.device)
+        local = min(keys.shape[2], n + self.window)
+        columns = torch.arange(n_seen - local, n_seen, device=q.device)
+        near = turned_in_fp32(self, keys[:, :, -local:].contiguous(), columns)
+        age = rows[:, None] - columns
+        stages = TwoStages()
+        stages.append(
+            turned_in_fp32(self, q, rows),
+            near,
+            values[:, :, -local:].contiguous(),
+            (age >= 0) & (age < self.window),
+        )
+        n_first = min(self.sinks, keys.shape[2])
+        if n_first and n_seen > self.window:
+            columns = torch.arange(n_first, device=q.device)
+            stages.append(
+                turned_in_fp32(self, q, self._places(rows)),
+                turned_in_fp32(self, keys[:, :, :n_first].contiguous(), columns),
+                values[:, :, :n_first].contiguous(),
+                rows[:, None] - columns >= self.window,
+            )
+        return stages.result()
+
+    def _reference_step(self, q: Tensor, k: Tensor, v: Tensor, t: int) -> Tensor:
+        keys = torch.cat((self.keys.entries(), k), dim=2)
+        values = torch.cat((self.values.entries(), v), dim=2)
+        n = keys.shape[2]
+        position = torch.tensor([t], device=q.device)
+        if t < self.sinks + self.window:
+            turned = self.turned(keys, torch.arange(n, device=q.device))
+            out = attend_all(self, self.turned(q, position), turned, values)
+        elif self.method.positions == "fixed":
+            out = self._two_stages(q, keys, values, t + 1)
+        else:
+            turned = self.turned(keys, torch.arange(n, device=q.device))
+            out, _ = eager_step(self.turned(q, self._places(position)), turned, values)
+        if n > self.sinks + self.window:
+            keys, values = (
+                torch.cat((x[:, :, : self.sinks], x[:, :, n - self.window :]), dim=2)
+                for x in (keys, values)
+            )
+        self.keys.hold(keys)
+        self.values.hold(values)
+        return out
 
     def snapshot(self) -> Any:
         """Copies of everything kept, and where the ring is."""

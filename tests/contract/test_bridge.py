@@ -18,9 +18,10 @@ from costmodel.mixers.mamba2 import Mamba2
 from costmodel.mixers.rglru import RGLRU
 from costmodel.mlps import DenseMLP
 from costmodel.workload import Level, Point
+from measure.config_numerics import numerics_of
 from measure.engine import TORCH_DTYPES, Decoder, random_weights
 from measure.flops import count_flops
-from measure.methods import layer_cache_class
+from measure.methods import forms_of
 from measure.methods.base import AbstractLayerCache, Realisation
 from measure.mixers import build_cache
 from measure.runnable import runnable_names
@@ -172,7 +173,7 @@ def build_caches(
     ]
     held = [x for x in caches if isinstance(x, AbstractLayerCache)]
     for index, cache in enumerate(held):
-        cache.place(index, len(held))
+        cache.place(index, len(held), numerics_of(model.family).rope)
     return caches
 
 
@@ -256,39 +257,49 @@ def test_counted_flops_equal_the_prediction(name, spec, kind):
         assert counted == executed_flops(model, stack, at, decode=True)
 
 
-REFERENCES = [
-    (name, spec)
-    for name, spec in SPECS
-    if "+" not in name
-    and name != "minference"
-    and "reference" in layer_cache_class(name).REALISATIONS
+#: Every form that exists, alone; and one composition of each pair of stages.
+REFERENCES = [spec for name, spec in SPECS if "+" not in spec] + [
+    "streaming_llm:sink_tokens=3,window_tokens=20,positions=fixed",
+    *COMPOSED[:2],
 ]
 
 
-@pytest.mark.parametrize(("name", "spec"), REFERENCES, ids=[s for _, s in REFERENCES])
+def test_every_runnable_method_has_both_forms():
+    for name in runnable_names():
+        forms, published = forms_of(name)
+        assert forms == {"best", "reference"}
+        assert published
+
+
+@pytest.mark.parametrize("spec", REFERENCES, ids=str)
 @pytest.mark.parametrize("kind", ["mha", "gqa", "window"])
-def test_the_published_operations_hold_and_multiply_what_level_reference_predicts(name, spec, kind):
-    """Bytes and FLOPs of the reference form, and the same logits as the best one."""
+def test_the_published_operations_hold_and_multiply_what_level_reference_predicts(spec, kind):
+    """Bytes and FLOPs of the reference form, and the same logits as the best one; also while a
+    cache outgrows the budgets.
+    """
     model, batch, stack = decoder_architecture(kind), 2, parse_method(spec)
     weights = random_weights(model, torch.float32, torch.device("cpu"))
     decoder = Decoder(model, weights, n_positions=150)
-    prompt = torch.arange(batch * 141).view(batch, 141) % V
-    caches, best = (
-        build_caches(model, spec, batch, "fp32", realisation=x) for x in ("reference", "best")
-    )
-    logits = []
+    for context in (21, 29, 141) if kind == "gqa" else (141,):
+        prompt = torch.arange(batch * context).view(batch, context) % V
+        caches, best = (
+            build_caches(model, spec, batch, "fp32", realisation=x) for x in ("reference", "best")
+        )
+        logits = []
 
-    def run(call, *args):
-        logits.append(call(*args))
+        def run(call, *args, logits=logits):
+            logits.append(call(*args))
 
-    at = point(batch, 141, 141, "fp32", "reference")
-    counted = count_flops(lambda: run(decoder.prefill, prompt, caches), square=True)
-    assert counted == executed_flops(model, stack, at, decode=False)
-    torch.testing.assert_close(logits[-1], decoder.prefill(prompt, best), atol=1e-4, rtol=1e-3)
-    for cached in range(141, 145):
-        at = point(batch, 141, cached, "fp32", "reference")
-        assert sum(c.storage_bytes for c in caches) == predicted_bytes(model, spec, at)
-        counted = count_flops(lambda: run(decoder.decode, prompt[:, :1], caches), square=True)
-        assert counted == executed_flops(model, stack, at, decode=True)
-        expected = decoder.decode(prompt[:, :1], best)
-        torch.testing.assert_close(logits[-1], expected, atol=1e-4, rtol=1e-3)
+        at = point(batch, context, context, "fp32", "reference")
+        counted = count_flops(lambda p=prompt, c=caches: run(decoder.prefill, p, c), square=True)
+        assert counted == executed_flops(model, stack, at, decode=False)
+        torch.testing.assert_close(logits[-1], decoder.prefill(prompt, best), atol=1e-4, rtol=1e-3)
+        token = prompt[:, :1]
+        for cached in range(context, context + 4):
+            at = point(batch, context, cached, "fp32", "reference")
+            assert sum(c.storage_bytes for c in caches) == predicted_bytes(model, spec, at)
+            assert host_bytes(caches) == predicted_bytes(model, spec, at, host=True)
+            counted = count_flops(lambda c=caches, x=token: run(decoder.decode, x, c), square=True)
+            assert counted == executed_flops(model, stack, at, decode=True)
+            expected = decoder.decode(token, best)
+            torch.testing.assert_close(logits[-1], expected, atol=1e-4, rtol=1e-3)

@@ -103,8 +103,9 @@ def test_everything_is_affine_in_the_batch(spec: str, layers: MixerGroup, where:
     np.testing.assert_allclose(three - two, two - one, rtol=1e-9, atol=1e-3)
 
 
+# published code may hold more: SnapKV's repeats K and V to all query heads
 @pytest.mark.parametrize("spec", _SMALLER)
-@given(layers=groups(), where=points())
+@given(layers=groups(), where=points(level="ideal"))
 @settings(max_examples=25)
 def test_state_is_at_most_full(spec: str, layers: MixerGroup, where: Point) -> None:
     full = parse_method("full").state(layers, where)

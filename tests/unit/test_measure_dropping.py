@@ -147,10 +147,12 @@ SMALL = [
 ]
 
 
-@pytest.mark.parametrize("spec", SMALL)
-@pytest.mark.parametrize("reserve", [0, 40])
-def test_a_step_can_be_taken_back(spec, reserve):
-    twin, qkv = cache(spec, reserve=reserve), tokens(31)
+@pytest.mark.parametrize("spec", [*SMALL, "quest:page_tokens=4,keep_tokens=8", "kvquant",
+                                  "kv_offload:resident_layers=1"])  # fmt: skip
+@pytest.mark.parametrize(("form", "reserve"), [("best", 0), ("best", 40), ("reference", 40)])
+def test_a_step_can_be_taken_back(spec, form, reserve):
+    twin, qkv = cache(spec, reserve=reserve, realisation=form), tokens(31)
+    twin.place(0, 4)
     twin.prefill(*part(qkv, 0, 30))
     keys = getattr(twin, "inner", twin).keys
     mark, held, layout = twin.snapshot(), twin.held_bytes, keys.entries().stride()
@@ -177,8 +179,8 @@ def test_the_last_window_chooses(name, n, keep, layer):
         votes = torch.zeros(n)
         for t in range(n - window, n):
             votes[: t + 1] += head.weights(t, list(range(t + 1))).sum(0)
-        pooled = torch.nn.functional.pad(votes, (2, 2)).unfold(0, 5, 1).mean(-1)
-        best = sorted(pooled[: n - window].topk(budget - window).indices.tolist())
+        pooled = torch.nn.functional.pad(votes[: n - window], (2, 2)).unfold(0, 5, 1).mean(-1)
+        best = sorted(pooled.topk(budget - window).indices.tolist())
         head.kept = best + list(range(n - window, n))
         assert torch.equal(twin.inner.keys.entries()[b, h], head.k[head.kept])
     for t in range(n, n + 3):

@@ -47,16 +47,18 @@ def test_probabilities_equal_those_of_transformers(tmp_path):
 
 @pytest.mark.parametrize("n", [1, 100, 510, 511, 1100])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_kept_tokens_weights_and_flops(n, batch):
+@pytest.mark.parametrize(("form", "level"), [("best", "ideal"), ("reference", "reference")])
+def test_kept_tokens_weights_and_flops(n, batch, form, level):
     method = LLMLingua2(rate=0.3)
-    compressor = LLMLingua2Compressor(method, dtype=torch.float32, device=CPU, encoder=SMALL)
+    compressor = LLMLingua2Compressor(
+        method, dtype=torch.float32, device=CPU, encoder=SMALL, realisation=form
+    )
     assert compressor.nbytes == 2 * SMALL.n_parameters
     tokens = torch.randint(50_000, (batch, n), generator=torch.Generator().manual_seed(n))
     found = []
     counted = count_flops(lambda: found.append(compressor.compress(tokens)))
-    assert counted == float(
-        total(encoder_operations(SMALL, point(n, batch=batch)), "counted_flops")
-    )
+    where = point(n, batch=batch, level=level)
+    assert counted == float(total(encoder_operations(SMALL, where), "counted_flops"))
     kept = max(1, int(0.3 * n + 1e-9))
     chances = compressor.probabilities(tokens)
     for b in range(batch):
@@ -69,3 +71,18 @@ def test_a_folder_without_an_encoder_is_refused(tmp_path):
         LLMLingua2Compressor(
             LLMLingua2(), dtype=torch.bfloat16, device=CPU, encoder=SMALL, checkpoint=tmp_path
         )
+
+
+def test_padding_changes_no_probability():
+    published, best = (
+        LLMLingua2Compressor(
+            LLMLingua2(), dtype=torch.bfloat16, device=CPU, encoder=SMALL, realisation=form
+        )
+        for form in ("reference", "best")
+    )
+    for compressor in (published, best):
+        compressor.weights = {name: 9 * x.float() for name, x in compressor.weights.items()}
+    tokens = torch.arange(2 * 700).view(2, 700)  # a whole chunk and a part of one
+    found, expected = (x.probabilities(tokens) for x in (published, best))
+    assert float(expected.max() - expected.min()) > 0.2
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)

@@ -6,13 +6,21 @@ from torch import Tensor
 from costmodel.methods.parse import parse_method
 from costmodel.mixers import Attention
 from measure.methods import build_layer_cache
+from measure.methods.base import Realisation
 
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits
 
 BATCH, HEADS, KV_HEADS, SIZE = 2, 4, 2, 16
 
 
-def cache(spec: str, *, dtype=torch.float32, reserve: int = 0, mixer: Attention | None = None):
+def cache(
+    spec: str,
+    *,
+    dtype=torch.float32,
+    reserve: int = 0,
+    mixer: Attention | None = None,
+    realisation: Realisation = "best",
+):
     """An empty cache of four heads over two KV heads, unless told otherwise."""
     if mixer is None:
         mixer = Attention(n_heads=HEADS, n_kv_heads=KV_HEADS, head_dim=SIZE, v_head_dim=SIZE)
@@ -23,6 +31,7 @@ def cache(spec: str, *, dtype=torch.float32, reserve: int = 0, mixer: Attention 
         dtype=dtype,
         device=torch.device("cpu"),
         reserve_tokens=reserve,
+        realisation=realisation,
     )
 
 
