@@ -188,7 +188,8 @@ def _linear(record: Record) -> Read:
     if "conv" in text(record, "kernel_source"):
         taps = count(record, "d_conv", 4.0)
         state = channels * (taps - 1.0) * 2.0
-        more = {"token_bytes": channels * 4.0, "state_bytes": state * (2.0 if step else 1.0)}
+        states = 1.0 + seq if step else 1.0
+        more = {"token_bytes": channels * 4.0, "state_bytes": state * states}
         return "scan", "conv_step" if step else "conv_prefill", shape | more
     gates = heads_k * dim_k if text(record, "op_name") == "kda" else 0.0
     token = (heads_k * dim_k + heads_v * dim_k + 2.0 * heads_v * dim_v + gates) * 2.0
@@ -202,7 +203,8 @@ def _moe(record: Record) -> Read:
     variant = dtype(record, "moe_dtype")
     experts = count(record, "num_experts")
     routing = text(record, "distribution") or "balanced"
-    routing = "0" if routing == "balanced" else routing
+    dealt = routing == "balanced"
+    routing = "0" if dealt else routing
     shape = {
         "tokens": count(record, "num_tokens"),
         "hidden": count(record, "hidden_size"),
@@ -211,6 +213,7 @@ def _moe(record: Record) -> Read:
         "n_experts": experts,
         "local_experts": experts / count(record, "moe_ep_size"),
         "skew": number({"exponent": routing.removeprefix("power_law_")}, "exponent", 0.0),
+        "dealt": float(dealt),
     }
     return "moe_gemm", variant, shape
 

@@ -12,15 +12,13 @@ K = I). Each hit expert with L tokens needs ceil(L / R) tiles of R rows and 128 
 R is the best of 16, 32, 64, ... up to ``tile_rows`` rows, as a tuned library picks it: with any one
 of them more tokens never take less time, so neither do they with the best.
 
-Routing. Even: every expert is chosen alike (random routing: some get none). ``skew`` a > 0: loads
-follow a power law with exponent a, up to 0.8 T per expert, and this GPU is the busiest one, as in
-the published tables. Activations of all T k assignments pass DRAM, also those of experts that
+Loads come from ``routing``: random, dealt out evenly, or a power law with this GPU the busiest one,
+as in the published tables. Activations of all T k assignments pass DRAM, also those of experts that
 other GPUs hold: the published kernels keep their rows and skip the products.
 
 What is ignored: the router, shared experts (dense products of their own), exchange between GPUs.
 """
 
-import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,15 +35,12 @@ from costmodel.kernels.physics import (
     units,
     waves,
 )
+from costmodel.kernels.routing import loads
 from costmodel.operation import Array
 
 #: Columns of a tile; fewest rows of a tile.
 TILE_COLUMNS = 128.0
 MIN_TILE_ROWS = 16.0
-#: Most tokens one expert gets under a power law, as a share of all.
-LARGEST_SHARE = 0.8
-#: Classes of experts by load under a power law: the upper 1/2, 1/4, 1/8 ... of them.
-N_QUANTILES = 9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +58,7 @@ class MoeParameters:
     row_s               more per assignment: permutation and weighted sum
     unhidden_fraction   share of the shorter of compute and memory that nothing hides, u
     eager_s             host time per call; only in tables made without a captured graph
+    leftovers_first     1: the rows were routed by the older rule of ``routing``
     """
 
     launch_s: float
@@ -76,6 +72,7 @@ class MoeParameters:
     row_s: float
     unhidden_fraction: float
     eager_s: float = 0.0
+    leftovers_first: float = 0.0
 
 
 PRIORS: dict[str, Prior] = {
@@ -93,57 +90,6 @@ PRIORS: dict[str, Prior] = {
 }
 
 
-def experts_hit(tokens: Array, top_k: Array, n_experts: Array) -> Array:
-    """Share of experts that get at least one token when k of E are chosen evenly.
-
-    1 - (1 - k / E)^T.
-    """
-    share = np.minimum(np.asarray(top_k, dtype=np.float64) / n_experts, 1.0 - 1e-12)
-    hit: Array = -np.expm1(np.asarray(tokens, dtype=np.float64) * np.log1p(-share))
-    return hit
-
-
-def loads(
-    tokens: Array, top_k: Array, n_experts: Array, local_experts: Array, skew: Array
-) -> list[tuple[Array, Array]]:
-    """Classes of this GPU's experts that are hit: (how many, tokens each).
-
-    Even routing is one class. Under a power law x^-a on [1, 0.8 T] experts are classes at its
-    quantiles, scaled so that all loads add up to T k, and this GPU is the busiest of E / E_l: its
-    load is the mean plus sqrt(2 ln(E / E_l)) standard deviations of a GPU's load.
-    """
-    t, k, e, local = (
-        np.asarray(v, dtype=np.float64) for v in (tokens, top_k, n_experts, local_experts)
-    )
-    hit = local * experts_hit(t, k, e)
-    mean = t * k * local / e
-    even: list[tuple[Array, Array]] = [(hit, mean / np.maximum(hit, 1e-9))]
-    if not np.any(skew):
-        return even
-    skewed = np.asarray(skew) > 0
-    a = np.where(skewed, np.maximum(skew, 1.0 + 1e-6), 1.1)
-    low = np.maximum(LARGEST_SHARE * t, 1.0) ** (1.0 - a)
-    edges = [*np.exp2(-np.arange(N_QUANTILES, dtype=np.float64)).tolist(), 0.0]
-    shares = [wide - narrow for wide, narrow in itertools.pairwise(edges)]
-    middles = [(wide + narrow) / 2.0 for wide, narrow in itertools.pairwise(edges)]
-    values = [(low + tail * (1.0 - low)) ** (1.0 / (1.0 - a)) for tail in middles]
-    first = sum((w * x for w, x in zip(shares, values, strict=True)), np.float64(0.0))
-    second = sum((w * x * x for w, x in zip(shares, values, strict=True)), np.float64(0.0))
-    per_expert = t * k / e
-    relative = np.maximum(second / (first * first) - 1.0, 0.0)
-    # Spread of a GPU's load: of the experts it happens to hold, and of counting whole tokens.
-    spread = np.sqrt(local * per_expert * per_expert * relative + mean)
-    busiest = mean + spread * np.sqrt(2.0 * np.log(np.maximum(e / local, 1.0)))
-    busiest = np.minimum(busiest, np.minimum(t * k, t * local))
-    factor = busiest / np.maximum(mean, 1e-12)
-    out: list[tuple[Array, Array]] = [(np.where(skewed, 0.0, n), load) for n, load in even]
-    for w, x in zip(shares, values, strict=True):
-        load = np.minimum(per_expert * factor * x / first, t)
-        n = local * w * -np.expm1(-load)
-        out.append((np.where(skewed, n, 0.0), load / np.maximum(-np.expm1(-load), 1e-12)))
-    return out
-
-
 def moe_time_s(
     parameters: MoeParameters,
     device: HardwareProfile,
@@ -156,19 +102,20 @@ def moe_time_s(
     dtype: str = "bf16",
     *,
     skew: Array = 0.0,
+    dealt: Array = 0.0,
     cold: bool = True,
 ) -> Array:
     """Seconds of one layer's routed experts on one GPU. Shape: that of the arguments broadcast.
 
-    ``inner`` is this GPU's share of the experts' inner size; ``skew`` the exponent of power-law
-    routing with this GPU the busiest, 0 for even routing.
+    ``inner`` is this GPU's share of the experts' inner size; ``skew`` and ``dealt`` say how tokens
+    are routed (see ``routing``).
     """
     sizes = (tokens, top_k, n_experts, local_experts)
     up = grouped_product_time_s(
-        parameters, device, 2.0 * inner, hidden, *sizes, dtype, skew=skew, cold=cold
+        parameters, device, 2.0 * inner, hidden, *sizes, dtype, skew=skew, dealt=dealt, cold=cold
     )
     down = grouped_product_time_s(
-        parameters, device, hidden, inner, *sizes, dtype, skew=skew, cold=cold
+        parameters, device, hidden, inner, *sizes, dtype, skew=skew, dealt=dealt, cold=cold
     )
     seconds: Array = up + down
     if not cold and parameters.eager_s:
@@ -188,6 +135,7 @@ def grouped_product_time_s(
     dtype: str = "bf16",
     *,
     skew: Array = 0.0,
+    dealt: Array = 0.0,
     cold: bool = True,
 ) -> Array:
     """Seconds of one of the two grouped products, [rows, k] times [k, n] per expert.
@@ -197,7 +145,15 @@ def grouped_product_time_s(
     p = parameters
     width = element_bytes(dtype)
     peak = tensor_peak(device, "fp8" if width == 1.0 else dtype)
-    classes = loads(tokens, top_k, n_experts, local_experts, skew)
+    classes = loads(
+        tokens,
+        top_k,
+        n_experts,
+        local_experts,
+        skew,
+        dealt=dealt,
+        leftovers_first=bool(p.leftovers_first),
+    )
     hit: Array = sum((c for c, _ in classes), np.float64(0.0))
     assigned: Array = sum((c * load for c, load in classes), np.float64(0.0))
     passed = np.asarray(tokens, dtype=np.float64) * top_k
@@ -248,12 +204,13 @@ def _time(
     dtype = "fp8" if variant.startswith("fp8") else variant
     tokens, hidden, inner, top_k, n_experts, local = (shape[name] for name in SHAPE[:6])
     sizes = (tokens, hidden, inner, top_k, n_experts, local)
-    return moe_time_s(parameters, device, *sizes, dtype, skew=shape["skew"], cold=cold)
+    skew, dealt = shape["skew"], shape.get("dealt", 0.0)
+    return moe_time_s(parameters, device, *sizes, dtype, skew=skew, dealt=dealt, cold=cold)
 
 
 def _work(device: HardwareProfile, shape: Shape, variant: str) -> Work:
     sizes = (shape[name] for name in ("tokens", "top_k", "n_experts", "local_experts", "skew"))
-    classes = loads(*sizes)
+    classes = loads(*sizes, dealt=shape.get("dealt", 0.0))
     hit: Array = sum((c for c, _ in classes), np.float64(0.0))
     assigned: Array = sum((c * load for c, load in classes), np.float64(0.0))
     weights = 3.0 * shape["hidden"] * shape["inner"] * element_bytes(variant)
@@ -261,14 +218,14 @@ def _work(device: HardwareProfile, shape: Shape, variant: str) -> Work:
     return Work(flops, peak_of(device, variant), np.minimum(hit, assigned) * weights)
 
 
-SHAPE = ("tokens", "hidden", "inner", "top_k", "n_experts", "local_experts", "skew")
+SHAPE = ("tokens", "hidden", "inner", "top_k", "n_experts", "local_experts", "skew", "dealt")
 KIND = KernelKind(
     name="moe_gemm",
     parameters=MoeParameters,
     shape=SHAPE,
     variants=("bf16", "fp8", "fp8_block"),
     priors=lambda kernel, variant: PRIORS,
-    structure=lambda kernel, variant: {},
+    structure=lambda kernel, variant: {"leftovers_first": float(kernel == "vllm_fused_moe")},
     time_s=_time,
     work=_work,
 )

@@ -5,8 +5,10 @@ cached tokens, the choice of the best 2,048, attention over those, output projec
 
     products   projections' FLOPs / (e_c peak) and their weights / (e_b bw)
     index      score FLOPs / (e_i fp8 peak) and 132 bytes per cached token / (e_b bw), + t_select
-               per query token
+               per query token, + p passes over the scores: 4 bytes per query token and cached token,
+               in prefill of all sequences (scores of a batch are one matrix, mostly masked)
     attention  min(kv, 2048) latents per query token: bytes / (e_g bw) gathered, FLOPs / (e_a peak)
+               of heads filled up to whole blocks (FlashMLA: 64)
     time       max(eager, t0 + t_wide (quantised products) + sum of the three)
 
 Short prompts (kv up to 2,048 in prefill) run dense attention instead and skip the index; modules
@@ -28,6 +30,8 @@ from costmodel.operation import Array
 SELECTED_TOKENS = 2048.0
 LATENT_DIM, ROPE_DIM = 512.0, 64.0
 INDEX_DIM, INDEX_ENTRY_BYTES = 128.0, 132.0
+#: An index score.
+SCORE_BYTES = 4.0
 #: Largest decode batch SGLang captures a graph for, by device memory (its server arguments'
 #: defaults), and where it changes.
 CAPTURED_BATCH = (256.0, 512.0)
@@ -45,11 +49,13 @@ class SparseParameters:
     index_fraction      attained share of the fp8 peak in index scores, e_i
     attention_fraction  attained share of the dense peak in attention, e_a
     gather_fraction     attained share of DRAM bandwidth of gathered latents, e_g
+    score_passes        times the matrix of index scores passes DRAM
     token_s             more per query token: norms, rotary, quantisation, selection
     unhidden_fraction   share of the shorter of compute and memory that nothing hides
     eager_s             host time per call; only in tables made without a captured graph
     eager_fp8_s         more with fp8 weights; eager_fp8_cache_s: with an fp8 cache
     uncaptured_s        the same, for decode batches larger than the captured graphs
+    head_block          attention runs whole blocks of so many heads
     """
 
     launch_s: float
@@ -59,12 +65,14 @@ class SparseParameters:
     index_fraction: float
     attention_fraction: float
     gather_fraction: float
+    score_passes: float
     token_s: float
     unhidden_fraction: float
     eager_s: float = 0.0
     eager_fp8_s: float = 0.0
     eager_fp8_cache_s: float = 0.0
     uncaptured_s: float = 0.0
+    head_block: float = 1.0
 
 
 PRIORS: dict[str, Prior] = {
@@ -75,6 +83,7 @@ PRIORS: dict[str, Prior] = {
     "index_fraction": Prior(0.3, 0.7, 0.01, 1.0, "fp8 peak share of index scores"),
     "attention_fraction": Prior(0.4, 0.6, 0.02, 1.0, "dense peak share of attention"),
     "gather_fraction": Prior(0.5, 0.6, 0.02, 4.0, "DRAM share of gathered latents"),
+    "score_passes": Prior(1.0, 0.5, 0.05, 8.0, "passes over the matrix of index scores"),
     "token_s": Prior(1e-8, 1.2, 1e-10, 5e-6, "more per query token"),
     "unhidden_fraction": Prior(0.3, 0.5, 0.001, 1.0, "share of the shorter activity not hidden"),
 }
@@ -113,12 +122,14 @@ def module_work(shape: Shape) -> dict[str, Array]:
     per_pair = np.where(dense > 0, expanded, absorbed)
     gathered = np.where(dense > 0, shape["batch"] * kv, tokens * attended)
     indexed = shape["has_index"] * np.where(dense > 0, 0.0, 1.0)
+    scored_with = np.where(q > 1.0, shape["batch"] * kv, kv)
     return {
         "tokens": tokens,
         "projection_flops": 2.0 * tokens * weights,
         "weight_bytes": weights * shape["weight_bytes"],
         "index_flops": 2.0 * tokens * mean_kv * index_heads * INDEX_DIM * indexed,
         "index_bytes": shape["batch"] * kv * INDEX_ENTRY_BYTES * indexed,
+        "score_bytes": tokens * scored_with * SCORE_BYTES * indexed,
         "attention_flops": tokens * attended * heads * per_pair,
         "latent_bytes": gathered * latent * shape["element_bytes"],
         "least_bytes": np.minimum(gathered, shape["batch"] * kv) * latent * shape["element_bytes"],
@@ -145,13 +156,16 @@ def sparse_time_s(
         w["index_bytes"] / bandwidth,
         p.unhidden_fraction,
     )
+    scores = p.score_passes * w["score_bytes"] / device.hbm_bytes_per_s
+    heads = np.asarray(shape["n_heads"], dtype=np.float64)
+    filled = np.ceil(heads / p.head_block) * p.head_block / heads
     attention = overlapped(
-        w["attention_flops"] / (peak * p.attention_fraction),
+        filled * w["attention_flops"] / (peak * p.attention_fraction),
         w["latent_bytes"] / (device.hbm_bytes_per_s * p.gather_fraction),
         p.unhidden_fraction,
     )
     own = p.launch_s + p.head_s * shape["n_heads"] + p.token_s * w["tokens"]
-    seconds = own + products + index + attention
+    seconds = own + products + index + scores + attention
     if not cold:
         captured = CAPTURED_BATCH[0 if device.memory_bytes < LARGE_MEMORY_BYTES else 1]
         decode = np.equal(shape["q_len"], 1.0)
@@ -202,7 +216,7 @@ KIND = KernelKind(
     shape=SHAPE,
     variants=("generation", "context"),
     priors=_priors,
-    structure=lambda kernel, variant: {},
+    structure=lambda kernel, variant: {"head_block": 64.0 if "flashmla" in kernel else 1.0},
     time_s=_time,
     work=_work,
 )
