@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from costmodel.calibration.fit import Floats, fit_parameters, halves, narrowed
+from costmodel.calibration.intervals import covered_percent, intervals_of
 from costmodel.calibration.tables import FamilyKey, Rows
 from costmodel.errors import ConfigError
 from costmodel.hardware import HardwareProfile, load_hardware
@@ -29,16 +30,6 @@ KIN_SHARE = 0.5
 LEAST_ROWS = 4
 #: Seeded splits that judge a family.
 JUDGING_SEEDS = (0, 1, 2)
-#: Rows a class of predicted time needs for a scatter of its own, and the most classes.
-CLASS_ROWS = 20
-MOST_CLASSES = 4
-#: Rows by which a class's scatter is drawn to its family's, and the least scatter believed.
-SHRINKING_ROWS = 5.0
-LEAST_SCATTER = 0.01
-#: Quantiles of the scaled deviation that an interval spans: the narrowest that still holds four
-#: in five of other rows.
-INTERVAL_QUANTILES = (0.095, 0.905)
-
 Devices = Mapping[str, HardwareProfile]
 
 
@@ -145,51 +136,6 @@ def errors_percent(predicted: Floats, observed: Floats) -> dict[str, float]:
         "p90": float(np.percentile(size, 90)),
         "bias": float(relative.mean()),
     }
-
-
-def intervals_of(predicted: Sequence[Floats], observed: Sequence[Floats]) -> list[Interval]:
-    """One interval per family of a kind, from predictions of rows that their fits had not seen.
-
-    A family's scatter s is the mean |log(observed / predicted)| in classes of predicted time
-    (launch-bound, middling and large calls scatter differently), drawn towards the family's mean by
-    ``SHRINKING_ROWS`` rows. The quantiles of log(observed / predicted) / s are taken over all
-    families of the kind together, where they are stable.
-    """
-    scatters = [_scatter(p, o) for p, o in zip(predicted, observed, strict=True)]
-    scaled = []
-    for p, o, (edges, s) in zip(predicted, observed, scatters, strict=True):
-        scaled.append((np.log(o / p) / s[np.searchsorted(edges, p, side="right")]).ravel())
-    low, high = np.quantile(np.concatenate(scaled), INTERVAL_QUANTILES)
-    return [
-        Interval(
-            tuple(edges.tolist()),
-            tuple(np.exp(min(low, 0.0) * s).tolist()),
-            tuple(np.exp(max(high, 0.0) * s).tolist()),
-        )
-        for edges, s in scatters
-    ]
-
-
-def _scatter(predicted: Floats, observed: Floats) -> tuple[Floats, Floats]:
-    """Upper edges of the classes of predicted time, and the scatter in each."""
-    size = np.abs(np.log(observed / predicted))
-    n_classes = int(np.clip(predicted.shape[-1] // CLASS_ROWS, 1, MOST_CLASSES))
-    edges = np.quantile(predicted, [i / n_classes for i in range(1, n_classes)])
-    which = np.searchsorted(edges, predicted, side="right")
-    mean = max(float(size.mean()), LEAST_SCATTER)
-    weight = SHRINKING_ROWS * len(predicted)  # every row counts once per judging seed
-    scatter = [
-        (size[which == c].sum() + weight * mean) / ((which == c).sum() + weight)
-        for c in range(n_classes)
-    ]
-    return np.asarray(edges), np.asarray(scatter)
-
-
-def covered_percent(interval: Interval, predicted: Floats, observed: Floats) -> tuple[float, float]:
-    """(share of rows inside an interval, median of (high - low) / mid), both in percent."""
-    low, high = interval.factors(predicted)
-    inside = (observed >= predicted * low) & (observed <= predicted * high)
-    return float(inside.mean() * 100.0), float(np.median(np.asarray(high) - low) * 100.0)
 
 
 def judged_intervals(fitted: Sequence[Fitted]) -> list[tuple[float, float]]:

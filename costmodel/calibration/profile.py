@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from costmodel.calibration.families import JUDGING_SEEDS, Fitted, errors_percent, fit_families
+from costmodel.calibration.intervals import shortest
 from costmodel.calibration.tables import FamilyKey, Rejected, Rows, Table, read_table
 from costmodel.calibration.write import sha256, toml_value
 from costmodel.errors import ConfigError
@@ -25,8 +26,6 @@ from costmodel.prices import bundled_prices
 
 #: Rows a family needs: fewer say less than the beliefs they would replace.
 LEAST_ROWS = 12
-#: Share of other rows that the interval holds.
-COVERED_SHARE = 0.85
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -94,15 +93,13 @@ def _nothing_left(path: Path, table: Table, base: HardwareProfile) -> str:
 
 def _judged(fitted: Fitted) -> Calibrated:
     observed = np.broadcast_to(fitted.rows.observed_s, fitted.held_out_s.shape)
-    ratio = np.log(observed / fitted.held_out_s)
-    edge = (1.0 - COVERED_SHARE) / 2.0
-    low, high = np.exp(np.quantile(ratio, [edge, 1.0 - edge]))
+    low, high = shortest(np.log(observed / fitted.held_out_s))
     return Calibrated(
         fitted.key,
         len(fitted.rows),
         errors_percent(fitted.held_out_s, observed),
-        float(min(low, 1.0)),
-        float(max(high, 1.0)),
+        low,
+        high,
     )
 
 

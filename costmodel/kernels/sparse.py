@@ -5,8 +5,8 @@ cached tokens, the choice of the best 2,048, attention over those, output projec
 
     products   projections' FLOPs / (e_c peak) and their weights / (e_b bw)
     index      score FLOPs / (e_i fp8 peak) and 132 bytes per cached token / (e_b bw), + t_select
-               per query token, + p passes over the scores: 4 bytes per query token and cached token,
-               in prefill of all sequences (scores of a batch are one matrix, mostly masked)
+               per query token, + p passes over the scores, 4 bytes per query and cached token, in
+               prefill of all sequences (scores of a batch are one matrix, mostly masked)
     attention  min(kv, 2048) latents per query token: bytes / (e_g bw) gathered, FLOPs / (e_a peak)
                of heads filled up to whole blocks (FlashMLA: 64)
     time       max(eager, t0 + t_wide (quantised products) + sum of the three)

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from costmodel.calibration.families import as_tables, errors_percent, fit_families, intervals_of
+from costmodel.calibration.families import as_tables, errors_percent, fit_families
 from costmodel.calibration.fit import fit_parameters, halves
+from costmodel.calibration.intervals import covered_percent, intervals_of
 from costmodel.calibration.tables import FamilyKey, Rows, read_table
 from costmodel.calibration.write import document
 from costmodel.errors import ConfigError
@@ -164,15 +165,34 @@ def test_held_out_rows_are_predicted_without_them() -> None:
     assert error["mape"] < 12.0
 
 
-def test_intervals_hold_four_in_five() -> None:
+def test_intervals_hold_their_share_of_normal_deviations() -> None:
     generator = np.random.default_rng(1)
     predicted = np.exp(generator.uniform(-12, -5, (1, 400)))
     observed = predicted[0] * np.exp(generator.normal(0.0, 0.1, 400))
     (interval,) = intervals_of([predicted], [observed])
     low, high = interval.factors(predicted)
     inside = np.mean((observed >= predicted * low) & (observed <= predicted * high))
-    assert 0.78 < inside < 0.84
-    assert np.median(high - low) == pytest.approx(2 * 1.31 * 0.1, rel=0.15)  # normal: 1.31 sigma
+    assert 0.81 < inside < 0.87
+    assert np.median(high - low) == pytest.approx(2 * 1.37 * 0.1, rel=0.15)  # normal: 1.37 sigma
+
+
+def test_small_families_of_unlike_scatter_cover_other_rows_too() -> None:
+    """Intervals from 12 rows each of 40 families hold their share of rows they were not made of."""
+    generator = np.random.default_rng(2)
+    sigmas = np.exp(generator.uniform(-4, -1, 40))
+    predicted = [np.exp(generator.uniform(-12, -5, (1, 12))) for _ in sigmas]
+
+    def observed(p: np.ndarray, sigma: float) -> np.ndarray:
+        return p[0] * np.exp(sigma * generator.normal(0.0, 1.0, p.shape[1]))
+
+    seen = [observed(p, s) for p, s in zip(predicted, sigmas, strict=True)]
+    intervals = intervals_of(predicted, seen)
+    others = [np.exp(generator.uniform(-12, -5, (1, 500))) for _ in sigmas]
+    covered = [
+        covered_percent(i, p, observed(p, s))[0]
+        for i, p, s in zip(intervals, others, sigmas, strict=True)
+    ]
+    assert 80.0 < np.mean(covered) < 88.0
 
 
 def test_a_written_family_reads_back(tmp_path: Path) -> None:
