@@ -171,6 +171,12 @@ def _mla(record: Record) -> Read:
     raise ConfigError(f"phase: expected decode or prefill, got {phase!r}")
 
 
+#: Published rows whose columns cannot describe what ran: GPU, engine, its version and kernel.
+#: Their times do not depend on the channels they state (a fixed cost per sequence and per token),
+#: and at those channels a third of them would be 2 to 4 times faster than DRAM.
+_UNDESCRIBED = frozenset({("a100", "sglang", "0.5.10", "causal_conv1d_fn")})
+
+
 def _linear(record: Record) -> Read:
     """Gated DeltaNet and KDA: heads and head sizes into bytes per token and per state.
 
@@ -178,6 +184,13 @@ def _linear(record: Record) -> Read:
     wide as k); states are fp32, activations 2 bytes. A verify step stores one state per drafted
     token.
     """
+    source = (text(record, c).lower() for c in ("hw", "framework", "version", "kernel_source"))
+    gpu, engine, version, kernel = source
+    if (gpu.replace("-", "_").split("_")[0], engine, version, kernel) in _UNDESCRIBED:
+        raise ConfigError(
+            f"{kernel} of {engine} {version} on {gpu}: these times do not depend on the number of "
+            "channels, so the columns do not describe what ran"
+        )
     heads_k, heads_v = count(record, "num_k_heads"), count(record, "num_v_heads")
     dim_k, dim_v = count(record, "head_k_dim"), count(record, "head_v_dim")
     seq = count(record, "seq_len")

@@ -8,7 +8,7 @@ sequence and KV head,
     splits    s = clip(S o_s / U, 1, min(L / block, s_max))      the cache is split along L
     per CTA   c = kv / (s r) + t_cta
     compute   waves(U s / (S o)) c
-    memory    batch * kv heads * kv * (miss / (e_b bw) + hit / (h bw))
+    memory    batch * kv heads * kv * (miss / (e_b bw) + hit / (h cache))
     time      t0 + t_combine (1 - 1 / s) + longer + u shorter + queries and outputs
 
 FlashAttention-2 (``swaps_heads`` 1) packs a group by swapping its heads into the query axis, which
@@ -30,6 +30,7 @@ from costmodel.kernels.kinds import KernelKind, Shape, Work, kernel_class
 from costmodel.kernels.physics import (
     Prior,
     cache_bytes,
+    cache_bytes_per_s,
     clock_ratio,
     limited,
     miss_fraction,
@@ -60,7 +61,7 @@ class DecodeAttentionParameters:
     block_tokens         fewest tokens of a split
     combine_s            kernel that joins the splits
     fp8_s                extra start of an fp8 cache
-    cache_rate_ratio     last-level cache against DRAM bandwidth, h
+    cache_rate_fraction  attained share of the last-level cache's rate, h
     cache_fraction       share of the last-level cache that holds a replayed KV cache
     unhidden_fraction    share of the shorter activity that nothing hides, u
     swaps_heads          1: packs a group's heads as FlashAttention-2 does; 0: in the kernel
@@ -78,7 +79,7 @@ class DecodeAttentionParameters:
     block_tokens: float
     combine_s: float
     fp8_s: float
-    cache_rate_ratio: float
+    cache_rate_fraction: float
     cache_fraction: float
     unhidden_fraction: float
     swaps_heads: float = 0.0
@@ -97,7 +98,7 @@ PRIORS: dict[str, Prior] = {
     "block_tokens": Prior(120.0, 0.5, 32.0, 1024.0, "fewest tokens of a split"),
     "combine_s": Prior(2e-6, 0.5, 1e-8, 1.2e-5, "kernel that joins the splits"),
     "fp8_s": Prior(1.5e-6, 0.8, 1e-9, 1e-5, "extra start of an fp8 cache"),
-    "cache_rate_ratio": Prior(2.0, 0.4, 1.0, 8.0, "last-level cache against DRAM bandwidth"),
+    "cache_rate_fraction": Prior(0.3, 0.6, 0.03, 1.0, "attained share of the cache's rate"),
     "cache_fraction": Prior(0.8, 0.3, 0.1, 1.5, "cache share that holds a replayed KV cache"),
     "unhidden_fraction": Prior(0.3, 0.5, 0.001, 1.0, "share of the shorter activity not hidden"),
 }
@@ -147,10 +148,10 @@ def decode_attention_time_s(
     miss: Array = np.float64(1.0)
     if not cold:
         miss = miss_fraction(total_bytes, p.cache_fraction * cache_bytes(device))
-    per_byte = miss / p.bandwidth_fraction + (1.0 - miss) / p.cache_rate_ratio
-    memory = total_bytes * (per_byte / bandwidth)
+    cache_rate = p.cache_rate_fraction * cache_bytes_per_s(device)
+    memory = total_bytes * (miss / (p.bandwidth_fraction * bandwidth) + (1.0 - miss) / cache_rate)
     # Queries and outputs, or the fp32 partial outputs of the splits, stay in the cache.
-    row_s = n_heads * (width / 2.0) * 4.0 / (bandwidth * p.cache_rate_ratio)
+    row_s = n_heads * (width / 2.0) * (4.0 / cache_rate)
     rows = batch * row_s * splits
     seconds = (
         p.launch_s

@@ -56,6 +56,8 @@ MAX_SPLITS = 16.0
 BURST_S = 3e-4
 #: Copies of the weights that the published tables rotate through (six layers per captured graph).
 REPLAYED_COPIES = 6.0
+#: Several matrices share the cache: residency ends softly, as z^4.
+REPLAYED_DOUBLINGS = 2
 #: Waves of the largest tile beyond which the others are not tried.
 MANY_WAVES = 32.0
 #: Arrays up to this size try the menu at once: calls, not arithmetic, are what they take.
@@ -180,9 +182,9 @@ def _memory_s(
     moved = n_bytes
     if not cold:
         working_set = n_bytes + (REPLAYED_COPIES - 1.0) * b_bytes
-        moved = moved * miss_fraction(working_set, resident)
+        moved = moved * miss_fraction(working_set, resident, doublings=REPLAYED_DOUBLINGS)
     again = (passes - 1.0) * a_bytes
-    again *= miss_fraction(a_bytes, resident)
+    again *= miss_fraction(a_bytes, resident, doublings=REPLAYED_DOUBLINGS)
     seconds: Array = moved + again
     seconds /= p.bandwidth_fraction * device.hbm_bytes_per_s
     return seconds

@@ -20,6 +20,7 @@ from costmodel.kernels.kinds import KernelKind, Shape, Work, kernel_class
 from costmodel.kernels.physics import (
     Prior,
     cache_bytes,
+    cache_bytes_per_s,
     clock_ratio,
     fp8_share,
     limited,
@@ -55,7 +56,7 @@ class MlaDecodeParameters:
     max_splits          most splits of one cache
     block_tokens        fewest tokens of a split
     combine_s           kernel that joins the splits
-    cache_rate_ratio    last-level cache against DRAM bandwidth
+    cache_rate_fraction attained share of the last-level cache's rate
     cache_fraction      share of the last-level cache that holds a replayed KV cache
     unhidden_fraction   share of the shorter activity that nothing hides
     """
@@ -70,7 +71,7 @@ class MlaDecodeParameters:
     max_splits: float
     block_tokens: float
     combine_s: float
-    cache_rate_ratio: float
+    cache_rate_fraction: float
     cache_fraction: float
     unhidden_fraction: float
 
@@ -86,7 +87,7 @@ DECODE_PRIORS: dict[str, Prior] = {
     "max_splits": Prior(30.0, 0.6, 4.0, 256.0, "most splits of one cache"),
     "block_tokens": Prior(120.0, 0.5, 32.0, 1024.0, "fewest tokens of a split"),
     "combine_s": Prior(2e-6, 0.6, 1e-8, 2e-5, "kernel that joins the splits"),
-    "cache_rate_ratio": Prior(2.0, 0.4, 1.0, 8.0, "last-level cache against DRAM bandwidth"),
+    "cache_rate_fraction": Prior(0.3, 0.6, 0.03, 1.0, "attained share of the cache's rate"),
     "cache_fraction": Prior(0.8, 0.3, 0.1, 1.5, "cache share that holds a replayed KV cache"),
     "unhidden_fraction": Prior(0.3, 0.5, 0.001, 1.0, "share of the shorter activity not hidden"),
 }
@@ -128,10 +129,9 @@ def mla_decode_time_s(
     miss: Array = np.float64(1.0)
     if not cold:
         miss = miss_fraction(total_bytes, p.cache_fraction * cache_bytes(device))
-    memory = total_bytes * (
-        (miss / p.bandwidth_fraction + (1.0 - miss) / p.cache_rate_ratio) / bandwidth
-    )
-    outputs = batch * heads * latent_dim * 4.0 * splits / (bandwidth * p.cache_rate_ratio)
+    cache_rate = p.cache_rate_fraction * cache_bytes_per_s(device)
+    memory = total_bytes * (miss / (p.bandwidth_fraction * bandwidth) + (1.0 - miss) / cache_rate)
+    outputs = batch * heads * latent_dim * splits * (4.0 / cache_rate)
     seconds = (
         p.launch_s
         + p.combine_s * (1.0 - 1.0 / splits)

@@ -86,17 +86,16 @@ def fp8_share(device: HardwareProfile, element_bytes: Array) -> Array:
     return np.where(np.less(element_bytes, 1.5), gain, 1.0)
 
 
-def miss_fraction(working_set_bytes: Array, resident_bytes: float) -> Array:
+def miss_fraction(working_set_bytes: Array, resident_bytes: float, *, doublings: int = 4) -> Array:
     """Share of a replayed working set that has to come from DRAM again.
 
     miss = z^16 / (1 + z^16), z = working set / resident bytes: replayed in order, a set that does
-    not fit evicts itself before it comes round again, so residency ends sharply.
+    not fit evicts itself before it comes round again, so residency ends sharply. The exponent is
+    2^``doublings``: smaller where buffers of several calls share the cache.
     """
     z = np.minimum(np.asarray(working_set_bytes, dtype=np.float64) / resident_bytes, 1e6)
-    z *= z
-    z *= z
-    z *= z
-    z *= z
+    for _ in range(doublings):
+        z *= z
     miss: Array = z / (1.0 + z)
     return miss
 

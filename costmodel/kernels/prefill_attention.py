@@ -26,6 +26,7 @@ from costmodel.kernels.kinds import KernelKind, Shape, Work, kernel_class
 from costmodel.kernels.physics import (
     Prior,
     cache_bytes,
+    cache_bytes_per_s,
     clock_ratio,
     fp8_share,
     limited,
@@ -63,7 +64,7 @@ class PrefillAttentionParameters:
     append_token_s       more per token it writes
     unhidden_fraction    share of the shorter of compute and memory that nothing hides, u
     cache_fraction       share of the last-level cache that holds replayed operands
-    cache_rate_ratio     last-level cache against DRAM bandwidth
+    cache_rate_fraction  attained share of the last-level cache's rate
     fp8_s, fp8_passes    extra start with an fp8 cache, and passes over keys and values
     tile_rows            rows of a tile; packs_heads 1: rows of a group's heads fill tiles together;
                          fits_rows 1: short prompts get smaller tiles
@@ -84,7 +85,7 @@ class PrefillAttentionParameters:
     append_token_s: float
     unhidden_fraction: float
     cache_fraction: float
-    cache_rate_ratio: float
+    cache_rate_fraction: float
     fp8_s: float
     fp8_passes: float
     tile_rows: float = 128.0
@@ -108,7 +109,7 @@ PRIORS: dict[str, Prior] = {
     "append_token_s": Prior(5e-10, 1.2, 1e-12, 1e-7, "cache append, per token"),
     "unhidden_fraction": Prior(0.3, 0.6, 0.001, 1.0, "share of the shorter activity not hidden"),
     "cache_fraction": Prior(0.6, 0.4, 0.1, 1.5, "cache share that holds replayed operands"),
-    "cache_rate_ratio": Prior(2.0, 0.4, 1.0, 8.0, "last-level cache against DRAM bandwidth"),
+    "cache_rate_fraction": Prior(0.3, 0.6, 0.03, 1.0, "attained share of the cache's rate"),
     "fp8_s": Prior(2e-6, 0.8, 1e-9, 2e-5, "extra start with an fp8 cache"),
     "fp8_passes": Prior(1.0, 0.8, 0.01, 10.0, "passes over keys and values to convert them"),
 }
@@ -158,11 +159,12 @@ def prefill_attention_time_s(
     if not cold:
         miss = miss_fraction(moved, p.cache_fraction * cache_bytes(device))
     bandwidth = device.hbm_bytes_per_s
-    per_byte = miss / p.bandwidth_fraction + (1.0 - miss) / p.cache_rate_ratio
-    memory = moved * (per_byte / bandwidth)
+    cache_rate = p.cache_rate_fraction * cache_bytes_per_s(device)
+    per_byte = miss / (p.bandwidth_fraction * bandwidth) + (1.0 - miss) / cache_rate
+    memory = moved * per_byte
     new_bytes = n_kv_heads * width * 2.0
     slowdown = p.bandwidth_fraction / p.append_fraction
-    append_s = p.append_token_s + 2.0 * new_bytes * (per_byte * slowdown / bandwidth)
+    append_s = p.append_token_s + 2.0 * new_bytes * (per_byte * slowdown)
     append = queries * (causal * append_s)
     seconds = p.launch_s + overlapped(compute, memory, p.unhidden_fraction) + append
     is_fp8 = np.less(element_bytes, 1.5)

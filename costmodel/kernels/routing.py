@@ -74,8 +74,9 @@ def loads(
             classes[i] = _busiest(*row, leftovers_first)
     classes = classes.reshape(*shape, N_CLASSES, 2)
     skewed = np.broadcast_to(np.asarray(skew) > 0, shape)
-    out = [(np.where(skewed, 0.0, n), load) for n, load in even]
-    return out + [(classes[..., c, 0], classes[..., c, 1]) for c in range(N_CLASSES)]
+    out: list[tuple[Array, Array]] = [(np.where(skewed, 0.0, n), load) for n, load in even]
+    out += [(classes[..., c, 0], classes[..., c, 1]) for c in range(N_CLASSES)]
+    return out
 
 
 @functools.lru_cache(maxsize=65536)

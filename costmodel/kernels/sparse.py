@@ -65,7 +65,7 @@ class SparseParameters:
     index_fraction: float
     attention_fraction: float
     gather_fraction: float
-    score_passes: float
+
     token_s: float
     unhidden_fraction: float
     eager_s: float = 0.0
@@ -73,6 +73,7 @@ class SparseParameters:
     eager_fp8_cache_s: float = 0.0
     uncaptured_s: float = 0.0
     head_block: float = 1.0
+    score_passes: float = 0.0
 
 
 PRIORS: dict[str, Prior] = {

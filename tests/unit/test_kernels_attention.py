@@ -38,7 +38,7 @@ DECODE = DecodeAttentionParameters(
     block_tokens=100.0,
     combine_s=2e-6,
     fp8_s=3e-6,
-    cache_rate_ratio=1e9,
+    cache_rate_fraction=1e9,
     cache_fraction=1.0,
     unhidden_fraction=0.0,
 )
@@ -58,7 +58,7 @@ PREFILL = PrefillAttentionParameters(
     append_token_s=0.0,
     unhidden_fraction=0.0,
     cache_fraction=1.0,
-    cache_rate_ratio=1.0,
+    cache_rate_fraction=1.0,
     fp8_s=0.0,
     fp8_passes=0.0,
 )
@@ -176,7 +176,7 @@ MLA = MlaDecodeParameters(
     max_splits=1000.0,
     block_tokens=64.0,
     combine_s=0.0,
-    cache_rate_ratio=1e9,
+    cache_rate_fraction=1e9,
     cache_fraction=1.0,
     unhidden_fraction=0.0,
 )

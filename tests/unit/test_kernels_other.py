@@ -8,13 +8,8 @@ import pytest
 from costmodel.hardware import load_hardware
 from costmodel.kernels.collective import CollectiveParameters, collective_time_s
 from costmodel.kernels.families import shipped_families
-from costmodel.kernels.moe import (
-    MoeParameters,
-    experts_hit,
-    grouped_product_time_s,
-    loads,
-    moe_time_s,
-)
+from costmodel.kernels.moe import MoeParameters, grouped_product_time_s, moe_time_s
+from costmodel.kernels.routing import experts_hit, loads
 from costmodel.kernels.scan import ScanParameters, scan_time_s
 from costmodel.kernels.sparse import SparseParameters, module_work, sparse_time_s
 from tests.unit.test_kernels_physics import device
@@ -101,11 +96,36 @@ def test_a_long_prompt_goes_through_its_chunks_one_after_the_other() -> None:
     assert t == pytest.approx(512 * 4e-6)
 
 
-def test_short_prompts_pay_for_whole_chunks() -> None:
-    p = ScanParameters(launch_s=0.0, bandwidth_fraction=1.0, chunk_s=0.0, passes=10.0)
-    one = scan_time_s(p, device(), "scan_prefill", 64, 1, 1e5, 0.0)
-    full = scan_time_s(p, device(), "scan_prefill", 64, 64, 1e5, 0.0)
-    assert one == full == pytest.approx(64 * 64 * 1e5 * 10 / 1e12)
+def test_products_inside_a_chunk_count_by_how_full_it_is_and_only_once() -> None:
+    p = ScanParameters(launch_s=1e-5, bandwidth_fraction=1.0, own_s=8e-6)
+    times = scan_time_s(p, device(), "scan_prefill", 1, np.array([16, 64, 6400]), 0.0, 0.0)
+    assert times == pytest.approx([1.2e-5, 1.8e-5, 1.8e-5])
+
+
+def test_kernels_that_write_every_chunk_s_state_move_it_with_every_chunk() -> None:
+    # 4 sequences of 10 chunks, 1 MB of state in and out: once, and half of it per chunk, at half
+    # of 1 TB/s: 4 x 1e6 x (1 + 10 x 0.5) / 0.5e12 = 48 us.
+    p = ScanParameters(launch_s=0.0, bandwidth_fraction=0.5, passes=1.0, chunk_states=0.5)
+    assert scan_time_s(p, device(), "scan_prefill", 4, 640, 0.0, 1e6) == pytest.approx(48e-6)
+
+
+def test_a_convolution_may_cost_per_token_and_its_host_per_sequence() -> None:
+    # 8 x 1,000 tokens of 1,000 bytes at 1 TB/s = 8 us, and 8,000 x 20 ns = 160 us.
+    p = ScanParameters(
+        launch_s=0.0, bandwidth_fraction=1.0, token_s=2e-8, eager_s=4e-4, eager_sequence_s=3e-6
+    )
+    assert scan_time_s(p, device(), "conv_prefill", 8, 1000, 1e3, 0.0) == pytest.approx(168e-6)
+    warm = scan_time_s(p, device(), "conv_prefill", 8, 1000, 1e3, 0.0, cold=False)
+    assert warm == pytest.approx(4e-4 + 8 * 3e-6)
+
+
+def test_a_replayed_step_that_fits_the_cache_is_read_from_there() -> None:
+    p = ScanParameters(launch_s=0.0, bandwidth_fraction=1.0, cache_gain=2.0, cache_fraction=1.0)
+    d = device(l2_bytes=1e8)
+    small, large = np.array([10.0, 1000.0]) * 1e6
+    assert scan_time_s(p, d, "scan_step", 1, 1, 0.0, small, cold=False) == pytest.approx(5e-6)
+    assert scan_time_s(p, d, "scan_step", 1, 1, 0.0, large, cold=False) == pytest.approx(1e-3)
+    assert scan_time_s(p, d, "scan_step", 1, 1, 0.0, small) == pytest.approx(1e-5)
 
 
 # Sparse index --------------------------------------------------------------------------------
@@ -138,6 +158,14 @@ def test_without_an_index_nothing_is_scored() -> None:
     w = module_work(DEEPSEEK_V32 | {"has_index": 0.0})
     assert w["index_flops"] == w["index_bytes"] == 0.0
     assert w["weight_bytes"] == 187_105_280
+
+
+def test_scores_of_a_prompt_are_one_matrix_over_all_sequences() -> None:
+    # 3 sequences of 10 new tokens after 90: 30 x 300 scores of 4 bytes; one token each: 3 x 100.
+    prompt = DEEPSEEK_V32 | {"batch": 3.0, "q_len": 10.0, "prefix": 90.0}
+    step = DEEPSEEK_V32 | {"batch": 3.0, "q_len": 1.0, "prefix": 99.0}
+    assert module_work(prompt)["score_bytes"] == 30 * 300 * 4
+    assert module_work(step)["score_bytes"] == 3 * 100 * 4
 
 
 def test_the_host_shows_in_eager_tables_only() -> None:
