@@ -54,10 +54,13 @@ LIMITS = """\
 - Times to first token are unloaded. Under load a request also waits for others: that needs a queue
   model (`lccost plan`).
 - int8, int4 and fp4 products have no rows: they are priced by a prior and marked as such.
-- Rows that a device could not have run (faster than its peaks allow with the shape they state: 29
-  convolutions on A100, one of experts, one decode step, two runs under load) are neither fitted nor
-  in the figures of this page, the roofline's included. `lccost validate` counts them like any other
-  row; its figures without them stand under `without_impossible_rows`.
+- Rows that a device could not have run (faster than its peaks allow with the shape they state: one
+  of experts, one decode step, two runs under load) are neither fitted nor in the figures of this
+  page, the roofline's included. `lccost validate` counts them like any other row; its figures
+  without them stand under `without_impossible_rows`.
+- 85 convolutions of SGLang 0.5.10 on A100 are left out everywhere and counted as unsupported: their
+  times do not depend on the channels they state (6 us per sequence, 6 ns per token), and a third of
+  them would be 2 to 4 times faster than DRAM.
 - Figures of classes with few rows (under 20) say little; n is given for each.
 - Sizes of caches below 0.3 GiB were read off a plot with a resolution of 0.03 GiB.
 """

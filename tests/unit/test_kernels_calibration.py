@@ -10,6 +10,7 @@ import pytest
 from costmodel.calibration.families import as_tables, errors_percent, fit_families
 from costmodel.calibration.fit import fit_parameters, halves
 from costmodel.calibration.intervals import covered_percent, intervals_of
+from costmodel.calibration.schemas import SCHEMAS
 from costmodel.calibration.tables import FamilyKey, Rows, read_table
 from costmodel.calibration.write import document
 from costmodel.errors import ConfigError
@@ -193,6 +194,22 @@ def test_small_families_of_unlike_scatter_cover_other_rows_too() -> None:
         for i, p, s in zip(intervals, others, sigmas, strict=True)
     ]
     assert 80.0 < np.mean(covered) < 88.0
+
+
+def test_rows_whose_columns_do_not_describe_what_ran_are_left_out_by_what_they_state() -> None:
+    columns = ["num_k_heads", "head_k_dim", "num_v_heads", "head_v_dim", "seq_len", "batch_size", "phase"]
+    cells = dict(zip(columns, ["16", "128", "32", "128", "1024", "4", "context"], strict=True))
+    row = cells | {
+        "hw": "a100_sxm",
+        "framework": "SGLang",
+        "version": "0.5.10",
+        "kernel_source": "causal_conv1d_fn",
+    }
+    linear = next(schema for schema in SCHEMAS if schema.name == "linear_attention")
+    with pytest.raises(ConfigError, match="do not depend on the number of channels"):
+        linear.shape_of(row)
+    for other in ({"hw": "h100_sxm"}, {"version": "0.5.14"}, {"framework": "vLLM"}):
+        assert linear.shape_of(row | other)[1] == "conv_prefill"
 
 
 def test_a_written_family_reads_back(tmp_path: Path) -> None:
