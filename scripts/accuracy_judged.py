@@ -258,7 +258,14 @@ def _transferred(path: Path, rows: Rows) -> Judged | None:
         return None
     within = tuple((k, float(np.median(v))) for k, v in sorted(rows.shape.items()))
     family = nearest_family(
-        others, device.name, device.generation, key.engine, key.variant, key.kernel, within
+        others,
+        device.name,
+        device.generation,
+        device.clock_hz or 0.0,
+        key.engine,
+        key.variant,
+        key.kernel,
+        within,
     )
     low, mid, high = (
         np.broadcast_to(np.asarray(t), rows.observed_s.shape)

@@ -89,7 +89,10 @@ def _left_out(tables: Sequence[Path]) -> list[str]:
     kernels = [t for t in tables if t.name in KERNELS]
     if kernels:
         parts += ["## Kernels on a GPU left out", ""]
-        parts += ["Predicted by the nearest family of another GPU, scaled by the datasheet.", ""]
+        parts += [
+            "Predicted by the nearest family of another GPU, scaled by datasheet and clock.",
+            "",
+        ]
         members = transferred_kernels(kernels)
         lines = [f"| what | GPU {COLUMNS}", f"|---|---{RULE}"]
         for name in dict.fromkeys(j.operation for j in members):

@@ -7,20 +7,21 @@ they go first.
 
 Nearest wins: the same GPU before the same generation before another one, then the kernel asked
 for, its class of implementation, the engine. What is not a family of this GPU and engine is
-*transferred*: its rates scale with the datasheet, its interval widens.
+*transferred*: its rates scale with the datasheet, its fixed times with the clock, and its interval
+widens.
 """
 
 import functools
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import numpy as np
 
 from costmodel.files import DATA
-from costmodel.hardware import HardwareProfile
+from costmodel.hardware import HardwareProfile, load_hardware
 from costmodel.kernels.kinds import KernelKind, kernel_class, kernel_kind
 from costmodel.operation import Array
 
@@ -38,22 +39,18 @@ _PLACES = {
     "blackwell": 5.5,
     "blackwell-ultra": 6.5,
 }
-#: How much the logarithm of an interval's factors widens. Measured on the shipped families: the
-#: other engine's family of the same GPU errs by 1.5 times a family's own error, that of another
-#: generation by 3 times; another GPU of the same generation was published as 1.3 to 1.6 times.
-WIDER_ENGINE = 1.5
+#: A transfer errs by itself, however well a family fits its own GPU: spreads that add to an
+#: interval's logarithm as squares. By distance (the same GPU, the same generation, another):
+#: published for H100 to H200, mean errors of 7 to 15 %; leaving out each of the four GPUs in turn
+#: (``costmodel.calibration.transfer``), 20 to 27 % for GEMM, decode and prefill. Two engines'
+#: families of one kernel and GPU differ by a median of 13.5 %.
+TRANSFER_SPREAD = (0.0, 0.15, 0.4)
+ENGINE_SPREAD = 0.2
 #: A shape this many times outside the rows of a family that ships is extrapolation: fits of the
 #: smaller half of the tables predict calls 4 to 64 times larger with the error of other small ones.
 FAR = 4.0
 #: The same for families of a user's own, of which nothing of the kind is known.
 NOT_FAR = 1.0
-WIDER_SAME_GENERATION = 1.5
-WIDER_OTHER_GENERATION = 3.0
-#: A transfer errs by itself, however well a family fits its own GPU: the logarithm of its factors
-#: is at least this, by distance. Published for H100 to H200: 7 to 15 %. Leaving out each of the
-#: four GPUs in turn (``costmodel.calibration.transfer``): a mean of 15 to 40 % for GEMM, decode
-#: and prefill.
-LEAST_SPREAD = (0.0, 0.12, 0.35)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,12 +71,12 @@ class Interval:
         i = np.searchsorted(np.asarray(self.edges_s), seconds, side="right")
         return np.asarray(self.low)[i], np.asarray(self.high)[i]
 
-    def wider(self, factor: float, least: float = 0.0) -> "Interval":
-        """The same interval with its logarithm stretched, and at least as wide as ``least``."""
+    def wider(self, spread: float) -> "Interval":
+        """The same interval with an independent ``spread`` of the logarithm on both sides."""
         return Interval(
             self.edges_s,
-            tuple(min(v**factor, math.exp(-least)) for v in self.low),
-            tuple(max(v**factor, math.exp(least)) for v in self.high),
+            tuple(math.exp(-math.hypot(math.log(v), spread)) for v in self.low),
+            tuple(math.exp(math.hypot(math.log(v), spread)) for v in self.high),
         )
 
 
@@ -90,7 +87,7 @@ class Family:
     basis       "calibrated" on this very GPU and engine, else "transferred"; "prior": never fitted
     distance    0 same GPU, 1 same generation, 2 another generation
     far         a shape this many times outside the ranges is extrapolation
-    widened     how much the logarithm of the interval was stretched for that and for the engine
+    spread      of the logarithm, by which the interval was widened for that and for the engine
     ranges      shapes covered by the rows: column -> (least, most)
     held_out    error on unseen rows, in percent: mape, median, p90, bias, roofline_mape, n
     """
@@ -109,7 +106,7 @@ class Family:
     source: str
     basis: Basis = "calibrated"
     distance: int = 0
-    widened: float = 1.0
+    spread: float = 0.0
     far: float = FAR
 
     def time_s(
@@ -124,16 +121,11 @@ class Family:
         return np.minimum(least, mid), mid, mid * high
 
     def transfer_spread(self) -> tuple[float, float]:
-        """Logarithms of (low, high) by which transferring the family widens its interval.
+        """Logarithms of (low, high) that transferring the family adds to its interval, as squares.
 
-        What the wider interval has beyond the family's own, as squares, kernels of all sizes
-        together; none for the GPU and engine it was fitted on.
+        None for the GPU and engine it was fitted on.
         """
-        if self.widened == 1.0:
-            return 0.0, 0.0
-        share = math.sqrt(1.0 - self.widened**-2.0)
-        low, high = (float(np.mean(np.log(f))) for f in (self.interval.low, self.interval.high))
-        return share * low, share * high
+        return -self.spread, self.spread
 
     def extrapolated(self, shape: Mapping[str, Array]) -> Array:
         """1.0 where a shape lies ``far`` times or more outside what the rows covered, else 0.0."""
@@ -211,7 +203,8 @@ def load_family(
     Family
         With ``basis``, ``distance`` and an interval widened where it is transferred.
     """
-    asked = (engine.lower(), variant, kernel.lower(), tuple(sorted((within or {}).items())))
+    shape = tuple(sorted((within or {}).items()))
+    asked = (hardware.clock_hz or 0.0, engine.lower(), variant, kernel.lower(), shape)
     own = [f for f in _own_families(kind, hardware) if f.variant == variant]
     if own:
         return _nearest(own, hardware.name, hardware.generation, *asked)
@@ -231,7 +224,8 @@ def family_without(
     families = [f for f in shipped_families(kind) if f.variant == variant]
     others = [f for f in families if f.hardware != left_out]
     shape = tuple(sorted((within or {}).items()))
-    asked = (hardware.name, hardware.generation, engine.lower(), variant, "", shape)
+    clock_hz = hardware.clock_hz or 0.0
+    asked = (hardware.name, hardware.generation, clock_hz, engine.lower(), variant, "", shape)
     return _nearest(others, *asked) if others else None
 
 
@@ -240,6 +234,7 @@ def _nearest_shipped(
     kind: str,
     hardware: str,
     generation: str,
+    clock_hz: float,
     engine: str,
     variant: str,
     kernel: str,
@@ -248,13 +243,14 @@ def _nearest_shipped(
     families = [f for f in shipped_families(kind) if f.variant == variant]
     if not families:
         return None
-    return _nearest(families, hardware, generation, engine, variant, kernel, within)
+    return _nearest(families, hardware, generation, clock_hz, engine, variant, kernel, within)
 
 
 def _nearest(
     families: Sequence[Family],
     hardware: str,
     generation: str,
+    clock_hz: float,
     engine: str,
     variant: str,
     kernel: str,
@@ -275,16 +271,43 @@ def _nearest(
     if not np.isfinite(_generations_apart(best.generation, generation)):
         return None
     distance = _distance(best, hardware, generation)
-    wider = (1.0, WIDER_SAME_GENERATION, WIDER_OTHER_GENERATION)[distance]
     same = engine in ("", best.engine) or not best.engine
     same = same and _kernel_distance(best, kernel) < 2
-    if not same:
-        wider *= WIDER_ENGINE
+    spread = math.hypot(TRANSFER_SPREAD[distance], 0.0 if same else ENGINE_SPREAD)
     basis: Basis = "calibrated" if distance == 0 and same else "transferred"
-    interval = best.interval
-    if wider > 1.0:
-        interval = interval.wider(wider, LEAST_SPREAD[distance])
-    return replace(best, basis=basis, distance=distance, interval=interval, widened=wider)
+    if not spread:
+        return replace(best, basis=basis, distance=distance)
+    return replace(
+        best,
+        parameters=_at_clock(best, clock_hz) if distance else best.parameters,
+        basis=basis,
+        distance=distance,
+        interval=best.interval.wider(spread),
+        spread=spread,
+    )
+
+
+def _at_clock(family: Family, clock_hz: float) -> Any:
+    """A family's parameters with the device's fixed times at another clock.
+
+    Starting a kernel, filling a pipeline or joining splits takes a number of cycles: fitted starts
+    of matrix products differ by 2.1 between A100 and L40S, whose clocks differ by 1.8. Times of the
+    host (``eager``, ``uncaptured``) and of links between GPUs stay.
+    """
+    own = load_hardware(family.hardware)
+    if family.kind.name == "collective" or not own.clock_hz or not clock_hz:
+        return family.parameters
+    ratio = own.clock_hz / clock_hz
+    return replace(
+        family.parameters,
+        **{
+            f.name: getattr(family.parameters, f.name) * ratio
+            for f in fields(family.parameters)
+            if f.name.endswith("_s")
+            and not f.name.endswith("per_s")
+            and not f.name.startswith(("eager", "uncaptured"))
+        },
+    )
 
 
 def _distance(family: Family, hardware: str, generation: str) -> int:

@@ -197,9 +197,14 @@ def test_small_families_of_unlike_scatter_cover_other_rows_too() -> None:
 
 
 def test_rows_whose_columns_do_not_describe_what_ran_are_left_out_by_what_they_state() -> None:
-    columns = ["num_k_heads", "head_k_dim", "num_v_heads", "head_v_dim", "seq_len", "batch_size", "phase"]
-    cells = dict(zip(columns, ["16", "128", "32", "128", "1024", "4", "context"], strict=True))
-    row = cells | {
+    row = {
+        "num_k_heads": "16",
+        "head_k_dim": "128",
+        "num_v_heads": "32",
+        "head_v_dim": "128",
+        "seq_len": "1024",
+        "batch_size": "4",
+        "phase": "context",
         "hw": "a100_sxm",
         "framework": "SGLang",
         "version": "0.5.10",

@@ -8,9 +8,8 @@ import pytest
 from costmodel.errors import ConfigError
 from costmodel.hardware import load_hardware
 from costmodel.kernels.families import (
-    WIDER_ENGINE,
-    WIDER_OTHER_GENERATION,
-    WIDER_SAME_GENERATION,
+    ENGINE_SPREAD,
+    TRANSFER_SPREAD,
     Family,
     Interval,
     load_family,
@@ -37,14 +36,29 @@ def test_a_sister_gpu_is_transferred_with_a_wider_interval() -> None:
     sister = family("gemm", "sglang", load_hardware("h200-sxm"), variant="bf16")
     assert (sister.hardware, sister.basis, sister.distance) == ("h100-sxm", "transferred", 1)
     assert sister.parameters == own.parameters
-    assert sister.interval.high[0] == pytest.approx(own.interval.high[0] ** WIDER_SAME_GENERATION)
+    assert sister.interval == own.interval.wider(TRANSFER_SPREAD[1])
 
 
 def test_another_generation_takes_the_nearest_and_the_widest_interval() -> None:
     own = family("gemm", "vllm", load_hardware("a100-sxm-80gb"), variant="bf16")
     old = family("gemm", "vllm", load_hardware("t4"), variant="bf16")
     assert (old.hardware, old.basis, old.distance) == ("a100-sxm-80gb", "transferred", 2)
-    assert old.interval.low[0] == pytest.approx(own.interval.low[0] ** WIDER_OTHER_GENERATION)
+    assert old.interval == own.interval.wider(TRANSFER_SPREAD[2])
+    assert old.transfer_spread() == (-TRANSFER_SPREAD[2], TRANSFER_SPREAD[2])
+
+
+def test_fixed_times_of_a_transferred_kernel_are_cycles_and_its_host_s_are_not() -> None:
+    slow = load_hardware("a100-sxm-80gb")
+    own = family("scan", "sglang", slow, variant="conv_step")
+    fast = replace(slow, name="a100-fast", clock_hz=2 * slow.clock_hz)
+    there = family("scan", "sglang", fast, variant="conv_step")
+    assert there.parameters.launch_s == pytest.approx(own.parameters.launch_s / 2)
+    assert there.parameters.bandwidth_fraction == own.parameters.bandwidth_fraction
+    product = family("gemm", "vllm", load_hardware("h100-sxm"), variant="fp8_block")
+    faster = replace(load_hardware("h100-sxm"), name="h100-fast", clock_hz=2 * 1.83e9)
+    moved = family("gemm", "vllm", faster, variant="fp8_block")
+    assert moved.parameters.eager_s == product.parameters.eager_s > 0.0
+    assert moved.parameters.stream_bytes_per_s == product.parameters.stream_bytes_per_s
 
 
 def test_another_engine_is_transferred() -> None:
@@ -52,7 +66,13 @@ def test_another_engine_is_transferred() -> None:
     other = family("gemm", "trtllm", load_hardware("h100-sxm"), variant="bf16")
     assert own.basis == "calibrated"
     assert other.basis == "transferred"
-    assert other.interval.high[0] == pytest.approx(own.interval.high[0] ** WIDER_ENGINE)
+    assert other.interval == own.interval.wider(ENGINE_SPREAD)
+
+
+def test_spreads_add_as_squares_of_logarithms() -> None:
+    wide = Interval((), (np.exp(-0.3),), (np.exp(0.4),)).wider(0.3)
+    assert np.log(wide.low[0]) == pytest.approx(-0.3 * 2**0.5)
+    assert np.log(wide.high[0]) == pytest.approx(0.5)
 
 
 def test_a_named_kernel_goes_before_the_most_measured_one() -> None:
