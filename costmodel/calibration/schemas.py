@@ -227,6 +227,8 @@ def _moe(record: Record) -> Read:
         "local_experts": experts / count(record, "moe_ep_size"),
         "skew": number({"exponent": routing.removeprefix("power_law_")}, "exponent", 0.0),
         "dealt": float(dealt),
+        # Rows of this kernel were made before the benchmark changed its rule (see kernels.routing).
+        "leftovers_first": float(text(record, "kernel_source").lower() == "vllm_fused_moe"),
     }
     return "moe_gemm", variant, shape
 

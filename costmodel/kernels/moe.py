@@ -58,7 +58,6 @@ class MoeParameters:
     row_s               more per assignment: permutation and weighted sum
     unhidden_fraction   share of the shorter of compute and memory that nothing hides, u
     eager_s             host time per call; only in tables made without a captured graph
-    leftovers_first     1: the rows were routed by the older rule of ``routing``
     """
 
     launch_s: float
@@ -72,7 +71,6 @@ class MoeParameters:
     row_s: float
     unhidden_fraction: float
     eager_s: float = 0.0
-    leftovers_first: float = 0.0
 
 
 PRIORS: dict[str, Prior] = {
@@ -103,19 +101,21 @@ def moe_time_s(
     *,
     skew: Array = 0.0,
     dealt: Array = 0.0,
+    leftovers_first: Array = 0.0,
     cold: bool = True,
 ) -> Array:
     """Seconds of one layer's routed experts on one GPU. Shape: that of the arguments broadcast.
 
-    ``inner`` is this GPU's share of the experts' inner size; ``skew`` and ``dealt`` say how tokens
-    are routed (see ``routing``).
+    ``inner`` is this GPU's share of the experts' inner size; ``skew``, ``dealt`` and
+    ``leftovers_first`` say how tokens are routed (see ``routing``).
     """
+    routing = {"skew": skew, "dealt": dealt, "leftovers_first": leftovers_first}
     sizes = (tokens, top_k, n_experts, local_experts)
     up = grouped_product_time_s(
-        parameters, device, 2.0 * inner, hidden, *sizes, dtype, skew=skew, dealt=dealt, cold=cold
+        parameters, device, 2.0 * inner, hidden, *sizes, dtype, **routing, cold=cold
     )
     down = grouped_product_time_s(
-        parameters, device, hidden, inner, *sizes, dtype, skew=skew, dealt=dealt, cold=cold
+        parameters, device, hidden, inner, *sizes, dtype, **routing, cold=cold
     )
     seconds: Array = up + down
     if not cold and parameters.eager_s:
@@ -136,6 +136,7 @@ def grouped_product_time_s(
     *,
     skew: Array = 0.0,
     dealt: Array = 0.0,
+    leftovers_first: Array = 0.0,
     cold: bool = True,
 ) -> Array:
     """Seconds of one of the two grouped products, [rows, k] times [k, n] per expert.
@@ -152,7 +153,7 @@ def grouped_product_time_s(
         local_experts,
         skew,
         dealt=dealt,
-        leftovers_first=bool(p.leftovers_first),
+        leftovers_first=leftovers_first,
     )
     hit: Array = sum((c for c, _ in classes), np.float64(0.0))
     assigned: Array = sum((c * load for c, load in classes), np.float64(0.0))
@@ -204,13 +205,16 @@ def _time(
     dtype = "fp8" if variant.startswith("fp8") else variant
     tokens, hidden, inner, top_k, n_experts, local = (shape[name] for name in SHAPE[:6])
     sizes = (tokens, hidden, inner, top_k, n_experts, local)
-    skew, dealt = shape["skew"], shape.get("dealt", 0.0)
-    return moe_time_s(parameters, device, *sizes, dtype, skew=skew, dealt=dealt, cold=cold)
+    return moe_time_s(parameters, device, *sizes, dtype, **_routing(shape), cold=cold)
+
+
+def _routing(shape: Shape) -> dict[str, Array]:
+    return {name: shape.get(name, 0.0) for name in SHAPE[6:]}
 
 
 def _work(device: HardwareProfile, shape: Shape, variant: str) -> Work:
-    sizes = (shape[name] for name in ("tokens", "top_k", "n_experts", "local_experts", "skew"))
-    classes = loads(*sizes, dealt=shape.get("dealt", 0.0))
+    sizes = (shape[name] for name in ("tokens", "top_k", "n_experts", "local_experts"))
+    classes = loads(*sizes, **_routing(shape))
     hit: Array = sum((c for c, _ in classes), np.float64(0.0))
     assigned: Array = sum((c * load for c, load in classes), np.float64(0.0))
     weights = 3.0 * shape["hidden"] * shape["inner"] * element_bytes(variant)
@@ -218,14 +222,17 @@ def _work(device: HardwareProfile, shape: Shape, variant: str) -> Work:
     return Work(flops, peak_of(device, variant), np.minimum(hit, assigned) * weights)
 
 
-SHAPE = ("tokens", "hidden", "inner", "top_k", "n_experts", "local_experts", "skew", "dealt")
+SHAPE = (
+    "tokens", "hidden", "inner", "top_k", "n_experts", "local_experts",
+    "skew", "dealt", "leftovers_first",
+)  # fmt: skip
 KIND = KernelKind(
     name="moe_gemm",
     parameters=MoeParameters,
     shape=SHAPE,
     variants=("bf16", "fp8", "fp8_block"),
     priors=lambda kernel, variant: PRIORS,
-    structure=lambda kernel, variant: {"leftovers_first": float(kernel == "vllm_fused_moe")},
+    structure=lambda kernel, variant: {},
     time_s=_time,
     work=_work,
 )

@@ -24,7 +24,7 @@ Floats = NDArray[np.float64]
 LARGEST_SHARE = 0.8
 FEW_RANGE = (0.01, 2.0)
 #: Draws that are averaged, and classes of like load that they are sorted into.
-N_DRAWS = 8
+N_DRAWS = 4
 N_CLASSES = 16
 #: Exponents this near to 1 are taken for 1 + this: the integral has another form at 1.
 NEAREST_EXPONENT = 1e-6
@@ -48,12 +48,12 @@ def loads(
     skew: Array = 0.0,
     *,
     dealt: Array = 0.0,
-    leftovers_first: bool = False,
+    leftovers_first: Array = 0.0,
 ) -> list[tuple[Array, Array]]:
     """Classes of this GPU's experts that are hit: (how many, tokens each).
 
     ``skew`` is the exponent of power-law routing, 0 for even routing; ``dealt`` 1 deals evenly
-    instead of at random; ``leftovers_first`` is the older rule for what rounding leaves over.
+    instead of at random; ``leftovers_first`` 1 is the older rule for what rounding leaves over.
     """
     t, k, e, local = (
         np.asarray(v, dtype=np.float64) for v in (tokens, top_k, n_experts, local_experts)
@@ -66,12 +66,13 @@ def loads(
     even: list[tuple[Array, Array]] = [(hit, mean / np.maximum(hit, 1e-9))]
     if not np.any(skew):
         return even
-    shape = np.broadcast_shapes(t.shape, k.shape, e.shape, local.shape, np.shape(skew))
-    columns = [np.broadcast_to(v, shape).ravel().tolist() for v in (t, k, e, local, skew)]
+    given = (t, k, e, local, leftovers_first, skew)
+    shape = np.broadcast_shapes(*(np.shape(v) for v in given))
+    columns = [np.broadcast_to(v, shape).ravel().tolist() for v in given]
     classes = np.zeros((*shape, N_CLASSES, 2)).reshape(-1, N_CLASSES, 2)
     for i, row in enumerate(zip(*columns, strict=True)):
         if row[-1] > 0:
-            classes[i] = _busiest(*row, leftovers_first)
+            classes[i] = _busiest(*row)
     classes = classes.reshape(*shape, N_CLASSES, 2)
     skewed = np.broadcast_to(np.asarray(skew) > 0, shape)
     out: list[tuple[Array, Array]] = [(np.where(skewed, 0.0, n), load) for n, load in even]
@@ -85,8 +86,8 @@ def _busiest(
     top_k: float,
     n_experts: float,
     local_experts: float,
+    leftovers_first: float,
     exponent: float,
-    leftovers_first: bool,
 ) -> Floats:
     """(experts, tokens each) by class, of the busiest GPU under a power law."""
     n_gpus = max(round(n_experts / local_experts), 1)
@@ -95,7 +96,7 @@ def _busiest(
     few = assigned <= n_experts
     low, high = FEW_RANGE if few else (1.0, max(LARGEST_SHARE * tokens, 1.0))
     a = max(exponent, 1.0 + NEAREST_EXPONENT)
-    u = np.random.default_rng(0).random((N_DRAWS, n_gpus * per_gpu))
+    u = _uniform(n_gpus * per_gpu)
     drawn = (low ** (1.0 - a) + u * (high ** (1.0 - a) - low ** (1.0 - a))) ** (1.0 / (1.0 - a))
     counts = np.rint(drawn * (assigned / drawn.sum(axis=1, keepdims=True)))
     deal = _leftovers_to_first if leftovers_first else _leftovers_to_least
@@ -106,6 +107,12 @@ def _busiest(
         if part.size:
             out[c] = part.size / N_DRAWS, part.mean()
     return out
+
+
+@functools.lru_cache(maxsize=64)
+def _uniform(n_experts: int) -> Floats:
+    """The same draws for every call: times of like shapes differ by their shapes alone."""
+    return np.random.default_rng(0).random((N_DRAWS, n_experts))
 
 
 def _leftovers_to_first(counts: Floats, tokens: float, assigned: float) -> Floats:

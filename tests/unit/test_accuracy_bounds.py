@@ -34,9 +34,9 @@ DECODE_ATTENTION_BOUND = 13.0
 DECODE_ATTENTION_A100_BOUND = 20.0
 PREFILL_ATTENTION_BOUND = 15.0
 MLA_BOUND = 20.0  # roofline 82
-SCAN_BOUND = 20.0  # roofline 75; a fifth of the rows are convolutions timed with their launches
-SPARSE_ATTENTION_BOUND = 20.0  # roofline 76
-MOE_BOUND = 28.0  # roofline 64; routing of the published rows is random, and unknown row by row
+SCAN_BOUND = 13.0  # roofline 74
+SPARSE_ATTENTION_BOUND = 17.0  # roofline 76
+MOE_BOUND = 24.0  # roofline 60; routing of the published rows is random, and unknown row by row
 COLLECTIVES_BOUND = 16.0  # roofline 76
 #: Watts of single kernels: the published counter averages over what ran around them.
 POWER_BOUND = 25.0
@@ -45,10 +45,10 @@ SERVING_DENSE_BOUND = 15.0
 SERVING_SPARSE_BOUND = 25.0
 #: Half a split is one of four that are judged: its figure scatters by so much.
 ONE_SPLIT_SLACK = 1.15
-#: Shares of unseen rows inside their intervals, percent, and width over MAPE. Classes of few rows
-#: scatter: they count together.
-COVERAGE_LEAST, COVERAGE_MOST = 78.0, 95.0
-WIDTH_OVER_MAPE = 3.6
+#: Shares of unseen rows inside their intervals, percent, and width over MAPE: 83 % of deviations
+#: that fall off exponentially take 3.5 times their mean, of normal ones 3.4.
+COVERAGE_LEAST, COVERAGE_MOST = 80.0, 95.0
+WIDTH_OVER_MAPE = 3.8
 
 Family = Mapping[str, Any]
 FAMILIES: list[tuple[str, Callable[[Family], bool], float]] = [
@@ -90,7 +90,7 @@ def test_families_on_unseen_rows(kind: str, keep: Callable[[Family], bool], boun
 @pytest.mark.parametrize("kind", sorted({kind for kind, _, _ in FAMILIES}))
 def test_intervals_of_families_hold_unseen_rows(kind: str) -> None:
     rows = families(kind)
-    assert COVERAGE_LEAST - 2.0 <= mean(rows, "coverage") <= COVERAGE_MOST
+    assert COVERAGE_LEAST <= mean(rows, "coverage") <= COVERAGE_MOST
     assert mean(rows, "interval_width") <= WIDTH_OVER_MAPE * mean(rows, "mape") + 1.0
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from costmodel.kernels.routing import loads
+from costmodel.kernels.routing import N_DRAWS, loads
 
 
 def classes(*sizes: float, **how: float) -> tuple[float, float]:
@@ -45,5 +45,5 @@ def test_shares_follow_the_power_law() -> None:
     x = np.sort(x / x.sum(axis=1, keepdims=True), axis=1)
     expected = x[:, -13:].sum(axis=1).mean()
     found = loads(20000.0, 8.0, 128.0, 128.0, 1.2)
-    flat = np.sort(np.concatenate([np.full(round(float(n * 8)), float(m)) for n, m in found]))
-    assert flat[-13 * 8 :].sum() / flat.sum() == pytest.approx(expected, rel=0.15)
+    flat = np.sort(np.concatenate([np.full(round(float(n * N_DRAWS)), float(m)) for n, m in found]))
+    assert flat[-13 * N_DRAWS :].sum() / flat.sum() == pytest.approx(expected, rel=0.15)
