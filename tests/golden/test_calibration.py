@@ -94,5 +94,6 @@ def test_recorded_intervals_cover_four_in_five(kind: str) -> None:
     coverage = np.array([f.held_out["coverage"] for f in families])
     width = np.array([f.held_out["interval_width"] for f in families])
     mape = np.array([f.held_out["mape"] for f in families])
-    assert 78.0 <= (n * coverage).sum() / n.sum() <= 95.0
-    assert (n * width).sum() <= 3.4 * (n * mape).sum()
+    assert 80.0 <= (n * coverage).sum() / n.sum() <= 95.0
+    # 83 % of deviations that fall off exponentially take 3.5 times their mean.
+    assert (n * width).sum() <= 3.6 * (n * mape).sum()

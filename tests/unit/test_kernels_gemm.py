@@ -70,7 +70,7 @@ def test_activations_larger_than_the_cache_are_read_again_per_group_of_columns()
     d = device(peak_flops_per_s={"bf16": 1e18})
     p = replace(IDEAL, raster_columns=1.0, launch_s=0.0)
     a, b, c = 65536 * 2048 * 2, 2048 * 1280 * 2, 65536 * 1280 * 2
-    assert gemm_time_s(p, d, 65536, 1280, 2048) == pytest.approx((10 * a + b + c) / 1e12, rel=1e-6)
+    assert gemm_time_s(p, d, 65536, 1280, 2048) == pytest.approx((10 * a + b + c) / 1e12, rel=1e-5)
 
 
 def test_fp8_pays_for_quantising_its_activations() -> None:
