@@ -22,6 +22,7 @@ class Engine:
 
     kv_growth             "paged" (blocks of ``block_tokens``), "preallocated" (room for prompt and
                           output from the start) or "cat" (a new, longer tensor every step)
+    best_kv_growth        the same of its best form (level "ideal"); "": it is the same
     prefill_chunk_tokens  most prompt tokens in one forward pass; 0: the whole prompt at once
     decode_graph          decode replays a captured graph, so the host does not limit it
     host_launch_s         host time per kernel start when there is no graph (low, mid, high)
@@ -49,6 +50,7 @@ class Engine:
     name: str
     title: str
     kv_growth: Literal["paged", "preallocated", "cat"]
+    best_kv_growth: Literal["", "preallocated"] = ""
     block_tokens: int = 1
     prefill_chunk_tokens: int = 0
     decode_graph: bool
@@ -94,6 +96,11 @@ def load_engine(name: str) -> Engine:
         if field in row:
             row[field] = tuple(row[field])
     return Engine(name=key, **row)
+
+
+def at_best(engine: Engine) -> Engine:
+    """The same engine in its best form."""
+    return replace(engine, kv_growth=engine.best_kv_growth) if engine.best_kv_growth else engine
 
 
 def in_passes(engine: Engine) -> Engine:

@@ -188,12 +188,16 @@ def _expert(point: Point, moe: MoE, matmul: Matmul, tokens: Array, read: Array) 
     """Routed experts: every token multiplies with top_k of them; a pass reads the distinct ones."""
     linear = matmul.linear
     rows = tokens * float(moe.top_k)
+    computed = rows
+    if moe.runs_all and point.engine.fixed_state_layout == "transformers":
+        computed = tokens * float(moe.n_experts)
     moved = rows * ((linear.n_in + linear.n_out) * point.element_bytes)
     return Operation(
         name=linear.name,
         kind="moe_gemm",
         count=matmul.count,
         flops=rows * (2.0 * linear.n_in * linear.n_out),
+        executed_flops=computed * (2.0 * linear.n_in * linear.n_out) if moe.runs_all else None,
         weight_bytes=read * (matmul.stored_bytes / linear.copies),
         activation_bytes=moved,
         dtype=matmul.dtype,

@@ -63,6 +63,7 @@ class MoE:
     router_bias       elements of a router bias or correction
     latent_dim        width the routed experts work in when it is not d_model (a down- and an
                       up-projection around them)
+    runs_all          transformers multiplies every token with every expert, zeros for the others
     extra_parameters  anything else the block stores
     """
 
@@ -77,6 +78,7 @@ class MoE:
     router_bias: int = 0
     latent_dim: int | None = None
     bias: bool = False
+    runs_all: bool = False
     extra_parameters: int = 0
 
     def expert_linears(self, d_model: int) -> tuple[Linear, ...]:

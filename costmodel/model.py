@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from costmodel import basis
 from costmodel.architecture import Architecture
-from costmodel.engines import Engine, engine_of, in_passes
+from costmodel.engines import Engine, at_best, engine_of, in_passes
 from costmodel.errors import ConfigError, NotApplicableError
 from costmodel.hardware import HardwareProfile
 from costmodel.kernels.families import own_engines
@@ -87,6 +87,8 @@ class Model:
         named = options.engine
         name = default_engine(hardware, options.level) if named is None else named
         engine = engine_of(name, own_engines(hardware))
+        if options.level == "ideal":
+            engine = at_best(engine)
         if not hardware.is_cpu:  # a CPU has the prior, or curves of its own
             engine = in_passes(engine)
         return cls(

@@ -2,16 +2,19 @@
 
 The counter knows matmuls; it counts PyTorch's CPU flash-attention call as nothing, and all pairs of
 causal CUDA calls, so those calls are mapped here: 2 (Hk + Hv) per query, key and head, of a causal
-call only the pairs that exist. Triton kernels it cannot see at all: who launches one says what it
-multiplies (``count_launch``).
+call only the pairs that exist. Nor does it know grouped matmuls of experts: 2 k n a row. Triton
+kernels it cannot see at all: who launches one says what it multiplies (``count_launch``).
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+
+from costmodel.errors import MeasurementError
 
 
 class _Launches:
@@ -39,6 +42,7 @@ def count_flops(call: Callable[[], object], *, square: bool = False) -> int:
         aten._scaled_dot_product_flash_attention: flash,
         aten._scaled_dot_product_efficient_attention: biased,
         aten._scaled_dot_product_cudnn_attention: biased,
+        aten._grouped_mm: _grouped_flops,
     }
     before = _Launches.flops
     with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
@@ -60,6 +64,13 @@ def _flash_flops(
     b, n, s, hk = q
     pairs = s * (s + 1) // 2 if is_causal and not square else s * k[2]
     return 2 * b * n * pairs * (hk + v[3])
+
+
+def _grouped_flops(a: tuple[int, ...], b: tuple[int, ...], *_: Any, **__: Any) -> int:
+    """Rows [m, k] by experts [E, k, n], every row with one of them (or [E, m, k] with its own)."""
+    if len(b) != 3:
+        raise MeasurementError(f"grouped matmul: expected experts [E, k, n], got {list(b)}")
+    return 2 * math.prod(a) * b[-1]
 
 
 def _biased_flops(

@@ -49,6 +49,7 @@ def _gemma(c: ConfigReader, wrapper: ConfigReader | None, generation: int) -> Mo
         v_head_dim=head_dim,
         qkv_bias=bias,
         o_bias=bias,
+        eager=generation == 2,  # its soft cap
         extra_parameters=2 * head_dim if third else 0,
     )
     mlp = DenseMLP(d_ff=c.integer("intermediate_size", default=9216 if third else None))

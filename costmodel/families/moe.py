@@ -138,6 +138,7 @@ def _gpt_oss(c: ConfigReader, basics: Basics) -> MoELayers:
         attention,
         qkv_bias=bias,
         o_bias=bias,
+        eager=True,
         extra_parameters=attention.n_heads,  # sinks
     )
     window = c.integer("sliding_window")
@@ -177,6 +178,7 @@ def _llama4(c: ConfigReader, basics: Basics) -> MoELayers:
         top_k=read_top_k(c, "num_experts_per_tok", n_experts=n),
         d_ff=d_ff,
         shared_d_ff=d_ff,
+        runs_all=True,
     )
     step = c.integer("interleave_moe_layer_step", default=1)
     sparse = c.optional_integers("moe_layers")
@@ -245,7 +247,8 @@ def _mimo(c: ConfigReader, basics: Basics) -> MoELayers:
     """
     full = attention_of(c, basics)
     bias = c.flag("attention_bias")
-    full = replace(full, v_head_dim=c.integer("v_head_dim"), qkv_bias=bias)
+    # sinks in some layers: transformers runs all of them eagerly
+    full = replace(full, v_head_dim=c.integer("v_head_dim"), qkv_bias=bias, eager=True)
     pattern = c.optional_integers("hybrid_layer_pattern", maximum=1)
     types = read_layer_types(c, basics.n_layers, (FULL, SLIDING))
     if types is None:

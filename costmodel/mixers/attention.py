@@ -40,6 +40,7 @@ class Attention(AbstractMixer):
     owns_cache     False for layers that read another layer's cache and have no k and v matrices
     output_gate    q is projected to twice its width; the second half gates the output
     o_dim          width the output projection writes when it is not d_model
+    eager          a soft cap or sinks: transformers has no fused attention for them
     extra_parameters  inner norms, sinks and the like, in elements
     """
 
@@ -59,6 +60,7 @@ class Attention(AbstractMixer):
     k_eq_v: bool = False
     owns_cache: bool = True
     output_gate: bool = False
+    eager: bool = False
     extra_parameters: int = 0
 
     def linears(self, d_model: int) -> tuple[Linear, ...]:
@@ -160,11 +162,26 @@ class Attention(AbstractMixer):
 
     def _blocked_pairs(self, point: Point) -> Array | None:
         """Pairs that an engine without a kernel for windows computes; None: the kernel's."""
+        if point.level == "reference":
+            return None
+        if masks_its_room(point):
+            return self._masked_pairs(point)
         block = float(point.engine.score_block_tokens)
-        if not block or self.window_tokens is None or point.level == "reference":
+        if not block or self.window_tokens is None:
             return None
         s, w = point.prompt_tokens, float(self.window_tokens)
         return np.where(s <= w, causal_pairs(s), blocked_pairs(s, w, block))
+
+    def _masked_pairs(self, point: Point) -> Array | None:
+        """Pairs that transformers computes over its preallocated cache: eager attention all there
+        is room for, fused attention the causal ones, or the square once a window needs a mask.
+        """
+        s = point.prompt_tokens
+        if self.eager:
+            return s * (point.reserved_tokens if self.limit_tokens == np.inf else s)
+        if self.limit_tokens == np.inf:
+            return None
+        return np.where(s < self.limit_tokens, causal_pairs(s), s * s)
 
     def decode(self, point: Point) -> Operations:
         """Read the cache once, write one token."""
@@ -175,7 +192,7 @@ class Attention(AbstractMixer):
                 self,
                 point,
                 read_tokens=held,
-                executed_tokens=np.minimum(point.cached_tokens + 1, self.limit_tokens),
+                executed_tokens=np.minimum(attended_tokens(point), self.limit_tokens),
                 read_bytes=point.batch * held * per_token,
                 written_bytes=point.batch
                 * (float(self.kv_elements_per_token()) * point.kv_element_bytes),
@@ -194,6 +211,21 @@ class Attention(AbstractMixer):
                 )
             )
         return tuple(operations)
+
+
+def attended_tokens(point: Point) -> Array:
+    """Tokens that a step's attention multiplies with: the cached ones and its own; of transformers'
+    StaticCache all there is room for, the rest of them masked.
+    """
+    if masks_its_room(point):
+        return point.reserved_tokens
+    return point.cached_tokens + 1
+
+
+def masks_its_room(point: Point) -> bool:
+    """Whether transformers' own attention runs over a preallocated cache."""
+    engine = point.engine
+    return engine.fixed_state_layout == "transformers" and engine.kv_growth == "preallocated"
 
 
 def prefill_attention(

@@ -24,7 +24,9 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from costmodel.errors import NotApplicableError
+from costmodel.mixers.attention import attended_tokens, masks_its_room
 from costmodel.mixers.base import AbstractMixer, Linear
+from costmodel.mixers.recurrent import runs_in_torch
 from costmodel.mixers.sparse_index import fp8_bytes, index_operations
 from costmodel.operation import Array, Operation, Operations, causal_pairs
 from costmodel.workload import Point
@@ -185,7 +187,10 @@ class MLA(AbstractMixer):
             },
             formula="2 (n + p + v) N per pair, causal; with an index at most k keys per query",
         )
-        return (*self._index_operations(point, phase="prefill"), attention)
+        spare: Operations = ()
+        if masks_its_room(point):  # what the prompt leaves free is expanded too
+            spare = (self._expand(point, point.reserved_tokens - s),)
+        return (*self._index_operations(point, phase="prefill"), attention, *spare)
 
     def decode(self, point: Point) -> Operations:
         """Absorbed form: every head reads the same latents."""
@@ -193,8 +198,10 @@ class MLA(AbstractMixer):
         read = self.attended(t)
         per_token = 2.0 * (2 * self.kv_lora_rank + self.qk_rope_head_dim) * self.n_heads
         executed = self.attended(t + 1) * per_token
-        if point.engine.kv_growth == "cat":  # transformers attends to expanded, masked heads
-            executed = (t + 1) * (2.0 * (self.qk_head_dim + self.v_head_dim) * self.n_heads)
+        if runs_in_torch(point):  # transformers attends to expanded, masked heads
+            executed = attended_tokens(point) * (
+                2.0 * (self.qk_head_dim + self.v_head_dim) * self.n_heads
+            )
         latent = self.latent_bytes(point)
         attention = Operation(
             name="mla_attention",
@@ -218,6 +225,9 @@ class MLA(AbstractMixer):
             formula="read B T (r + p) b once; 2 (2 r + p) N FLOPs per token",
         )
         out = (*self._index_operations(point, phase="decode"), attention)
+        if not runs_in_torch(point):
+            return out
+        out = (*out, self._expand(point, attended_tokens(point) - 1))
         if point.engine.kv_growth != "cat":
             return out
         held = point.batch * t * (latent + self.index_bytes(point))
@@ -230,11 +240,11 @@ class MLA(AbstractMixer):
             source="transformers 5.23 cache_utils.py DynamicLayer.update (torch.cat)",
             formula="read and write the whole layer cache: 2 B T (r + p) b",
         )
-        return (*out, self._expand(point), copy)
+        return (*out, copy)
 
-    def _expand(self, point: Point) -> Operation:
-        """What transformers does besides: expand every cached latent to heads at each step."""
-        t, b = point.cached_tokens, point.element_bytes
+    def _expand(self, point: Point, t: Array) -> Operation:
+        """What transformers does besides: expand ``t`` cached latents to heads at each step."""
+        b = point.element_bytes
         width = self.n_heads * (self.qk_nope_head_dim + self.v_head_dim)
         expanded = point.batch * t * (self.n_heads * (self.qk_head_dim + self.v_head_dim) * b)
         return Operation(

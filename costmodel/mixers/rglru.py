@@ -17,7 +17,7 @@ import numpy as np
 from costmodel.errors import NotApplicableError
 from costmodel.fused_kernels import fused_step
 from costmodel.mixers.base import AbstractMixer, Linear
-from costmodel.mixers.recurrent import STATE_ELEMENT_BYTES, convolution, scan
+from costmodel.mixers.recurrent import STATE_ELEMENT_BYTES, convolution, runs_in_torch, scan
 from costmodel.operation import Array, Operation, Operations
 from costmodel.workload import Point
 
@@ -85,8 +85,11 @@ class RGLRU(AbstractMixer):
             shape={"m": tokens, "n": float(2 * block), "k": float(block), "groups": self.n_blocks},
             formula="two block-diagonal gates: 4 w^2 / n FLOPs per token",
         )
+        columns = convolution(point, channels=w, kernel=self.conv_kernel, prefill=prefill)
+        if not prefill and runs_in_torch(point):  # a step sums products, elementwise
+            columns = replace(columns, executed_flops=np.float64(0.0))
         return (
-            convolution(point, channels=w, kernel=self.conv_kernel, prefill=prefill),
+            columns,
             gates,
             scan(
                 point,

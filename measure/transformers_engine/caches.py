@@ -47,6 +47,8 @@ def _quantised(backend: str, axis: int) -> Maker:
     return make
 
 
+#: Families whose models refuse the caches that all others take.
+OWN_CACHES = frozenset({"minimax"})
 #: Method -> what makes its cache. Axes are the classes' own defaults.
 MAKERS: Mapping[str, Maker] = {
     "full": _plain,
@@ -63,5 +65,9 @@ def make_cache(point: MeasurePoint, config: Any, device: torch.device) -> Any:
     reason = refusal(point.stack, engine="transformers", device=device.type)
     if reason:
         raise NotApplicableError(reason)
+    if config.model_type in OWN_CACHES:
+        raise NotApplicableError(
+            f"{config.model_type}: transformers runs this family with a cache class of its own only"
+        )
     method = point.stack.methods[0]
     return MAKERS[method.NAME](point, method, config, device)

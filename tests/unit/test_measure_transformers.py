@@ -12,11 +12,13 @@ from costmodel.errors import MissingExtraError, NotApplicableError
 from costmodel.hardware import load_hardware
 from costmodel.methods.parse import parse_method
 from costmodel.registry import load_architecture
-from lccost.measuring import predictor
+from lccost.measuring import memory_predictor, predictor
+from measure.flops import count_flops
 from measure.observation import observe
 from measure.observation_options import How
 from measure.points import MeasurePoint
 from measure.timing import Budget
+from measure.transformers_engine.session import TransformersSession
 
 transformers = pytest.importorskip("transformers")
 HOW = How(budget=Budget(seconds=0.01, min_samples=2, max_samples=2, max_warmups=1))
@@ -137,3 +139,28 @@ def test_offloading_on_a_real_device(tmp_path):
     assert observed["state_host_bytes"] > 0
     assert observed["weights_bytes"] == predicted["weights_bytes"]
     assert observed["tpot_s"] > 0
+
+
+@pytest.mark.parametrize("realisation", ["reference", "best"])
+@pytest.mark.parametrize(
+    "family",
+    ["llama", "mistral", "gemma2", "gpt_oss", "mixtral", "deepseek_v3", "qwen3_next",
+     "recurrent_gemma", "jamba", "llama4_text"],
+)  # fmt: skip
+def test_executed_flops_are_what_torch_counts(tmp_path, family, realisation):
+    """Grouped experts, masked windows and the room of a static cache included."""
+    p = point(tmp_path, family=family, context_tokens=40, realisation=realisation, dtype="fp32")
+    session = TransformersSession(p, torch.device("cpu"))
+    session.prepare()
+    square = realisation == "reference"
+    counted = [count_flops(call, square=square) for call in (session.prefill, session.decode)]
+    predicted = memory_predictor("cpu", {p.architecture.name: p.architecture})(p.fields)
+    names = ("executed_prefill_flops", "executed_decode_flops")
+    assert counted == pytest.approx([predicted[n] for n in names], rel=1e-3)
+    if realisation == "best" and not any(m.max_kv_tokens() for m in session._mixers):
+        assert session.allocated_bytes == predicted["state_allocated_bytes"]
+
+
+def test_a_family_with_a_cache_of_its_own_is_refused(tmp_path):
+    with pytest.raises(NotApplicableError, match="cache class of its own"):
+        observe(point(tmp_path, family="minimax"), HOW)
