@@ -90,6 +90,13 @@ class HardwareProfile:
     anchors: Mapping[str, float] = field(default_factory=dict)
     calibration: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def anchored_by(self) -> list[str] | None:
+        """Keys of the records that the anchors were taken from; None without anchors."""
+        if not self.anchors:
+            return None
+        return [k for k in self.calibration.get("anchored_by", "").split(", ") if k]
+
     def peak(self, dtype: str) -> float:
         """Dense peak of a compute dtype; raises ``ConfigError`` where the device has none."""
         if dtype in self.peak_flops_per_s:

@@ -118,6 +118,7 @@ KEYS = (
     "accuracy_drop_points",
     "accuracy_source",
     "basis",
+    "anchored_by",
     "extrapolated",
     "equals_full",
     "assumed_family",
@@ -196,6 +197,7 @@ class Prediction:
             row["decode_bound"] = str(decode_bound[i])
             row["applicable"] = True
             row["basis"] = self.basis
+            row["anchored_by"] = self.hardware.anchored_by
             row["energy_basis"] = power_basis(self.hardware)
             row["equals_full"] = bool(
                 np.all(self.method.equals_full(float(context[i]), self.architecture))

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from costmodel.errors import LccostError, UnknownNameError
+from costmodel.errors import ConfigError, LccostError, UnknownNameError
 from reports.labels import point, safe_text, varying_fields
 from reports.matching import PredictionIndex, hashable
 from reports.pairs import METRICS as METRICS
@@ -32,6 +32,8 @@ GROUP_FIELDS = (
     *("layers", "device", "realisation", "status"),
 )
 _ALIASES = {"context": "context_tokens", "output": "output_tokens", "hardware": "gpu"}
+_ANCHOR = "the prediction is anchored by this very point: its error says nothing"
+_NOTHING_SHARED = "prediction and record share no known metric"
 _LEFT_OUT_FIELDS = ("method_spec", "level", "context_tokens", "batch", "model")
 
 Predict = Callable[[Mapping[str, Any]], Mapping[str, Any]]
@@ -123,10 +125,10 @@ def compare(records: Records, predict: Predict | None = None) -> Comparison:
         for row in index.unused()
         if row.values.get("applicable") is not False
     ]
-    errors = [e for pair in pairs for e in metric_errors(pair)]
+    errors = [e for pair in pairs if not pair.anchors_itself for e in metric_errors(pair)]
     joined = {id(e.pair) for e in errors}
     unjoined += [
-        _left_out(p.key, "prediction and record share no known metric")
+        _left_out(p.key, _ANCHOR if p.anchors_itself else _NOTHING_SHARED)
         for p in pairs
         if p.predicted is not None and p.observed is not None and id(p) not in joined
     ]
@@ -149,7 +151,9 @@ def _unknown_times(pairs: Sequence[Pair]) -> Iterator[str]:
 
 
 def parse_fields(by: str | Sequence[str]) -> tuple[str, ...]:
-    """Group fields from "method,context" or a sequence; raises ``UnknownNameError``."""
+    """Group fields from "method,context" or a sequence; raises ``UnknownNameError``, and
+    ``ConfigError`` for a text without any.
+    """
     names = by.split(",") if isinstance(by, str) else list(by)
     fields = []
     for name in (n.strip() for n in names):
@@ -159,6 +163,8 @@ def parse_fields(by: str | Sequence[str]) -> tuple[str, ...]:
         if full not in GROUP_FIELDS:
             raise UnknownNameError("field to group by", name, [*GROUP_FIELDS, *_ALIASES])
         fields.append(full)
+    if isinstance(by, str) and not fields:
+        raise ConfigError("fields to group by: expected at least one, such as method, got none")
     return tuple(dict.fromkeys(fields))
 
 

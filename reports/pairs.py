@@ -35,6 +35,23 @@ class Pair:
             observed.status == "noisy" or observed.values.get("is_valid") is False
         )
 
+    @property
+    def anchors_itself(self) -> bool:
+        """Whether the observation is one that the prediction was anchored by."""
+        if self.predicted is None or self.observed is None:
+            return False
+        anchors = self.predicted.values.get("anchored_by")
+        key = self.observed.values.get("record_key")
+        return isinstance(anchors, list) and key is not None and key in anchors
+
+    @property
+    def not_numbers(self) -> frozenset[str]:
+        """Metrics that are NaN or infinite on either side."""
+        observed = frozenset() if self.observed is None else self.observed.not_numbers
+        predicted = frozenset() if self.predicted is None else self.predicted.not_numbers
+        names = {n.removeprefix("predicted.") for n in observed} | predicted
+        return frozenset(names & set(METRICS))
+
     def value(self, metric: str, side: str = "predicted") -> float | None:
         """A metric of one side ("predicted" or "observed"); ``peak_bytes`` is the worse phase's."""
         row = self.predicted if side == "predicted" else self.observed

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
 
+from costmodel.basis import BASES
 from costmodel.errors import ConfigError
 
 #: Fields that say which point a row is about; predictions and measurements share them.
@@ -58,10 +59,13 @@ MAX_FILE_BYTES = 512 * 1024 * 1024
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Row:
-    """One record or result with the place it was read from ("file:line")."""
+    """One record or result with the place it was read from ("file:line"). ``not_numbers`` names
+    what stood there as NaN or Infinity, which is unknown here.
+    """
 
     values: Mapping[str, Any]
     origin: str = ""
+    not_numbers: frozenset[str] = frozenset()
 
     def number(self, name: str) -> float | None:
         """A finite number, or None where it is unknown."""
@@ -183,6 +187,8 @@ class _Builder:
     def add(self, value: object, origin: str) -> None:
         """File one decoded value under its kind."""
         if isinstance(value, list):
+            if not value:
+                self.notes.append(f"{origin}: the list is empty")
             for n, item in enumerate(value, start=1):
                 self.add(item, f"{origin}[{n}]")
             return
@@ -195,15 +201,22 @@ class _Builder:
         elif "overall" in value and "groups" in value:
             self.validations.append(Row(value, origin))
         elif value.keys() & {"status", "realisation", "record_key", "samples"}:
-            self.measurements.append(Row(_checked(value, origin), origin))
+            self.measurements.append(self._row(value, origin))
         elif value.keys() & {"model", "method"}:
-            self.predictions.append(Row(_checked(value, origin), origin))
+            self.predictions.append(self._row(value, origin))
         else:
             found = ", ".join(sorted(map(str, value))[:6]) or "no keys"
             raise ConfigError(
                 f"{origin}: neither a measurement, a prediction nor a validation (found {found}); "
                 "expected what `lccost predict --format json`, `measure` or `validate` writes"
             )
+
+    def _row(self, value: dict[str, Any], origin: str) -> Row:
+        row = Row(_checked(_finite(value), origin), origin, _not_numbers(value))
+        if row.not_numbers:
+            names = ", ".join(sorted(row.not_numbers))
+            self.notes.append(f"{origin}: {names}: no number, taken as unknown")
+        return row
 
     def _add_document(self, value: dict[str, Any], origin: str) -> None:
         results = value["results"]
@@ -243,9 +256,9 @@ def _read_text(path: Path) -> str:
 
 
 def _decode(text: str, name: str, line: int | None) -> Any:
-    """JSON to Python; NaN and Infinity, which JSON does not have, become None (unknown)."""
+    """JSON to Python; NaN and Infinity, which JSON does not have, stay what they are here."""
     try:
-        return json.loads(text, parse_constant=lambda _: None)
+        return json.loads(text, parse_constant=float)
     except json.JSONDecodeError as error:
         at = line if line is not None else error.lineno
         raise ConfigError(
@@ -254,6 +267,24 @@ def _decode(text: str, name: str, line: int | None) -> Any:
     except (ValueError, RecursionError) as error:
         reason = "nested too deep" if isinstance(error, RecursionError) else str(error)
         raise ConfigError(f"{name}:{line or 1}: expected JSON, got {reason}") from None
+
+
+def _finite(value: Any) -> Any:
+    """The same with NaN and Infinity as None (unknown)."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _not_numbers(values: Mapping[str, Any]) -> frozenset[str]:
+    """Names of a row's NaN and Infinity; of its prediction as ``predicted.name``."""
+    names = {k for k, v in values.items() if isinstance(v, float) and not math.isfinite(v)}
+    predicted = values.get("predicted")
+    if isinstance(predicted, dict):
+        names |= {f"predicted.{k}" for k in _not_numbers(predicted)}
+    return frozenset(names)
 
 
 def _checked(values: Mapping[str, Any], origin: str) -> Mapping[str, Any]:
@@ -276,6 +307,8 @@ def _problems(values: Mapping[str, Any]) -> Iterator[str]:
             continue
         if name in _TEXT and not isinstance(value, str):
             yield f"{name}: expected text, got {_shown(value)}"
+        elif name == "basis" and value not in BASES:
+            yield f"{name}: expected one of {', '.join(BASES)}, got {_shown(value)}"
         elif name in _MAPPINGS and not isinstance(value, dict):
             yield f"{name}: expected an object, got {_shown(value)}"
         elif name in _POSITIVE or (

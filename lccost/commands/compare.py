@@ -100,7 +100,11 @@ def compare(
     def predicted(fields: Mapping[str, Any]) -> Mapping[str, Any]:
         return predict_record(fields, hardware)
 
+    fields = parse_fields(by)  # before anything is read
     comparison = join(read_records(records), predicted)
+    if not comparison.pairs and not comparison.unjoined:
+        found = "; ".join(comparison.notes) or "no measurement and no prediction"
+        raise CommandError(f"there is nothing to compare: {found}", EXIT_USAGE)
     # People want news; scripts want every group.
     table = error_table(comparison, by, exact_rows=form != "table")
     # What reading tolerated (an empty file, a torn last line) must not pass unsaid.
@@ -137,11 +141,15 @@ def compare(
         save_figure(roofline(comparison.pairs, profile), plot)
     emit(text, output)
     if max_error is not None:
-        late = [
-            g
-            for g in error_groups(comparison, parse_fields(by))
-            if g.mape_percent > 100 * max_error
-        ]
+        lost = [(p, name) for p in comparison.pairs for name in sorted(p.not_numbers)]
+        if lost:
+            first, name = lost[0]
+            raise CommandError(
+                f"{len(lost)} metrics are no numbers, so no error is inside the tolerance; the "
+                f"first: {name} of {first.key.origin}",
+                EXIT_TOLERANCE,
+            )
+        late = [g for g in error_groups(comparison, fields) if g.mape_percent > 100 * max_error]
         if late:
             worst = max(late, key=lambda g: g.mape_percent)
             of = ", ".join(f"{name} {value}" for name, value in worst.group.items()) or "all"

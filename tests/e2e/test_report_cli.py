@@ -180,6 +180,30 @@ def test_compare_says_what_reading_left_out(tmp_path: Path) -> None:
     assert f"{empty}: the file is empty" in result.output
 
 
+@pytest.mark.parametrize(
+    ("text", "arguments", "code", "words"),
+    [
+        ("[]", (), 2, "the list is empty"),
+        ("", (), 2, "the file is empty"),
+        (None, ("--by", ""), 2, "at least one"),
+        (None, ("--max-error", "900%"), 5, "tpot_s of"),
+    ],
+)
+def test_nothing_passes_for_a_good_answer(
+    two: Path, tmp_path: Path, text: str | None, arguments: tuple[str, ...], code: int, words: str
+) -> None:
+    if text is not None:
+        two = tmp_path / "other.json"
+        two.write_text(text)
+    elif "--max-error" in arguments:
+        rows = [json.loads(line) for line in two.read_text("utf-8").splitlines()]
+        rows[0]["tpot_s"] = float("nan")
+        two.write_text("\n".join(map(json.dumps, rows)) + "\n", "utf-8")
+    result = run("compare", two, *arguments)
+    assert result.exit_code == code, result.output
+    assert words in result.output
+
+
 def test_a_roofline_is_of_one_device(two: Path, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in two.read_text("utf-8").splitlines()]
     for row, gpu in zip(rows, ("h100-sxm", "l40s"), strict=True):

@@ -189,10 +189,33 @@ def test_hostile_names_stay_in_their_cell():
 def test_terminal_table_keeps_square_brackets():
     from rich.console import Console
 
-    record = measurement({"ttft_s": 2.0, "basis": "[red]prior"}, ttft_s=1.0)
+    record = measurement({"ttft_s": 2.0, "basis": "prior"}, ttft_s=1.0, method="[red]kivi")
     console = Console(width=250, record=True, file=io.StringIO())
     console.print(rich_table(error_table(compare(read(record)))))
-    assert "[red]prior" in console.export_text()
+    assert "[red]kivi" in console.export_text()
+
+
+def test_runs_that_anchored_a_prediction_are_not_judged_by_it():
+    own = {"ttft_s": 1.0, "basis": "anchored", "anchored_by": ["a" * 16]}
+    comparison = compare(
+        read(
+            measurement(own, ttft_s=1.0, record_key="a" * 16),
+            measurement(own, ttft_s=2.0, record_key="b" * 16, context_tokens=2048),
+        )
+    )
+    assert [e.error for e in comparison.errors] == [-0.5]
+    assert len(comparison.pairs) == 2  # still drawn
+    (left_out,) = comparison.unjoined
+    assert left_out.origin == "r.jsonl:1"
+    assert "anchored by this very point" in left_out.reason
+
+
+def test_fields_to_group_by_must_be_some():
+    with pytest.raises(ConfigError, match="at least one"):
+        parse_fields("")
+    with pytest.raises(ConfigError, match="at least one"):
+        parse_fields(" , ")
+    assert parse_fields(()) == ()
 
 
 def test_unjoined_table_has_the_reason():

@@ -49,6 +49,27 @@ def test_a_torn_last_line_is_noted_not_fatal():
     assert records.notes == ("runs.jsonl:2: the last line is incomplete; left out",)
 
 
+def test_an_empty_list_is_noted():
+    assert parse_records("[]", "e.json").notes == ("e.json:1: the list is empty",)
+
+
+def test_an_unknown_basis_is_refused():
+    row = '{"model": "m", "method": "full", "basis": "guessed"}'
+    with pytest.raises(ConfigError, match=r"r\.jsonl:1: basis: expected one of measured"):
+        parse_records(row, "r.jsonl")
+
+
+def test_what_is_no_number_is_remembered_and_said():
+    text = '{"model": "m", "status": "ok", "tpot_s": NaN, "samples": {"x": [NaN, 1]}, '
+    text += '"predicted": {"ttft_s": Infinity}}'
+    records = parse_records(text, "r.jsonl")
+    (row,) = records.measurements
+    assert row.not_numbers == {"tpot_s", "predicted.ttft_s"}
+    assert row.values["tpot_s"] is None
+    assert row.values["samples"] == {"x": [None, 1]}
+    assert "predicted.ttft_s, tpot_s: no number" in records.notes[0]
+
+
 def test_an_empty_file_is_noted():
     records = parse_records("\n \n", "e.jsonl")
     assert records.measurements == ()
