@@ -2,6 +2,7 @@
 family's published defaults serve.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -44,7 +45,7 @@ _FAMILIES: Mapping[str, Numerics] = {
     ),
     "falcon_h1": Numerics(norm_before_gate=True),
     "minimax": Numerics(residual_normed=True),
-    "zamba2": Numerics(activation="gelu"),
+    "zamba2": Numerics(activation="gelu", gated_norm_eps=1e-5),
     "rwkv5": Numerics(rope=None, layer_norm=True, first_norm=True),
     "deepseek_v2": Numerics(norm_eps=1e-6, routing=Routing(normalise=False)),
     "deepseek_v3": Numerics(norm_eps=1e-6, routing=Routing(score="sigmoid")),
@@ -111,6 +112,7 @@ def numerics_of(
         recurrent_residual=_residual(c, "linear_attn"),
         mlp_residual=_residual(c, "mlp"),
         norm_before_gate=c.get("mamba_norm_before_gate", known.norm_before_gate),
+        step_limits=_step_limits(family, c),
         routing=_routing(c, known.routing),
     )
 
@@ -123,6 +125,19 @@ def _embedding_scale(family: str, width: int | None) -> float:
     if family == "recurrent_gemma":
         scale = float(torch.tensor(scale, dtype=torch.bfloat16))
     return scale
+
+
+def _step_limits(family: str, c: Mapping[str, Any]) -> tuple[float, float]:
+    """``time_step_limit``; of Zamba2 and Nemotron-H the least step size they start with."""
+    if family in ("zamba2", "nemotron_h"):
+        return float(c.get("time_step_min", c.get("mamba_dt_min", 0.001))), math.inf
+    low, high = c.get("time_step_limit") or (0.0, math.inf)
+    return _number(low), _number(high)
+
+
+def _number(value: Any) -> float:
+    """A number, or how transformers writes one that JSON has no word for."""
+    return float(value["__float__"] if isinstance(value, Mapping) else value)
 
 
 def _residual(c: Mapping[str, Any], block: str) -> tuple[float, float]:

@@ -144,6 +144,9 @@ class Numerics:
     qk_norm           of every head's queries and keys, before the rotary embedding; "unit": without
                       weights, in layers with positions only
     norm_before_gate  Mamba-2 norms its output first and gates it then
+    gated_norm_eps    of that norm, where it is not ``norm_eps``
+    step_limits       least and greatest step size of Mamba-2 over a prompt; a single step has none,
+                      in the published kernels as in transformers
     layer_norm        norms subtract the mean and have a bias; first_norm  the embedding is normed
     sandwich          norms behind both blocks too (Gemma 2 and 3)
     attention_residual, recurrent_residual, mlp_residual  factors of the stream and of what is added
@@ -163,6 +166,8 @@ class Numerics:
     logit_scale: float = 1.0
     multipliers: Multipliers = Multipliers()
     norm_before_gate: bool = False
+    gated_norm_eps: float | None = None
+    step_limits: tuple[float, float] = (0.0, math.inf)
     temperature: Temperature | None = None
     attention_residual: tuple[float, float] = (1.0, 1.0)
     recurrent_residual: tuple[float, float] = (1.0, 1.0)

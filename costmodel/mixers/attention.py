@@ -2,8 +2,8 @@
 
 State   B * min(T, W) * K * (Hk + Hv) * b bytes, W the window or chunk (infinite for full attention)
 Prefill 2 * (Hk + Hv) * N FLOPs for every query-key pair
-Decode  the same for min(T, W) pairs per sequence; useful work counts the T cached tokens, executed
-        work also the token's own key
+Decode  the same for min(T, W) pairs per sequence, of a chunked layer for T mod W: a token sees its
+        own chunk only; useful work counts cached tokens, executed work also the token's own key
 
 B batch, T cached tokens, N query heads, K KV heads, Hk and Hv the key and value head sizes, b bytes
 per element. Ignored: softmax (about 5 exp-class operations per pair against 4 * H multiplications).
@@ -18,6 +18,7 @@ import numpy as np
 
 from costmodel.errors import NotApplicableError
 from costmodel.mixers.base import AbstractMixer, Linear
+from costmodel.mixers.recurrent import runs_in_torch
 from costmodel.operation import (
     Array,
     Operation,
@@ -185,15 +186,19 @@ class Attention(AbstractMixer):
 
     def decode(self, point: Point) -> Operations:
         """Read the cache once, write one token."""
-        held = np.minimum(point.cached_tokens, self.limit_tokens)
+        held = read = np.minimum(point.cached_tokens, self.limit_tokens)
+        executed = np.minimum(attended_tokens(point), self.limit_tokens)
+        if self.chunk_tokens:  # a token sees its own chunk only; transformers masks the rest
+            read = np.mod(point.cached_tokens, float(self.chunk_tokens))
+            executed = executed if runs_in_torch(point) else read + 1.0
         per_token = self.n_kv_heads * (self.head_dim + self.v_head_dim) * point.kv_element_bytes
         operations = [
             decode_attention(
                 self,
                 point,
-                read_tokens=held,
-                executed_tokens=np.minimum(attended_tokens(point), self.limit_tokens),
-                read_bytes=point.batch * held * per_token,
+                read_tokens=read,
+                executed_tokens=executed,
+                read_bytes=point.batch * read * per_token,
                 written_bytes=point.batch
                 * (float(self.kv_elements_per_token()) * point.kv_element_bytes),
             )
@@ -224,8 +229,7 @@ def attended_tokens(point: Point) -> Array:
 
 def masks_its_room(point: Point) -> bool:
     """Whether transformers' own attention runs over a preallocated cache."""
-    engine = point.engine
-    return engine.fixed_state_layout == "transformers" and engine.kv_growth == "preallocated"
+    return runs_in_torch(point) and point.engine.kv_growth == "preallocated"
 
 
 def prefill_attention(

@@ -19,7 +19,8 @@ class Mamba2Runner(RecurrentRunner):
     """One layer; heads [G groups, H / G]."""
 
     def __init__(self, mixer: Mamba2, numerics: Numerics) -> None:
-        self.mixer, self.eps = mixer, numerics.norm_eps
+        self.mixer, self.eps = mixer, numerics.gated_norm_eps or numerics.norm_eps
+        self.step_limits = numerics.step_limits
         self.factors, self.norm_before_gate = numerics.multipliers, numerics.norm_before_gate
 
     def shapes(self, d_model: int) -> Shapes:
@@ -65,6 +66,8 @@ class Mamba2Runner(RecurrentRunner):
         x = x.unflatten(-1, (m.n_heads, m.head_dim))
         b, c = (y.unflatten(-1, (m.n_groups, m.d_state)) for y in (b, c))
         step = softplus(dt.float() + w["dt_bias"].float())  # [B, S, H]
+        if first:
+            step = step.clamp(*self.step_limits)
         log_decay = -step * w["a_log"].float().exp()
         scan = self._step
         if first:

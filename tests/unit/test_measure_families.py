@@ -8,6 +8,7 @@ import torch
 from costmodel.engines import load_engine
 from costmodel.errors import NotApplicableError
 from costmodel.methods.parse import parse_method
+from costmodel.mixers import Attention
 from costmodel.mlps import MoE
 from costmodel.registry import load_architecture
 from costmodel.workload import Point
@@ -447,7 +448,16 @@ HYBRIDS = [
 @pytest.mark.parametrize("name", HYBRIDS)
 def test_counted_flops_of_a_step_equal_the_prediction(name, tmp_path):
     _, decoder, caches = built(*CASES[name], tmp_path)
-    model, batch, cached = decoder.architecture, BATCH, PROMPT + 1
+    # of chunked attention at every place in a chunk
+    chunked = any(m.chunk_tokens for x in decoder.architecture.layers for m in x.mixers
+                  if isinstance(m, Attention))  # fmt: skip
+    for cached in range(PROMPT - 3, PROMPT + 2) if chunked else (PROMPT + 1,):
+        with torch.inference_mode():
+            check_step(decoder, caches, cached)
+
+
+def check_step(decoder, caches, cached):
+    model, batch = decoder.architecture, BATCH
     for mixer, cache in zip((m for x in model.layers for m in x.mixers), caches, strict=True):
         cache.fill(cached)
         assert cache.held_bytes == float(mixer.state_bytes(point(cached)))
@@ -462,6 +472,29 @@ def test_counted_flops_of_a_step_equal_the_prediction(name, tmp_path):
             matrices += n * mlp.top_k * sum(x.n_in * x.n_out for x in visited)
     head = model.d_model * model.vocab_size
     assert counted == mixing + 2.0 * batch * (matrices + head)
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("zamba2", ZAMBA | {"time_step_min": 0.9, "rms_norm_eps": 0.3}),
+        ("nemotron_h", CASES["nemotron_h"][1] | {"time_step_min": 0.9}),
+        ("mamba2", CASES["mamba2"][1] | {"time_step_limit": (0.3, 0.8)}),
+    ],
+)
+def test_step_sizes_of_a_prompt_are_limited_as_in_transformers(family, settings, tmp_path):
+    """A single step has no limits there, so only prompts are compared; norms have their own eps."""
+    theirs, decoder, caches = built(family, settings, tmp_path)
+    tokens = torch.randint(61, (BATCH, TOTAL), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        expected = theirs(tokens, use_cache=False).logits[:, -1]
+    found = decoder.prefill(tokens, caches)
+    torch.testing.assert_close(found, expected, atol=TOLERANCE, rtol=TOLERANCE)
+    loose = replace(decoder.numerics, step_limits=(0.0, float("inf")))
+    free = Decoder(decoder.architecture, decoder.weights, n_positions=TOTAL, numerics=loose)
+    for cache in caches:
+        cache.clear()
+    assert not torch.allclose(free.prefill(tokens, caches), expected, atol=TOLERANCE)
 
 
 def test_shared_blocks_are_held_once(tmp_path):
