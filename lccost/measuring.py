@@ -18,6 +18,7 @@ from costmodel.errors import (
     NotApplicableError,
 )
 from costmodel.hardware import HardwareProfile, load_hardware, resolve_gpu
+from costmodel.methods.llmlingua2 import ENCODER
 from costmodel.methods.parse import parse_methods
 from costmodel.methods.stack import MethodStack
 from costmodel.options import default_dtype
@@ -25,6 +26,7 @@ from costmodel.registry import load_architecture
 from costmodel.results import key_fields
 from lccost.joins import predict_record
 from measure.devices.names import cuda_index
+from measure.encoder_files import PACKAGE, checked_encoder, split_encoder
 from measure.environment import fingerprint
 from measure.isolation import run_isolated
 from measure.kernels import check_usable
@@ -53,6 +55,7 @@ class Request:
     tp: int = 1
     weights: str | None = None
     weight_dtype: str = "checkpoint"
+    encoder: str | None = None
 
     @property
     def form(self) -> str:
@@ -80,6 +83,29 @@ def require_engine(request: Request) -> None:
     lacking = [missing_package(stack, engine=request.engine) for stack in stacks]
     if stacks and all(lacking):
         raise MissingExtraError(lacking[0])
+
+
+def require_encoder(request: Request) -> None:
+    """Raise ``ConfigError`` for a local encoder that cannot be used or that no method would use,
+    ``MissingExtraError`` where its package is missing; only headers are read. Says once where it
+    has other sizes than the one that is priced.
+    """
+    if request.encoder is None:
+        return
+    if not any(stack.prompt_weights_bytes() for stack in parse_methods(request.methods)):
+        raise ConfigError("--encoder goes with a method that shortens the prompt: llmlingua2")
+    by_package, folder = split_encoder(request.encoder)
+    found = checked_encoder(folder)
+    if by_package and not installed(PACKAGE):
+        raise MissingExtraError(
+            "--encoder llmlingua:FOLDER needs the package llmlingua: pip install llmlingua"
+        )
+    if found != ENCODER:
+        click.echo(
+            f"the encoder in {folder} has {found.n_parameters:,} parameters; predictions are of "
+            f"XLM-RoBERTa-large with {ENCODER.n_parameters:,}",
+            err=True,
+        )
 
 
 def require_weights(todo: Iterable[MeasurePoint]) -> None:
@@ -170,6 +196,7 @@ def _point(
         model_source=source,
         weights=request.weights,
         weight_dtype=request.weight_dtype,
+        encoder=request.encoder if stack.prompt_weights_bytes() else None,
     )
 
 
@@ -220,6 +247,7 @@ def run(
     for reason in dict.fromkeys(r.reason for r in refused):
         click.echo(f"not applicable: {reason}", err=True)
     require_weights(todo)
+    require_encoder(request)
     by_name = {p.architecture.name: p.architecture for p in todo}
     note = _no_profile(request) if hardware is None else other_device(hardware, request.device)
     if note:

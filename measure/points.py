@@ -11,6 +11,7 @@ from costmodel.errors import ConfigError, NotApplicableError
 from costmodel.methods.stack import MethodStack
 from costmodel.results import key_fields
 from measure.devices.names import cuda_index, is_device_name
+from measure.encoder_files import split_encoder
 
 #: Formats of weights that can be run, besides the plain ones.
 PACKED_WEIGHT_DTYPES = ("int8", "int4")
@@ -25,6 +26,8 @@ _IDENTITY = (
     *("weight_dtype", "kv_dtype", "batch", "context_tokens", "output_tokens", "layers"),
     *("device", "realisation", "threads", "seed", "n_parameters", "weights"),
 )
+#: Fields that are in the key where they are set, so that older keys stay.
+_RARE = ("encoder",)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +42,8 @@ class MeasurePoint:
     gpu              name or path of the hardware profile that predicts this point
     model_source     what ``costmodel.registry.load_config`` finds the config under
     weights          folder of a local checkpoint (safetensors); None: random weights
+    encoder          local encoder of a method that shortens the prompt: a folder, or one behind
+                     ``llmlingua:`` for the package; None: random weights
     weight_dtype     "checkpoint" (or ``dtype``): plain; "int8" or "int4": matrices packed so
     """
 
@@ -59,6 +64,7 @@ class MeasurePoint:
     gpu: str = "cpu"
     model_source: str = ""
     weights: str | None = None
+    encoder: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("context_tokens", "batch", "output_tokens", "threads", "tp"):
@@ -147,6 +153,7 @@ class MeasurePoint:
             "threads": self.threads,
             "seed": self.seed,
             "weights": "random" if self.weights is None else "checkpoint",
+            **({} if self.encoder is None else {"encoder": encoder_name(self.encoder)}),
         }
 
     @property
@@ -155,7 +162,15 @@ class MeasurePoint:
         return record_key(self.fields)
 
 
+def encoder_name(encoder: str) -> str:
+    """How an encoder is run, and the name of its folder."""
+    by_package, folder = split_encoder(encoder)
+    return f"{'llmlingua' if by_package else 'checkpoint'} {folder.name}"
+
+
 def record_key(fields: Mapping[str, Any]) -> str:
     """Hash of the fields that say what was run and how."""
-    text = json.dumps({k: fields.get(k) for k in _IDENTITY}, sort_keys=True, allow_nan=False)
+    identity = {k: fields.get(k) for k in _IDENTITY}
+    identity |= {k: fields[k] for k in _RARE if fields.get(k) is not None}
+    text = json.dumps(identity, sort_keys=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -12,7 +12,7 @@ from costmodel.methods.stack import MethodStack
 #: Modules beside the twins of methods.
 _NOT_METHODS = (
     *("base", "buffers", "eager", "evicting", "host_copies", "kept_tokens", "packing"),
-    *("infllm_published", "token_packed", "two_stages"),
+    *("infllm_published", "token_packed", "two_stages", "llmlingua_package"),
 )
 
 

@@ -164,6 +164,7 @@ class TorchSession:
             device=device,
             seed=point.seed,
             realisation=point.realisation,
+            encoder=point.encoder,
         )
 
     def _model(self) -> Architecture:

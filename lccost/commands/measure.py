@@ -135,6 +135,13 @@ Examples:
     help="Local checkpoint (safetensors) instead of random weights.",
 )
 @click.option(
+    "--encoder",
+    default=None,
+    metavar="FOLDER|llmlingua:FOLDER",
+    help="Local encoder of llmlingua2 (XLM-RoBERTa, safetensors), or the package llmlingua with "
+    "it.  [default: true size, random weights]",
+)
+@click.option(
     "--weight-dtype",
     type=click.Choice(("checkpoint", "bf16", "fp16", "int8", "int4")),
     default="checkpoint",
@@ -199,6 +206,7 @@ def measure(
     tp: int,
     executor: str,
     weights: Path | None,
+    encoder: str | None,
     weight_dtype: str,
     energy: float,
     seconds: float,
@@ -247,6 +255,7 @@ def measure(
             tp=tp,
             weights=None if weights is None else str(weights),
             weight_dtype=weight_dtype,
+            encoder=encoder,
         ),
         output=output,
         resume=resume,

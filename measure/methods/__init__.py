@@ -17,6 +17,7 @@ from costmodel.methods.full import Full
 from costmodel.methods.llmlingua2 import LLMLingua2
 from costmodel.methods.stack import MethodStack
 from costmodel.mixers import AbstractMixer, Attention
+from measure.encoder_files import split_encoder
 from measure.kernels import check_usable
 from measure.methods.base import AbstractLayerCache, AbstractPromptAttention, Realisation
 from measure.methods.evicting import EvictingCache
@@ -24,6 +25,7 @@ from measure.runnable import runnable_names
 
 if TYPE_CHECKING:
     from measure.methods.llmlingua2 import LLMLingua2Compressor
+    from measure.methods.llmlingua_package import LLMLinguaPackageCompressor
 
 
 @functools.cache
@@ -74,14 +76,27 @@ def prompt_compressor(
     device: torch.device,
     seed: int = 0,
     realisation: Realisation = "best",
-) -> "LLMLingua2Compressor | None":
-    """Return what shortens the prompt before the model sees it, if a method of the stack does."""
+    encoder: str | None = None,
+) -> "LLMLingua2Compressor | LLMLinguaPackageCompressor | None":
+    """Return what shortens the prompt before the model sees it, if a method of the stack does;
+    ``encoder`` as ``--encoder`` has it.
+    """
     for method in stack.methods:
         if isinstance(method, LLMLingua2) and method.kept_rate < 1:
+            by_package, folder = split_encoder(encoder or "")
+            if by_package:
+                from measure.methods.llmlingua_package import LLMLinguaPackageCompressor
+
+                return LLMLinguaPackageCompressor(method, folder, device=device)
             from measure.methods.llmlingua2 import LLMLingua2Compressor
 
             return LLMLingua2Compressor(
-                method, dtype=dtype, device=device, seed=seed, realisation=realisation
+                method,
+                dtype=dtype,
+                device=device,
+                seed=seed,
+                checkpoint=None if encoder is None else folder,
+                realisation=realisation,
             )
     return None
 

@@ -10,7 +10,6 @@ costs. Tokens are taken as the encoder's own, modulo its vocabulary.
 eagerly, padding masked.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar, final
 
@@ -25,8 +24,8 @@ from torch.nn.functional import (
     scaled_dot_product_attention,
 )
 
-from costmodel.errors import ConfigError
 from costmodel.methods.llmlingua2 import ENCODER, Encoder, LLMLingua2
+from measure.encoder_files import checked_encoder, shapes, theirs
 from measure.methods.base import Realisation
 
 #: Tokens of a chunk besides its two marks; marks and padding of XLM-RoBERTa.
@@ -45,6 +44,8 @@ class LLMLingua2Compressor:
     ----------
     dtype
         16-bit type of the weights; fp32 runs keep them in bf16.
+    encoder
+        Sizes of the one with random weights.
     checkpoint
         Folder with an ``XLMRobertaForTokenClassification`` in safetensors; None: random weights.
     """
@@ -67,15 +68,18 @@ class LLMLingua2Compressor:
         encoder: Encoder = ENCODER,
         checkpoint: Path | None = None,
     ) -> None:
-        self.method, self.encoder = method, encoder
+        self.method = method
+        self.encoder = encoder if checkpoint is None else checked_encoder(checkpoint)
         self.is_reference = realisation == "reference"
         self.dtype = torch.bfloat16 if dtype == torch.float32 else dtype
         if checkpoint is None:
             self.source = "XLM-RoBERTa-large, random weights"
             self.weights = _random(encoder, self.dtype, device, seed)
         else:
-            self.source = f"XLM-RoBERTa from {checkpoint.name}"
-            self.weights = _loaded(checkpoint, encoder, self.dtype, device)
+            self.source = (
+                f"XLM-RoBERTa of {self.encoder.n_parameters:,} parameters from {checkpoint.name}"
+            )
+            self.weights = _loaded(checkpoint, self.encoder, self.dtype, device)
 
     @property
     def nbytes(self) -> int:
@@ -156,34 +160,12 @@ def _norm(x: Tensor, w: dict[str, Tensor], name: str) -> Tensor:
     return layer_norm(x, x.shape[-1:], w[name], w[f"{name}_bias"], _EPS)
 
 
-def _shapes(e: Encoder) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """All tensors; a bias follows each matrix and norm of a layer."""
-    d, f = e.d_model, e.d_ff
-    yield "words", (e.vocab_size, d)
-    yield "positions", (e.n_positions, d)
-    yield "types", (1, d)
-    named: list[tuple[str, tuple[int, ...]]] = [("norm", (d,))]
-    for i in range(e.n_layers):
-        named += [
-            (f"{i}.qkv", (3 * d, d)),
-            (f"{i}.out", (d, d)),
-            (f"{i}.norm", (d,)),
-            (f"{i}.up", (f, d)),
-            (f"{i}.down", (d, f)),
-            (f"{i}.norm2", (d,)),
-        ]
-    named.append(("head", (2, d)))
-    for name, shape in named:
-        yield name, shape
-        yield f"{name}_bias", shape[:1]
-
-
 def _random(
     encoder: Encoder, dtype: torch.dtype, device: torch.device, seed: int
 ) -> dict[str, Tensor]:
     generator = torch.Generator(device=device).manual_seed(seed)
     weights = {}
-    for name, shape in _shapes(encoder):
+    for name, shape in shapes(encoder):
         tensor = torch.empty(shape, dtype=dtype, device=device)
         if name.endswith("_bias"):
             weights[name] = tensor.zero_()
@@ -194,55 +176,14 @@ def _random(
     return weights
 
 
-#: Our names -> those of transformers' XLMRobertaForTokenClassification (several are stacked).
-_NAMES = {
-    "words": ("roberta.embeddings.word_embeddings",),
-    "positions": ("roberta.embeddings.position_embeddings",),
-    "types": ("roberta.embeddings.token_type_embeddings",),
-    "norm": ("roberta.embeddings.LayerNorm",),
-    "head": ("classifier",),
-}
-_LAYER_NAMES = {
-    "qkv": ("attention.self.query", "attention.self.key", "attention.self.value"),
-    "out": ("attention.output.dense",),
-    "norm": ("attention.output.LayerNorm",),
-    "up": ("intermediate.dense",),
-    "down": ("output.dense",),
-    "norm2": ("output.LayerNorm",),
-}
-
-
-def _theirs(name: str) -> list[str]:
-    """Names in a checkpoint of one of our tensors."""
-    suffix = "bias" if name.endswith("_bias") else "weight"
-    name = name.removesuffix("_bias")
-    if name in _NAMES:
-        return [f"{x}.{suffix}" for x in _NAMES[name]]
-    layer, _, part = name.partition(".")
-    return [f"roberta.encoder.layer.{layer}.{x}.{suffix}" for x in _LAYER_NAMES[part]]
-
-
 def _loaded(
     folder: Path, encoder: Encoder, dtype: torch.dtype, device: torch.device
 ) -> dict[str, Tensor]:
-    """Weights from ``model.safetensors`` of ``folder``; never pickle."""
-    path = folder / "model.safetensors"
-    if not path.is_file():
-        raise ConfigError(f"llmlingua2: expected an encoder's model.safetensors in {folder}")
+    """Weights from ``model.safetensors`` of a folder that was checked."""
     from safetensors import safe_open
 
     weights = {}
-    with safe_open(path, framework="pt", device=str(device)) as file:
-        present = set(file.keys())
-        for name, shape in _shapes(encoder):
-            theirs = _theirs(name)
-            missing = [x for x in theirs if x not in present]
-            if missing:
-                raise ConfigError(f"llmlingua2: {path} has no tensor {missing[0]}")
-            tensor = torch.cat([file.get_tensor(x) for x in theirs]).to(dtype)
-            if tuple(tensor.shape) != shape:
-                raise ConfigError(
-                    f"llmlingua2: {path} has {name} of {tuple(tensor.shape)}, expected {shape}"
-                )
-            weights[name] = tensor
+    with safe_open(folder / "model.safetensors", framework="pt", device=str(device)) as file:
+        for name, _ in shapes(encoder):
+            weights[name] = torch.cat([file.get_tensor(x) for x in theirs(name)]).to(dtype)
     return weights
