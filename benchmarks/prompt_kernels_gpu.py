@@ -80,7 +80,7 @@ def scan_cases(s: int, batch: int, device: torch.device) -> Iterator[Case]:
     flops = batch * m.n_heads * s * per_token
 
     def fused() -> Tensor:
-        return ssd_scan(x, b, c, decay, state, m.chunk_tokens, full_precision=False)
+        return ssd_scan(x, b, c, decay, state, m.chunk_tokens)
 
     runner = Mamba2Runner(m, Numerics())
     yield "ssd_scan", "fused", fused, flops, "flops"

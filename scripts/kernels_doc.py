@@ -28,12 +28,14 @@ HEAD = """<!-- Written by scripts/kernels_doc.py; edit the kernels instead. -->
 Triton kernels of `measure/kernels/`, used by `--engine lccost` on a CUDA device. They are checked
 against their references in Triton's interpreter and compiled for sm_80, sm_90 and sm_100 in every
 test run; the tables say what one block of each takes (Triton 3.9.0 and the ptxas in its wheel).
+Instructions are those that a warp executes in one pass of the longest loop, and of them those that
+access spilled registers; both are counted in the machine code. Triton 3.6.0 compiles all cases too.
 Speeds need a device: `scripts/gpu_run.sh kernels` measures them.
 
 """
 COLUMNS = (
-    "| case | target | threads | registers | spilled bytes | shared bytes "
-    "| blocks an SM's registers hold |\n|---|---|---|---|---|---|---|\n"
+    "| case | target | threads | registers | shared bytes | blocks an SM's registers hold "
+    "| spilled bytes | loop's instructions | of them spills |\n" + "|---" * 9 + "|\n"
 )
 
 
@@ -43,15 +45,22 @@ def names() -> list[str]:
 
 
 def digest(name: str) -> str:
-    """12 hex digits of a kernel's source."""
-    return hashlib.sha256((FOLDER / f"{name}.py").read_bytes()).hexdigest()[:12]
+    """12 hex digits of a kernel's source and of what it imports from the folder."""
+    files, seen = [f"{name}.py"], {}
+    for file in files:
+        if file not in seen:
+            seen[file] = (FOLDER / file).read_bytes()
+            found = re.findall(rb"^from measure\.kernels\.(\w+) import", seen[file], flags=re.M)
+            files += [f"{x.decode()}.py" for x in found]
+    return hashlib.sha256(b"".join(seen[x] for x in sorted(seen))).hexdigest()[:12]
 
 
 def row(case: "CompileCase", architecture: int, used: "Resources") -> str:
     """One line of a section's table."""
     return (
         f"| {case.name} | sm_{architecture} | {used.threads} | {used.registers} "
-        f"| {used.spilled_bytes} | {used.shared_bytes:,} | {used.resident_blocks} |\n"
+        f"| {used.shared_bytes:,} | {used.resident_blocks} | {used.spilled_bytes} "
+        f"| {used.loop_instructions:,} | {used.loop_spills} |\n"
     )
 
 

@@ -1,9 +1,10 @@
 """Compile kernels for GPUs that are not there, and read what resources they use.
 
     COMPILE_CASES of a kernel's file -> triton.compile for sm_80, sm_90, sm_100
-        -> shared memory from the metadata; registers and spills from ``cuobjdump -res-usage``
+        -> shared memory from the metadata; registers and spills from ``cuobjdump -res-usage``;
+           what the hot loop executes from ``nvdisasm``
 
-Both tools are in the Triton wheel; no device and no CUDA toolkit is needed.
+The tools are in the Triton wheel; no device and no CUDA toolkit is needed.
 """
 
 import importlib
@@ -34,9 +35,9 @@ class CompileCase:
     signature   type of every run-time argument: "*bf16", "*i32", "i32", "fp32", ...
     constants   value of every ``tl.constexpr`` argument
     aligned     integer arguments known to be multiples of 16; pointers always are
-    max_spilled_bytes   stack that a thread may use, where it was looked at: outside the main loop,
-                        or a few of its thousands of instructions
-    architectures       compute capabilities it is compiled for in the tests
+    max_loop_spills     accesses to the stack in one pass of the hot loop, where they were looked at
+    architectures       compute capabilities it is compiled for
+    tested              whether in every test run, or for docs/kernels.md only (slow to compile)
     """
 
     name: str
@@ -46,8 +47,9 @@ class CompileCase:
     num_warps: int = 4
     num_stages: int = 3
     aligned: tuple[str, ...] = ()
-    max_spilled_bytes: int = 0
+    max_loop_spills: int = 0
     architectures: tuple[int, ...] = ARCHITECTURES
+    tested: bool = True
 
 
 def typed(names: Mapping[str, str]) -> dict[str, str]:
@@ -57,12 +59,18 @@ def typed(names: Mapping[str, str]) -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resources:
-    """What one block of a compiled kernel uses."""
+    """What one block of a compiled kernel uses.
+
+    ``loop_instructions`` are those of the longest loop, as one warp executes them; ``loop_spills``
+    those of them that access the stack.
+    """
 
     threads: int
     shared_bytes: int
     registers: int
     spilled_bytes: int
+    loop_instructions: int
+    loop_spills: int
 
     @property
     def resident_blocks(self) -> int:
@@ -103,12 +111,15 @@ def compile_case(case: CompileCase, architecture: int) -> Compiled:
     )
     threads = compiled.metadata.num_warps * 32
     registers, spilled = _usage(compiled.asm["cubin"])
+    instructions, spills = _longest_loop(compiled.asm["cubin"])
     return Compiled(
         resources=Resources(
             threads=threads,
             shared_bytes=compiled.metadata.shared,
             registers=registers,
             spilled_bytes=spilled,
+            loop_instructions=instructions,
+            loop_spills=spills,
         ),
         asm=compiled.asm,
     )
@@ -124,13 +135,37 @@ def compile_cases(kernel: str) -> tuple[CompileCase, ...]:
 
 def _usage(cubin: bytes) -> tuple[int, int]:
     """Registers of a thread, and bytes of its stack (spills)."""
+    said = _ask(triton.knobs.nvidia.cuobjdump.path, "-res-usage", cubin)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", said)
+    if found is None:
+        raise ValueError(f"cuobjdump -res-usage: expected REG and STACK, got {said[:300]!r}")
+    return int(found[1]), int(found[2])
+
+
+def _longest_loop(cubin: bytes) -> tuple[int, int]:
+    """Most instructions from a label to a branch back to it, and how many of them access the stack.
+
+    What a loop jumps over is counted too; kernels have little of it.
+    """
+    labels: dict[str, int] = {}
+    opcodes: list[str] = []
+    longest = range(0)
+    for text in _ask(triton.knobs.nvidia.nvdisasm.path, "-c", cubin).splitlines():
+        if label := re.match(r"\s*(\.L\w+):", text):
+            labels[label[1]] = len(opcodes)
+        elif found := re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?(\w+)(.*);", text):
+            opcodes.append(found[1])
+            target = re.search(r"`\((\.L\w+)\)", found[2]) if found[1] == "BRA" else None
+            start = labels.get(target[1], len(opcodes)) if target else len(opcodes)
+            # A program ends in a branch to itself.
+            if len(opcodes) - start > max(1, len(longest)):
+                longest = range(start, len(opcodes))
+    return len(longest), sum(opcodes[i] in ("LDL", "STL") for i in longest)
+
+
+def _ask(tool: str, option: str, cubin: bytes) -> str:
+    """What a tool says of a cubin."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(cubin)
-        tool = triton.knobs.nvidia.cuobjdump.path
-        done = subprocess.run(
-            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
-        )
-    found = re.search(r"REG:(\d+) STACK:(\d+)", done.stdout + done.stderr)
-    if found is None:
-        raise ValueError(f"cuobjdump -res-usage: expected REG and STACK, got {done.stdout[:300]!r}")
-    return int(found[1]), int(found[2])
+        done = subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr

@@ -58,7 +58,9 @@ class StepRoom:
 
 def heads_fit(mixer: Attention) -> bool:
     """Whether the kernels are built for heads of these sizes."""
-    return all(16 <= n <= 256 and not n & (n - 1) for n in (mixer.head_dim, mixer.v_head_dim))
+    from measure.kernels._tiles import sizes_fit
+
+    return sizes_fit(mixer.head_dim, mixer.v_head_dim)
 
 
 def _room(cache: Any, capacity: int) -> StepRoom:
@@ -73,7 +75,7 @@ def _room(cache: Any, capacity: int) -> StepRoom:
 
 
 def _scoring(cache: Any, room: StepRoom) -> Any:
-    from measure.kernels.scored_decode import ScoringWorkspace
+    from measure.kernels._scoring import ScoringWorkspace
 
     if room.scoring is None:
         keys, values = cache.keys.entries(), cache.values.entries()
@@ -88,7 +90,7 @@ def _scoring(cache: Any, room: StepRoom) -> Any:
 
 def h2o_step(cache: "H2OCache", q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """One step with all slots in use: attend, score, overwrite the lightest."""
-    from measure.kernels.scored_decode import h2o_decode
+    from measure.kernels.h2o_decode import h2o_decode
 
     room = _room(cache, cache.keys.length)
     out = h2o_decode(
@@ -104,7 +106,7 @@ def h2o_step(cache: "H2OCache", q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def tova_step(cache: "TovaCache", q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """One step with all slots in use; the twin has counted the token already."""
-    from measure.kernels.scored_decode import tova_decode
+    from measure.kernels.tova_decode import tova_decode
 
     room = _room(cache, cache.keys.length)
     return tova_decode(
@@ -124,18 +126,10 @@ def ring_step(cache: "StreamingCache", q: Tensor, k: Tensor, v: Tensor, oldest: 
         q, k, v, keys=cache.keys.entries(), values=cache.values.entries(),
         n_tokens=room.n_tokens, sinks=cache.sinks, window=cache.window,
         ring_start=cache.n_tokens - oldest, rope=room.rope, partials=room.partials,
-        turn_keys=False,
+        hide_oldest=cache.method.positions == "fixed",
     )  # fmt: skip
     room.advance()
     return out
-
-
-def ring_fits(cache: "StreamingCache") -> bool:
-    """Whether the heads divide into what turns and what does not, in powers of two."""
-    n = cache.mixer.head_dim
-    turning = n if cache.rope is None else int(n * cache.rope.fraction)
-    parts = [turning // 2] + [n - turning] * (turning < n)
-    return heads_fit(cache.mixer) and all(x >= 8 and not x & (x - 1) for x in parts)
 
 
 def quest_step(cache: "QuestCache", q: Tensor, k: Tensor, v: Tensor, n_chosen: int) -> Tensor:

@@ -34,6 +34,56 @@ def attend_tile(top, total, out, logits, values, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def load_queries(q, unit, scale, GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr):
+    """Queries [ROWS, D] of one KV head, of which GROUP rows count, times ``scale``."""
+    heads, columns = tl.arange(0, ROWS), tl.arange(0, D)
+    at = (unit * GROUP + heads[:, None]) * D + columns[None, :]
+    return tl.load(q + at, mask=(heads < GROUP)[:, None], other=0.0).to(tl.float32) * scale
+
+
+@triton.jit
+def nothing_yet(ROWS: tl.constexpr, DV: tl.constexpr):
+    """Running softmax (top, total, out) before the first tile."""
+    top = tl.full((ROWS,), float("-inf"), tl.float32)
+    return top, tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS, DV), tl.float32)
+
+
+@triton.jit
+def attend_tokens(
+    queries, keys, values, tokens, seen, key_token, value_token, top, total, out,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Take tokens [T] (int64, those ``seen``) of one head's keys and values into the softmax."""
+    columns, value_columns = tl.arange(0, queries.shape[1]), tl.arange(0, out.shape[1])
+    key = tl.load(
+        keys + tokens[None, :] * key_token + columns[:, None], mask=seen[None, :], other=0.0
+    ).to(tl.float32)
+    logits = tl.dot(queries, key, input_precision=PRECISION)
+    logits = tl.where(seen[None, :], logits, float("-inf"))
+    value = tl.load(
+        values + tokens[:, None] * value_token + value_columns[None, :],
+        mask=seen[:, None],
+        other=0.0,
+    ).to(tl.float32)
+    return attend_tile(top, total, out, logits, value, PRECISION)
+
+
+@triton.jit
+def replace_token(
+    k, v, keys, values, unit, slot,
+    key_batch, key_head, key_token, value_batch, value_head, value_token,
+    HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+):  # fmt: skip
+    """Write the new token's k [units, D] and v [units, DV] to ``slot`` (int64) of its head."""
+    batch, head = unit // HEADS, unit % HEADS
+    columns, value_columns = tl.arange(0, D), tl.arange(0, DV)
+    at = batch * key_batch + head * key_head + slot * key_token
+    tl.store(keys + at + columns, tl.load(k + unit * D + columns))
+    at = batch * value_batch + head * value_head + slot * value_token
+    tl.store(values + at + value_columns, tl.load(v + unit * DV + value_columns))
+
+
+@triton.jit
 def store_split(acc_ptr, m_ptr, l_ptr, unit, split, top, total, out, GROUP: tl.constexpr,
                 ROWS: tl.constexpr, SPLITS: tl.constexpr, DV: tl.constexpr):  # fmt: skip
     """Leave a split's results: [ROWS] and [ROWS, DV], of which GROUP rows count."""

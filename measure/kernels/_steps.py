@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 #: Head sizes and most query heads of a KV head that the decode kernels are built for.
 HEAD_SIZES, MAX_GROUP = (64, 128, 256), 16
+#: Smallest group of packed elements that a scale may have: a word's codes belong to one group.
+LEAST_GROUP = 16
 #: Programs of one warp that an SM holds: its registers, 8 KIVI programs of 255 each.
 _BLOCKS_PER_SM = 8
 
@@ -67,6 +69,11 @@ def fits(mixer: Attention) -> bool:
         and mixer.n_heads // mixer.n_kv_heads <= MAX_GROUP
         and mixer.max_kv_tokens() is None
     )
+
+
+def sizes_fit(*sizes: int) -> bool:
+    """Whether tiles hold blocks and groups of these sizes: powers of two that are not too small."""
+    return all(n >= LEAST_GROUP and not n & (n - 1) for n in sizes)
 
 
 def room(buffer: "GrowingBuffer") -> Tensor:

@@ -1,9 +1,9 @@
 """Packed codes as 16-bit floats for tensor cores, two at a time and without arithmetic.
 
-A 16-bit word holds 16 / bits codes. Code j is shifted to the top of a half's mantissa; and-or with
-the exponent of 1.0 makes the half ``1 + code / 2^e`` with e = 2 or 4, an exact number. That is one
-``lop3`` for the two words of a register, and a shift that other codes share: 12 instructions for
-16 codes of 2 bits, 7 for 8 codes of 4. Scales and zero points never touch the codes: they are
+A 16-bit word holds 16 / bits codes. Code j is shifted into a half's mantissa, near its top; and-or
+with the exponent of 1.0 makes the half ``1 + code / 2^e``, e from 2 to 6, an exact number. That is
+one ``lop3`` for the two words of a register, and a shift that other codes share: 12 instructions
+for 16 codes of 2 bits, 7 for 8 codes of 4. Scales and zero points never touch the codes: they are
 multiplied into the other operand, and what the 1 adds is taken off by the accumulator's start:
 
     sum a s (code) = 2^e [ sum a s (1 + code / 2^e) - sum a s ]
@@ -17,10 +17,10 @@ import triton.language as tl
 
 @triton.constexpr_function
 def shift_of(bits, j):
-    """How far code j of a word moves left (negative: right), to lie in mantissa bits 6 to 9."""
+    """How far code j of a word moves left (negative: right), to lie in mantissa bits 4 to 9."""
     if bits == 2:
         return (8, 4, 4, 0, 0, -4, -4, -6)[j]
-    return (6, 2, -2, -6)[j]
+    return (6, 0, -2, -6)[j]
 
 
 @triton.constexpr_function

@@ -31,10 +31,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from measure.kernels._compile import CompileCase
-from measure.kernels._packed import packed_product, packed_values, store_sums
+from measure.kernels._compile import ARCHITECTURES, CompileCase
+from measure.kernels._kivi import attend_mixed, attend_packed, attend_recent
+from measure.kernels._packed import TILE_WORDS, groups_of
 from measure.kernels._splits import Partials
-from measure.kernels._tiles import dot_type, log2_scale, padded_group, warps_for
+from measure.kernels._tiles import dot_type, log2_scale, padded_group
 from measure.kernels.merge_splits import merge_splits
 from measure.methods.packing import dequantise
 
@@ -78,179 +79,73 @@ def reference(
     return (weights @ v).reshape(q.shape)
 
 
-@triton.jit
-def _scores(
-    words_ptr, scale_ptr, zero_ptr, q,
-    BITS: tl.constexpr, R: tl.constexpr, GROUP: tl.constexpr, DTYPE: tl.constexpr,
-    ASM: tl.constexpr,
-):  # fmt: skip
-    """Scores of a block of keys in units of log2: [words, GP] for each code of a word."""
-    H: tl.constexpr = q.shape[0]
-    GP: tl.constexpr = q.shape[1]
-    W: tl.constexpr = R * BITS // 16
-    TG: tl.constexpr = R // GROUP
-    h = tl.arange(0, H)
-    words = tl.load(words_ptr + tl.arange(0, W)[:, None] + h[None, :] * W)
-    at = h[:, None] * TG + tl.arange(0, TG)[None, :]
-    scale = tl.load(scale_ptr + at).to(tl.float32).to(DTYPE)
-    zero = tl.load(zero_ptr + at).to(tl.float32).to(DTYPE)
-    return packed_product(words, q, scale, zero, BITS, GP, GROUP, DTYPE, ASM)
-
-
-@triton.jit
-def _softmax(scores, m, l, CODES: tl.constexpr, DTYPE: tl.constexpr):
-    """Probabilities [tokens, GP] of a block against the new maximum, and what the old ones lose."""
-    top = scores[0]
-    for j in tl.static_range(1, CODES):
-        top = tl.maximum(top, scores[j])
-    largest = tl.maximum(m, tl.max(top, 0))
-    alpha = tl.exp2(m - largest)
-    total = tl.zeros_like(top)
-    p = ()
-    for j in tl.static_range(CODES):
-        e = tl.exp2(scores[j] - largest[None, :])
-        total += e
-        p = p + (e.to(DTYPE),)
-    W: tl.constexpr = top.shape[0]
-    GP: tl.constexpr = top.shape[1]
-    # Token w x CODES + j: the bits of j, the highest first, follow w.
-    if CODES == 8:
-        even = tl.join(tl.join(p[0], p[4]), tl.join(p[2], p[6]))
-        odd = tl.join(tl.join(p[1], p[5]), tl.join(p[3], p[7]))
-        ordered = tl.permute(tl.join(even, odd), (0, 2, 3, 4, 1))
-    else:
-        ordered = tl.permute(tl.join(tl.join(p[0], p[2]), tl.join(p[1], p[3])), (0, 2, 3, 1))
-    return tl.reshape(ordered, (W * CODES, GP)), largest, l * alpha + tl.sum(total, 0), alpha
-
-
 @triton.jit(do_not_specialize=COUNTS)
 def _kernel(
     q_ptr, k_new_ptr, v_new_ptr, kw_ptr, ks_ptr, kz_ptr, vw_ptr, vs_ptr, vz_ptr, rk_ptr, rv_ptr,
     length_ptr, acc_ptr, m_ptr, l_ptr,
     key_capacity, value_capacity, recent_capacity, ring_start, n_splits, n_kv_heads, log2_scale,
     BITS: tl.constexpr, H: tl.constexpr, R: tl.constexpr, GROUP: tl.constexpr, G: tl.constexpr,
-    GP: tl.constexpr, CHUNK: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr,
+    GP: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, DTYPE: tl.constexpr,
+    ASM: tl.constexpr,
 ):  # fmt: skip
-    CODES: tl.constexpr = 16 // BITS
-    KW: tl.constexpr = H * (R // CODES)
-    KG: tl.constexpr = H * (R // GROUP)
-    VW: tl.constexpr = H // CODES
-    VG: tl.constexpr = H // GROUP
+    HC: tl.constexpr = min(H, 128)
     unit = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     length = tl.load(length_ptr + unit // n_kv_heads)
     g = tl.arange(0, GP)
-    h = tl.arange(0, H)
     real = g < G
-    q = tl.load(q_ptr + (unit * G + g[None, :]) * H + h[:, None], mask=real[None, :], other=0.0)
-    q = (q.to(tl.float32) * log2_scale).to(DTYPE)
-    m = tl.full((GP,), float("-inf"), tl.float32)
-    l = tl.zeros((GP,), tl.float32)
+    q = ()
+    for c in tl.static_range(H // HC):
+        at = (unit * G + g[None, :]) * H + (tl.arange(0, HC) + c * HC)[:, None]
+        queries = tl.load(q_ptr + at, mask=real[None, :], other=0.0).to(tl.float32)
+        q = q + ((queries * log2_scale).to(DTYPE),)
     rows = (unit * G + g) * (n_splits + 3) + split
-
     n_values = tl.maximum(length - R, 0)
     whole = n_values // R
-    key_block = unit * key_capacity
-    value_token = unit * value_capacity
-
+    block = unit * key_capacity
+    kw_ptr += block * (H * R * BITS // 16)
+    ks_ptr += block * (H * R // GROUP)
+    kz_ptr += block * (H * R // GROUP)
+    token = unit * value_capacity
+    vw_ptr += token * (H * BITS // 16)
+    vs_ptr += token * (H // GROUP)
+    vz_ptr += token * (H // GROUP)
+    recent = unit * recent_capacity * H
     if split < n_splits:
-        share = (whole + n_splits - 1) // n_splits
+        tiles = whole * (R // TILE)
+        share = (tiles + n_splits - 1) // n_splits
         first = split * share
-        last = tl.minimum(first + share, whole)
-        out = ()
-        for j in tl.static_range(CODES):
-            out = out + (tl.zeros((VW, GP), tl.float32),)
-        for block in range(first, last):
-            at = key_block + block
-            scores = _scores(
-                kw_ptr + at * KW, ks_ptr + at * KG, kz_ptr + at * KG, q, BITS, R, GROUP, DTYPE, ASM
-            )
-            p, m, l, alpha = _softmax(scores, m, l, CODES, DTYPE)
-            token = value_token + block * R
-            added = packed_values(
-                vw_ptr + token * VW, vs_ptr + token * VG, vz_ptr + token * VG, p, R,
-                BITS, H, GROUP, DTYPE, ASM,
-            )  # fmt: skip
-            kept = ()
-            for j in tl.static_range(CODES):
-                kept = kept + (out[j] * alpha[None, :] + added[j],)
-            out = kept
-        store_sums(out, acc_ptr, rows, real, H)
-        tl.store(m_ptr + rows, m, mask=real)
-        tl.store(l_ptr + rows, l, mask=real)
+        attend_packed(
+            kw_ptr, ks_ptr, kz_ptr, vw_ptr, vs_ptr, vz_ptr, acc_ptr, m_ptr, l_ptr, q, rows, real,
+            first, tl.minimum(first + share, tiles), BITS, H, R, TILE, GROUP, DTYPE, ASM,
+        )  # fmt: skip
     elif split == n_splits:
-        if length >= R:
-            # Keys packed; the values before ``n_values`` too, the others in the ring.
-            at = key_block + whole
-            scores = _scores(
-                kw_ptr + at * KW, ks_ptr + at * KG, kz_ptr + at * KG, q, BITS, R, GROUP, DTYPE, ASM
-            )
-            p, m, l, alpha = _softmax(scores, m, l, CODES, DTYPE)
-            t = tl.arange(0, R)
-            n_packed = (n_values - whole * R).to(tl.int32)
-            in_ring = t >= n_packed
-            token = value_token + whole * R
-            packed = tl.where(in_ring[:, None], 0.0, p)
-            out = packed_values(
-                vw_ptr + token * VW, vs_ptr + token * VG, vz_ptr + token * VG, packed, n_packed,
-                BITS, H, GROUP, DTYPE, ASM,
-            )  # fmt: skip
-            store_sums(out, acc_ptr, rows, real, H)
-            tl.store(m_ptr + rows, m, mask=real)
-            tl.store(l_ptr + rows, tl.sum(packed.to(tl.float32), 0), mask=real)
-            ringed = tl.where(in_ring[:, None], p, 0.0)
-            slot = ((whole * R + t + R - ring_start) % R).to(tl.int64)
-            for start in tl.static_range(0, H, CHUNK):
-                part = start + tl.arange(0, CHUNK)
-                ptr = rv_ptr + (unit * recent_capacity + slot[None, :]) * H + part[:, None]
-                v = tl.load(ptr, mask=in_ring[None, :], other=0.0).to(tl.float32).to(DTYPE)
-                value = tl.dot(v, ringed, input_precision="ieee")
-                tl.store(
-                    acc_ptr + (rows[None, :] + 1) * H + part[:, None], value, mask=real[None, :]
-                )
-            tl.store(m_ptr + rows + 1, m, mask=real)
-            tl.store(l_ptr + rows + 1, tl.sum(ringed.to(tl.float32), 0), mask=real)
-        else:
-            for part in tl.static_range(2):
-                tl.store(m_ptr + rows + part, m, mask=real)
-                tl.store(l_ptr + rows + part, l, mask=real)
+        n_tiles = tl.where(length >= R, R // TILE, 0)
+        attend_mixed(
+            kw_ptr, ks_ptr, kz_ptr, vw_ptr, vs_ptr, vz_ptr, rv_ptr + recent, acc_ptr, m_ptr, l_ptr,
+            q, rows, real, whole, n_values, n_tiles, ring_start,
+            BITS, H, R, TILE, GROUP, CHUNK, DTYPE, ASM,
+        )  # fmt: skip
     else:
-        # Residual keys with ring values, and the new token behind them.
-        begin = length // R * R
-        n_recent = (length - begin).to(tl.int32)
-        acc = tl.zeros((H, GP), tl.float32)
-        for start in tl.range(0, n_recent + 1, CHUNK, num_stages=1):
-            i = start + tl.arange(0, CHUNK)
-            old = i < n_recent
-            k = tl.load(
-                rk_ptr + (unit * recent_capacity + i[:, None]) * H + h[None, :],
-                mask=old[:, None],
-                other=0.0,
-            )
-            newest = i == n_recent
-            k += tl.load(k_new_ptr + unit * H + h[None, :] + 0 * i[:, None], mask=newest[:, None],
-                         other=0.0)  # fmt: skip
-            s = tl.dot(k.to(tl.float32).to(DTYPE), q, input_precision="ieee")
-            s = tl.where((i <= n_recent)[:, None], s, float("-inf"))
-            largest = tl.maximum(m, tl.max(s, 0))
-            alpha = tl.exp2(m - largest)
-            m = largest
-            p = tl.exp2(s - m[None, :])
-            l = l * alpha + tl.sum(p, 0)
-            slot = ((begin + i + R - ring_start) % R).to(tl.int64)
-            v = tl.load(
-                rv_ptr + (unit * recent_capacity + slot[None, :]) * H + h[:, None],
-                mask=old[None, :],
-                other=0.0,
-            )
-            v += tl.load(v_new_ptr + unit * H + h[:, None] + 0 * i[None, :], mask=newest[None, :],
-                         other=0.0)  # fmt: skip
-            v = v.to(tl.float32).to(DTYPE)
-            acc = tl.dot(v, p.to(DTYPE), acc * alpha[None, :], input_precision="ieee")
-        rows += 1
-        tl.store(acc_ptr + rows[None, :] * H + h[:, None], acc, mask=real[None, :])
-        tl.store(m_ptr + rows, m, mask=real)
-        tl.store(l_ptr + rows, l, mask=real)
+        attend_recent(
+            k_new_ptr + unit * H, v_new_ptr + unit * H, rk_ptr + recent, rv_ptr + recent,
+            acc_ptr, m_ptr, l_ptr, q, rows + 1, real, length, ring_start, H, R, CHUNK, DTYPE,
+        )  # fmt: skip
+
+
+def _tile(bits: int, residual: int) -> int:
+    """Tokens that the packed tiles of keys hold."""
+    return min(residual, TILE_WORDS.value * 16 // bits)
+
+
+def _chunk(size: int, tile: int) -> int:
+    """Tokens, or channels, of 16-bit tiles: 8 KiB or less."""
+    return min(32, 4096 // size, tile)
+
+
+def _least_queries(bits: int, group: int, tile: int) -> int:
+    """Query heads with which a tensor instruction's 8 columns are full."""
+    return max(1, 8 // groups_of(tile, group))
 
 
 def kivi_decode(
@@ -291,7 +186,8 @@ def kivi_decode(
     n_kv = k_new.shape[1]
     n_splits = partials.splits - EXTRA_PARTS
     dtype, asm = dot_type(q.dtype)
-    gp = padded_group(n // n_kv, max(1, 8 * group // min(h, residual)))
+    tile = _tile(bits, residual)
+    gp = padded_group(n // n_kv, _least_queries(bits, group, tile))
     _kernel[(b * n_kv, n_splits + 2)](
         q, k_new, v_new,
         keys[0].view(torch.int16), keys[1], keys[2],
@@ -299,13 +195,21 @@ def kivi_decode(
         recent_keys, recent_values, lengths, partials.acc, partials.m, partials.l,
         keys[0].shape[2], values[0].shape[2], recent_keys.shape[2], ring_start, n_splits, n_kv,
         log2_scale(h),
-        BITS=bits, H=h, R=residual, GROUP=group, G=n // n_kv, GP=gp, CHUNK=min(32, residual),
-        DTYPE=dtype, ASM=asm, num_warps=warps_for(h), num_stages=2,
+        BITS=bits, H=h, R=residual, GROUP=group, G=n // n_kv, GP=gp, TILE=tile,
+        CHUNK=_chunk(h, tile), DTYPE=dtype, ASM=asm, num_warps=1, num_stages=2,
     )  # fmt: skip
     return merge_splits(partials, torch.empty_like(q))
 
 
-def _case(bits: int, size: int, group: int) -> CompileCase:
+def _case(
+    bits: int,
+    size: int,
+    group: int,
+    *,
+    architectures: tuple[int, ...] = (90,),
+    max_loop_spills: int = 0,
+    tested: bool = False,
+) -> CompileCase:
     words = ("kw_ptr", "vw_ptr")
     floats = ("q_ptr", "k_new_ptr", "v_new_ptr", "ks_ptr", "kz_ptr", "vs_ptr", "vz_ptr")
     return CompileCase(
@@ -325,15 +229,24 @@ def _case(bits: int, size: int, group: int) -> CompileCase:
             "R": 128,
             "GROUP": 32,
             "G": group,
-            "GP": padded_group(group, 32 * 8 // min(size, 128)),
-            "CHUNK": 32,
+            "GP": padded_group(group, _least_queries(bits, 32, _tile(bits, 128))),
+            "TILE": _tile(bits, 128),
+            "CHUNK": _chunk(size, _tile(bits, 128)),
             "DTYPE": tl.float16,
             "ASM": True,
         },
-        num_warps=warps_for(size),
+        num_warps=1,
         num_stages=2,
-        max_spilled_bytes=192,
+        max_loop_spills=max_loop_spills,
+        architectures=architectures,
+        tested=tested,
     )
 
 
-COMPILE_CASES = (_case(2, 128, 4),)
+COMPILE_CASES = (
+    _case(2, 128, 4, architectures=ARCHITECTURES, max_loop_spills=8, tested=True),
+    _case(4, 128, 4, tested=True),
+    _case(2, 64, 4),
+    _case(2, 256, 4, max_loop_spills=220),
+    _case(2, 128, 8, max_loop_spills=220),
+)

@@ -22,15 +22,19 @@ from torch import Tensor
 from measure.kernels._compile import CompileCase, typed
 from measure.kernels._softmax import (
     LOG2_E,
-    attend_tile,
+    attend_tokens,
     dot_precision,
+    load_queries,
     merge_unit,
+    nothing_yet,
+    replace_token,
     rows_of,
     store_split,
     tile_rows,
     tile_tokens,
 )
 from measure.kernels._splits import Partials
+from measure.kernels._tiles import check_heads
 
 #: Pages whose bounds one program computes.
 _PAGES = 64
@@ -48,10 +52,8 @@ def bounds_kernel(
     batch, head = unit // HEADS, unit % HEADS
     page = (tl.program_id(0) * PAGES + tl.arange(0, PAGES)).to(tl.int64)
     there = page < tl.cdiv(tl.load(n_tokens), page_tokens)
-    heads, columns = tl.arange(0, ROWS), tl.arange(0, D)
-    live = heads < GROUP
-    at = (unit * GROUP + heads[:, None]) * D + columns[None, :]
-    queries = tl.load(q + at, mask=live[:, None], other=0.0).to(tl.float32)
+    columns, live = tl.arange(0, D), tl.arange(0, ROWS) < GROUP
+    queries = load_queries(q, unit, 1.0, GROUP, ROWS, D)
     low += batch * low_batch + head * low_head
     high += batch * high_batch + head * high_head
     least = tl.load(
@@ -79,18 +81,12 @@ def pages_split_kernel(
 ):  # fmt: skip
     """One split of the chosen pages' tokens; grid (units, splits)."""
     unit, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    batch, head = unit // HEADS, unit % HEADS
     n = tl.load(n_tokens)
-    heads, inner = tl.arange(0, ROWS), tl.arange(0, BLOCK)
-    columns, value_columns = tl.arange(0, D), tl.arange(0, DV)
-    live = heads < GROUP
-    at = (unit * GROUP + heads[:, None]) * D + columns[None, :]
-    queries = tl.load(q + at, mask=live[:, None], other=0.0).to(tl.float32) * scale
-    keys += batch * key_batch + head * key_head
-    values += batch * value_batch + head * value_head
-    top = tl.full((ROWS,), float("-inf"), tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
-    out = tl.zeros((ROWS, DV), tl.float32)
+    inner = tl.arange(0, BLOCK)
+    queries = load_queries(q, unit, scale, GROUP, ROWS, D)
+    keys += unit // HEADS * key_batch + unit % HEADS * key_head
+    values += unit // HEADS * value_batch + unit % HEADS * value_head
+    top, total, out = nothing_yet(ROWS, DV)
     n_places = n_chosen * page_tokens
     tiles = tl.cdiv(tl.cdiv(n_places, BLOCK), SPLITS)
     stop = tl.minimum((split + 1) * tiles * BLOCK, n_places)
@@ -99,18 +95,10 @@ def pages_split_kernel(
         listed = place < n_places
         page = tl.load(chosen + unit * n_chosen + place // page_tokens, mask=listed, other=0)
         tokens = page.to(tl.int64) * page_tokens + place % page_tokens
-        seen = listed & (tokens < n)
-        key = tl.load(
-            keys + tokens[None, :] * key_token + columns[:, None], mask=seen[None, :], other=0.0
-        ).to(tl.float32)
-        logits = tl.dot(queries, key, input_precision=PRECISION)
-        logits = tl.where(seen[None, :], logits, float("-inf"))
-        value = tl.load(
-            values + tokens[:, None] * value_token + value_columns[None, :],
-            mask=seen[:, None],
-            other=0.0,
-        ).to(tl.float32)
-        top, total, out, _ = attend_tile(top, total, out, logits, value, PRECISION)
+        top, total, out, _ = attend_tokens(
+            queries, keys, values, tokens, listed & (tokens < n), key_token, value_token, top,
+            total, out, PRECISION,
+        )  # fmt: skip
     store_split(acc_ptr, m_ptr, l_ptr, unit, split, top, total, out, GROUP, ROWS, SPLITS, DV)
 
 
@@ -131,12 +119,10 @@ def merge_and_append_kernel(
     batch, head = unit // HEADS, unit % HEADS
     n = tl.load(n_tokens).to(tl.int64)
     page = n // page_tokens
-    columns, value_columns = tl.arange(0, D), tl.arange(0, DV)
-    key = tl.load(k + unit * D + columns)
-    tl.store(keys + batch * key_batch + head * key_head + n * key_token + columns, key)
-    at = batch * value_batch + head * value_head + n * value_token
-    tl.store(values + at + value_columns, tl.load(v + unit * DV + value_columns))
-    key = key.to(tl.float32)
+    replace_token(k, v, keys, values, unit, n, key_batch, key_head, key_token, value_batch,
+                  value_head, value_token, HEADS, D, DV)  # fmt: skip
+    columns = tl.arange(0, D)
+    key = tl.load(k + unit * D + columns).to(tl.float32)
     opened = n % page_tokens == 0
     at = low + batch * low_batch + head * low_head + page * low_page + columns
     least = tl.load(at).to(tl.float32)
@@ -207,6 +193,7 @@ def quest_decode(
     """
     b, n_kv, _, size = cache.keys.shape
     v_size, units, group = cache.values.shape[-1], b * n_kv, q.shape[1] // n_kv
+    check_heads(q.shape[1], n_kv, size, v_size)
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     bounds = page_bounds(q, cache, n_tokens)
     chosen = bounds.topk(min(n_chosen, bounds.shape[-1]), dim=-1, sorted=False).indices

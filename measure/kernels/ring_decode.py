@@ -1,49 +1,40 @@
-"""A step of StreamingLLM over its ring: turn by place in registers, attend, replace the oldest.
+"""A step of StreamingLLM over its full ring: turn in registers, attend, replace the oldest.
 
-Slots 0..I-1 hold the first tokens, the others a ring of the last W; ``oldest`` of them leaves next.
-A query's place is min(t, I + W). Whatever W tokens the ring holds, they are as far from the query
-as in the text; only its distance to the first tokens is not the true one.
-
-    turn_keys=False   K was turned at its position before it was cached. The ring needs nothing; the
-                      query that meets the first tokens is turned back by t - place.
-    turn_keys=True    K is cached as projected (mit-han-lab/streaming-llm). A tile of consecutive
-                      places base..base+T-1 is turned by 0..T-1, one table for all tiles, and the
-                      query by its distance from ``base``: (R(p - base) q) (R(j) k) is the same.
-    positions         "cache": the query's place among the cached. "fixed" (thunlp/InfLLM): first
-                      tokens within the window keep their true distance, the others see the query
-                      at I + W. The two differ only while I + W > t >= W.
+Slots 0..I-1 hold the first tokens, the others a ring of the last W; its oldest leaves next. K was
+turned at its position before it was cached. Whatever W tokens the ring holds, they are as far from
+the query as in the text, so only the query that meets the first tokens turns: back from its
+position t to its place I + W. The ring is read slot by slot, in whatever order its tokens lie.
 
 Bytes of a step and KV head: (I + W) (D + DV) b read, (D + DV) b written, nothing copied or moved;
-D = DV = 128 in 16 bits and I + W = 1024: 512 KiB. The table is T D 4 bytes, read from L1. Turning
-costs two multiply-adds per element of K: 1.2 T elements/s of K at 4.8 TB/s are 2.4 T of the 33 T
-lane operations an H200 has. Ceiling: memory bandwidth; a launch takes longer below about 4 MB.
+D = DV = 128 in 16 bits and I + W = 1024: 512 KiB. Turning is done once per split, for G queries.
+Ceiling: memory bandwidth; a launch takes longer below about 4 MB.
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from costmodel.errors import NotApplicableError
 from measure.kernels._compile import CompileCase, typed
 from measure.kernels._softmax import (
     LOG2_E,
-    attend_tile,
+    attend_tokens,
     dot_precision,
+    load_queries,
     merge_unit,
+    nothing_yet,
+    replace_token,
     rows_of,
     store_split,
     tile_rows,
+    tile_tokens,
 )
 from measure.kernels._splits import Partials
+from measure.kernels._tiles import check_heads
 from measure.numerics import Rope
 from measure.parts import rotate
-
-#: Tokens of a tile.
-BLOCK = 32
 
 
 @triton.jit
@@ -75,123 +66,72 @@ def cos_sin(angle):
 
 
 @triton.jit
-def turn(first, second, angle):
-    """Turn pairs (first, second) [rows, PAIRS] by ``angle`` [PAIRS]."""
-    cos, sin = cos_sin(angle)
-    cos, sin = cos[None, :], sin[None, :]
-    return first * cos - second * sin, second * cos + first * sin
-
-
-@triton.jit
-def paired_logits(
-    q1, q2, rest, keys, at, seen, cos, sin, PAIRS: tl.constexpr, STEP: tl.constexpr,
-    SECOND: tl.constexpr, REST: tl.constexpr, TURN_KEYS: tl.constexpr, BLOCK: tl.constexpr,
-    PRECISION: tl.constexpr,
+def turned_queries(
+    q, unit, scale, places, frequencies, TURNING: tl.constexpr, INTERLEAVED: tl.constexpr,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """Logits [ROWS, BLOCK] of keys at offsets ``at`` [BLOCK], turned by 0..BLOCK-1 if asked."""
-    pair, inner = tl.arange(0, PAIRS), tl.arange(0, BLOCK)
-    k1 = tl.load(keys + at[None, :] + (pair * STEP)[:, None], mask=seen[None, :], other=0.0)
-    k2 = tl.load(
-        keys + at[None, :] + (pair * STEP + SECOND)[:, None], mask=seen[None, :], other=0.0
-    )
-    k1, k2 = k1.to(tl.float32), k2.to(tl.float32)
-    if TURN_KEYS:
-        table = pair[:, None] * BLOCK + inner[None, :]
-        c, s = tl.load(cos + table), tl.load(sin + table)
-        k1, k2 = k1 * c - k2 * s, k2 * c + k1 * s
-    logits = tl.dot(q1, k1, input_precision=PRECISION)
-    logits = tl.dot(q2, k2, logits, input_precision=PRECISION)
-    if REST > 0:
-        plain = 2 * PAIRS + tl.arange(0, REST)
-        k3 = tl.load(keys + at[None, :] + plain[:, None], mask=seen[None, :], other=0.0)
-        logits = tl.dot(rest, k3.to(tl.float32), logits, input_precision=PRECISION)
-    return tl.where(seen[None, :], logits, float("-inf"))
+    """Queries [ROWS, D] of one KV head, the first TURNING elements turned by ``places``."""
+    heads, columns = tl.arange(0, ROWS), tl.arange(0, D)
+    live = (heads < GROUP)[:, None]
+    turns = columns < TURNING
+    HALF: tl.constexpr = TURNING // 2
+    if INTERLEAVED:
+        pair, second = columns // 2, columns % 2 == 1
+        partner = tl.where(second, columns - 1, columns + 1)
+    else:
+        pair, second = tl.where(columns < HALF, columns, columns - HALF), columns >= HALF
+        partner = tl.where(second, columns - HALF, columns + HALF)
+    frequency = tl.load(frequencies + pair, mask=turns, other=0.0)
+    cos, sin = cos_sin(places.to(tl.float32) * frequency)
+    row = q + (unit * GROUP + heads[:, None]) * D
+    mine = tl.load(row + columns[None, :], mask=live, other=0.0).to(tl.float32)
+    other = tl.load(row + partner[None, :], mask=live & turns[None, :], other=0.0).to(tl.float32)
+    sin = tl.where(second, sin, -sin)
+    return (mine * cos[None, :] + other * sin[None, :]) * scale
 
 
 @triton.jit
 def ring_split_kernel(
-    q, keys, values, n_tokens, frequencies, cos, sin, acc_ptr, m_ptr, l_ptr, scale,
-    sinks, window, ring_start, key_batch, key_head, key_token, value_batch, value_head, value_token,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr,
-    STEP: tl.constexpr, SECOND: tl.constexpr, REST: tl.constexpr, DV: tl.constexpr,
-    SPLITS: tl.constexpr, BLOCK: tl.constexpr, TURN_KEYS: tl.constexpr, FIXED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    q, keys, values, n_tokens, frequencies, acc_ptr, m_ptr, l_ptr, scale, sinks, window, ring_start,
+    key_batch, key_head, key_token, value_batch, value_head, value_token,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
+    DV: tl.constexpr, TURNING: tl.constexpr, INTERLEAVED: tl.constexpr, HIDE_OLDEST: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One split of one KV head; grid (units, splits). The first split takes the first tokens."""
     unit, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    batch, head = unit // HEADS, unit % HEADS
-    t = tl.load(n_tokens).to(tl.int32)
-    n_sinks = tl.minimum(t, sinks)
-    in_ring = tl.minimum(t - n_sinks, window)
-    oldest = tl.maximum(t - ring_start, 0) % window
-    heads, inner, value_columns = tl.arange(0, ROWS), tl.arange(0, BLOCK), tl.arange(0, DV)
-    live, pair = (heads < GROUP)[:, None], tl.arange(0, PAIRS)
-    D: tl.constexpr = 2 * PAIRS + REST
-    row = q + (unit * GROUP + heads[:, None]) * D
-    q1 = tl.load(row + (pair * STEP)[None, :], mask=live, other=0.0).to(tl.float32) * scale
-    q2 = tl.load(row + (pair * STEP + SECOND)[None, :], mask=live, other=0.0).to(tl.float32)
-    q2 = q2 * scale
-    rest = q1
-    if REST > 0:
-        plain = 2 * PAIRS + tl.arange(0, REST)
-        rest = tl.load(row + plain[None, :], mask=live, other=0.0).to(tl.float32) * scale
-    frequency = tl.load(frequencies + pair)
-    keys += batch * key_batch + head * key_head
-    values += batch * value_batch + head * value_head
-    top = tl.full((ROWS,), float("-inf"), tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
-    out = tl.zeros((ROWS, DV), tl.float32)
+    keys += unit // HEADS * key_batch + unit % HEADS * key_head
+    values += unit // HEADS * value_batch + unit % HEADS * value_head
+    inner = tl.arange(0, BLOCK)
+    t = tl.load(n_tokens)
+    hidden = sinks + (t - ring_start) % window if HIDE_OLDEST else -1
+    top, total, out = nothing_yet(ROWS, DV)
     if split == 0:
-        for first in range(0, n_sinks, BLOCK):
-            slot = (first + inner).to(tl.int64)
-            seen = slot < n_sinks
-            # how far the query has to be turned: from here (keys as projected), or back
-            origin = first if TURN_KEYS else t
-            place = tl.minimum(t, sinks + window)
-            f1, f2 = turn(q1, q2, (place - origin).to(tl.float32) * frequency)
-            logits = paired_logits(
-                f1, f2, rest, keys, slot * key_token, seen, cos, sin, PAIRS, STEP, SECOND, REST,
-                TURN_KEYS, BLOCK, PRECISION,
+        turned = turned_queries(
+            q, unit, scale, sinks + window - t, frequencies, TURNING, INTERLEAVED, GROUP, ROWS, D
+        )
+        for first in range(0, sinks, BLOCK):
+            slots = (first + inner).to(tl.int64)
+            top, total, out, _ = attend_tokens(
+                turned, keys, values, slots, slots < sinks, key_token, value_token, top, total,
+                out, PRECISION,
             )  # fmt: skip
-            if FIXED:
-                f1, f2 = turn(q1, q2, (sinks + window - origin).to(tl.float32) * frequency)
-                far = paired_logits(
-                    f1, f2, rest, keys, slot * key_token, seen, cos, sin, PAIRS, STEP, SECOND,
-                    REST, TURN_KEYS, BLOCK, PRECISION,
-                )  # fmt: skip
-                logits = tl.where((t - slot <= window)[None, :], logits, far)
-            value = tl.load(
-                values + slot[:, None] * value_token + value_columns[None, :],
-                mask=seen[:, None],
-                other=0.0,
-            ).to(tl.float32)
-            top, total, out, _ = attend_tile(top, total, out, logits, value, PRECISION)
-    tiles = tl.cdiv(tl.cdiv(in_ring, BLOCK), SPLITS)
-    stop = tl.minimum((split + 1) * tiles * BLOCK, in_ring)
+    queries = load_queries(q, unit, scale, GROUP, ROWS, D)
+    tiles = tl.cdiv(tl.cdiv(window, BLOCK), SPLITS)
+    stop = tl.minimum((split + 1) * tiles * BLOCK, window)
     for first in range(split * tiles * BLOCK, stop, BLOCK):
-        age = first + inner
-        seen = age < in_ring
-        slot = (n_sinks + (oldest + age) % window).to(tl.int64)
-        f1, f2 = q1, q2
-        if TURN_KEYS:
-            f1, f2 = turn(q1, q2, (in_ring - first).to(tl.float32) * frequency)
-        logits = paired_logits(
-            f1, f2, rest, keys, slot * key_token, seen, cos, sin, PAIRS, STEP, SECOND, REST,
-            TURN_KEYS, BLOCK, PRECISION,
-        )  # fmt: skip
-        value = tl.load(
-            values + slot[:, None] * value_token + value_columns[None, :],
-            mask=seen[:, None],
-            other=0.0,
-        ).to(tl.float32)
-        top, total, out, _ = attend_tile(top, total, out, logits, value, PRECISION)
+        slots = (sinks + first + inner).to(tl.int64)
+        seen = (slots < sinks + window) & (slots != hidden)
+        top, total, out, _ = attend_tokens(
+            queries, keys, values, slots, seen, key_token, value_token, top, total, out, PRECISION
+        )
     store_split(acc_ptr, m_ptr, l_ptr, unit, split, top, total, out, GROUP, ROWS, SPLITS, DV)
 
 
 @triton.jit
 def merge_and_replace_kernel(
-    q, k, v, keys, values, n_tokens, acc_ptr, m_ptr, l_ptr, out, scale,
-    sinks, window, ring_start, key_batch, key_head, key_token, value_batch, value_head, value_token,
+    q, k, v, keys, values, n_tokens, acc_ptr, m_ptr, l_ptr, out, scale, sinks, window, ring_start,
+    key_batch, key_head, key_token, value_batch, value_head, value_token,
     HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
     DV: tl.constexpr, SPLITS: tl.constexpr, PADDED_SPLITS: tl.constexpr,
 ):  # fmt: skip
@@ -199,61 +139,30 @@ def merge_and_replace_kernel(
     unit = tl.program_id(0).to(tl.int64)
     merge_unit(q, k, v, acc_ptr, m_ptr, l_ptr, out, unit, scale, GROUP, ROWS, D, DV, SPLITS,
                PADDED_SPLITS)  # fmt: skip
-    batch, head = unit // HEADS, unit % HEADS
-    t = tl.load(n_tokens).to(tl.int32)
-    full = sinks + window
-    slot = tl.where(t < full, t, sinks + tl.maximum(t - ring_start, 0) % window).to(tl.int64)
-    columns, value_columns = tl.arange(0, D), tl.arange(0, DV)
-    at = batch * key_batch + head * key_head + slot * key_token
-    tl.store(keys + at + columns, tl.load(k + unit * D + columns))
-    at = batch * value_batch + head * value_head + slot * value_token
-    tl.store(values + at + value_columns, tl.load(v + unit * DV + value_columns))
+    slot = sinks + (tl.load(n_tokens) - ring_start) % window
+    replace_token(k, v, keys, values, unit, slot, key_batch, key_head, key_token, value_batch,
+                  value_head, value_token, HEADS, D, DV)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class RingRope:
     """A rotary embedding as the kernel wants it.
 
-    frequencies  fp32 [pairs], radians per position;  cos, sin  fp32 [pairs, BLOCK] of 0..BLOCK-1
-    step, second offsets of pair i's elements: i step, i step + second
-    amplitude    of cosine and sine where keys are turned at read
+    frequencies  fp32 [pairs], radians per position
+    interleaved  whether the pairs are neighbours; else pair i is (i, i + pairs)
     """
 
     frequencies: Tensor
-    cos: Tensor
-    sin: Tensor
-    step: int
-    second: int
-    amplitude: float
+    interleaved: bool
 
     @classmethod
     def make(cls, rope: Rope | None, head_dim: int, device: torch.device) -> "RingRope":
-        """Tables of a rotary embedding; None: nothing turns.
-
-        Raises
-        ------
-        NotApplicableError
-            The head does not divide into powers of two of turning and plain elements.
-        """
-        n = head_dim if rope is None else int(head_dim * rope.fraction)
-        pairs, rest = n // 2, head_dim - n
-        if pairs < 8 or pairs & (pairs - 1) or (rest and (rest < 8 or rest & (rest - 1))):
-            raise NotApplicableError(
-                f"the ring kernel turns 16, 32, 64, ... elements of a head, got {n} of {head_dim}"
-            )
+        """Of a rotary embedding; None: nothing turns."""
         if rope is None:
-            frequencies = torch.zeros(pairs, device=device)
-        else:
-            frequencies = rope.frequencies(n, device)
-        angles = frequencies[:, None] * torch.arange(BLOCK, device=device)
-        interleaved = rope is not None and rope.interleaved
+            return cls(frequencies=torch.empty(0, device=device), interleaved=False)
+        turning = int(head_dim * rope.fraction)
         return cls(
-            frequencies=frequencies,
-            cos=angles.cos(),
-            sin=angles.sin(),
-            step=2 if interleaved else 1,
-            second=1 if interleaved else pairs,
-            amplitude=1.0 if rope is None else rope.amplitude,
+            frequencies=rope.frequencies(turning, device).float(), interleaved=rope.interleaved
         )
 
 
@@ -270,24 +179,24 @@ def ring_decode(
     ring_start: int,
     rope: RingRope,
     partials: Partials,
-    turn_keys: bool,
-    positions: Literal["cache", "fixed"] = "cache",
+    hide_oldest: bool = False,
 ) -> Tensor:
-    """One step; the new token is written where the next one would have pushed the oldest out.
+    """One step; the new token takes the slot of the ring's oldest.
 
     Parameters
     ----------
     q, k, v
-        The new token: [B, N, 1, D], [B, K, 1, D], [B, K, 1, DV]; q and k as projected with
-        ``turn_keys``, else turned at their position.
+        The new token: [B, N, 1, D], [B, K, 1, D], [B, K, 1, DV]; q and k turned at its position.
     keys, values
-        Slots [B, K, I + W, D] and [B, K, I + W, DV], rows contiguous.
+        Slots [B, K, I + W, D] and [B, K, I + W, DV], all in use, rows contiguous.
     n_tokens
-        Tokens seen before this one, an integer on the device; slots 0..min(n, I + W)-1 are in use.
+        Tokens seen before this one, an integer on the device.
     sinks, window
         I and W.
     ring_start
-        ``n_tokens`` at which the ring's oldest token was in its first slot, at least I + W.
+        ``n_tokens`` at which the ring's oldest token was in its first slot.
+    hide_oldest
+        Whether the window of W counts the new token, so that the oldest cached is not seen.
 
     Returns
     -------
@@ -296,27 +205,22 @@ def ring_decode(
     """
     b, n_kv, _, size = keys.shape
     v_size, units, group = values.shape[-1], b * n_kv, q.shape[1] // n_kv
-    pairs = len(rope.frequencies)
-    if turn_keys and rope.amplitude != 1.0:
-        scales = torch.ones(size, device=q.device)
-        scales[: 2 * pairs] = rope.amplitude**2
-        q = (q * scales).to(q.dtype)
+    check_heads(q.shape[1], n_kv, size, v_size)
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    rows, splits = tile_rows(group), partials.splits
     scale = size**-0.5 * LOG2_E
     parts = (partials.acc, partials.m, partials.l)
     place = (sinks, window, ring_start, *rows_of(keys), *rows_of(values))
-    ring_split_kernel[(units, splits)](
-        q, keys, values, n_tokens, rope.frequencies, rope.cos, rope.sin, *parts, scale, *place,
-        HEADS=n_kv, GROUP=group, ROWS=rows, PAIRS=pairs, STEP=rope.step, SECOND=rope.second,
-        REST=size - 2 * pairs, DV=v_size, SPLITS=splits, BLOCK=BLOCK, TURN_KEYS=turn_keys,
-        FIXED=positions == "fixed", PRECISION=dot_precision(keys.dtype), num_warps=4,
+    shape = {"HEADS": n_kv, "GROUP": group, "ROWS": tile_rows(group), "D": size, "DV": v_size,
+             "SPLITS": partials.splits, "num_warps": 4}  # fmt: skip
+    ring_split_kernel[(units, partials.splits)](
+        q, keys, values, n_tokens, rope.frequencies, *parts, scale, *place,
+        TURNING=2 * len(rope.frequencies), INTERLEAVED=rope.interleaved, HIDE_OLDEST=hide_oldest,
+        BLOCK=tile_tokens(max(size, v_size)), PRECISION=dot_precision(keys.dtype), **shape,
     )  # fmt: skip
     out = torch.empty(b, q.shape[1], 1, v_size, dtype=q.dtype, device=q.device)
     merge_and_replace_kernel[(units,)](
         q, k, v, keys, values, n_tokens, *parts, out, scale, *place,
-        HEADS=n_kv, GROUP=group, ROWS=rows, D=size, DV=v_size, SPLITS=splits,
-        PADDED_SPLITS=triton.next_power_of_2(splits), num_warps=4,
+        PADDED_SPLITS=triton.next_power_of_2(partials.splits), **shape,
     )  # fmt: skip
     return out
 
@@ -329,22 +233,15 @@ def ring_decode_reference(
     sinks: int,
     window: int,
     rope: Rope,
-    positions: Literal["cache", "fixed"] = "cache",
+    hide_oldest: bool = False,
 ) -> Tensor:
-    """The last token of a text over its ring, every kept key turned to its distance, in fp64.
+    """The last token of a text over its full ring, every kept key turned to its place, in fp64.
 
-    q [B, N, 1, D] of the last token and k, v [B, K, S, D] of all, as projected; S - 1 were seen.
+    q [B, N, 1, D] of the last token and k, v [B, K, S, D] of all, not turned; S - 1 were seen.
     """
     t, size = k.shape[2] - 1, k.shape[3]
-    kept = [j for j in range(t) if j < sinks or j >= t - window] + [t]
-    distances = []
-    for j in kept:
-        if j >= t - window or t < window:  # the ring, and everything before it is full
-            distances.append(t - j)
-        elif positions == "fixed":
-            distances.append(sinks + window - j)
-        else:
-            distances.append(min(t, sinks + window) - j)
+    kept = [*range(sinks), *range(t - window + hide_oldest, t + 1)]
+    distances = [sinks + window - j if j < sinks else t - j for j in kept]
     frequencies = rope.frequencies(int(size * rope.fraction), k.device).double()
     table = torch.outer(torch.tensor(distances, device=k.device).double(), frequencies)
     cos, sin = (torch.cat((x, y), -1) for x, y in ((table.cos(),) * 2, (-table.sin(), table.sin())))
@@ -358,65 +255,32 @@ def ring_decode_reference(
 _STRIDES = "key_batch key_head key_token value_batch value_head value_token"
 
 
-def _split_case(size: int, *, turn_keys: bool) -> CompileCase:
-    name = "keys as projected" if turn_keys else "keys turned before"
-    pairs = size // 2
-    return CompileCase(
-        name=f"ring split, bf16, head {size}, {name}",
-        kernel=ring_split_kernel,
-        signature=typed(
-            {
-                "*bf16": "q keys values",
-                "*i64": "n_tokens",
-                "*fp32": "frequencies cos sin acc_ptr m_ptr l_ptr",
-                "fp32": "scale",
-                "i32": f"sinks window ring_start {_STRIDES}",
-            }
+def _cases(size: int) -> tuple[CompileCase, ...]:
+    shape = {"HEADS": 8, "GROUP": 4, "ROWS": 16, "D": size, "DV": size, "SPLITS": 8}
+    common = {
+        "*bf16": "q keys values",
+        "*i64": "n_tokens",
+        "*fp32": "acc_ptr m_ptr l_ptr",
+        "fp32": "scale",
+        "i32": f"sinks window ring_start {_STRIDES}",
+    }
+    turning = {"TURNING": size, "INTERLEAVED": False, "HIDE_OLDEST": False}
+    return (
+        CompileCase(
+            name=f"ring split, bf16, head {size}",
+            kernel=ring_split_kernel,
+            signature=typed(common) | {"frequencies": "*fp32"},
+            constants={**shape, **turning, "BLOCK": tile_tokens(size), "PRECISION": "tf32"},
+            aligned=tuple(_STRIDES.split()),
         ),
-        constants={
-            "HEADS": 8,
-            "GROUP": 4,
-            "ROWS": 16,
-            "PAIRS": pairs,
-            "STEP": 1,
-            "SECOND": pairs,
-            "REST": 0,
-            "DV": size,
-            "SPLITS": 8,
-            "BLOCK": BLOCK,
-            "TURN_KEYS": turn_keys,
-            "FIXED": False,
-            "PRECISION": "tf32",
-        },
-        aligned=tuple(_STRIDES.split()),
+        CompileCase(
+            name=f"merge and replace, bf16, head {size}",
+            kernel=merge_and_replace_kernel,
+            signature=typed(common) | typed({"*bf16": "k v out"}),
+            constants={**shape, "PADDED_SPLITS": 8},
+            aligned=tuple(_STRIDES.split()),
+        ),
     )
 
 
-COMPILE_CASES = (
-    _split_case(128, turn_keys=False),
-    _split_case(128, turn_keys=True),
-    _split_case(256, turn_keys=True),
-    CompileCase(
-        name="merge and replace",
-        kernel=merge_and_replace_kernel,
-        signature=typed(
-            {
-                "*bf16": "q k v keys values out",
-                "*i64": "n_tokens",
-                "*fp32": "acc_ptr m_ptr l_ptr",
-                "fp32": "scale",
-                "i32": f"sinks window ring_start {_STRIDES}",
-            }
-        ),
-        constants={
-            "HEADS": 8,
-            "GROUP": 4,
-            "ROWS": 16,
-            "D": 128,
-            "DV": 128,
-            "SPLITS": 8,
-            "PADDED_SPLITS": 8,
-        },
-        aligned=tuple(_STRIDES.split()),
-    ),
-)
+COMPILE_CASES = _cases(128)

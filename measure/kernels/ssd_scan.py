@@ -6,13 +6,14 @@ Per head, with l the running sum of log decays within a chunk of c tokens (arXiv
     2. states between chunks    h_{n+1} = exp(l_c) h_n + A_n, one chunk after another
     3. outputs                  y_t = exp(l_t) h_n c_t + sum_{s <= t} exp(l_t - l_s) (c_t b_s) x_s
 
-Bytes per head and token, fp32 as the mixer hands it over (P = 64, N = 128, H / G heads share b, c):
-x read twice and y written 3 * 4 P = 768; b read twice, c once, by each head from L2: from memory
-3 * 4 N G / H; states [P, N] of a chunk written, read and rewritten, read: 16 P N / c = 512 at
-c = 256. FLOPs per token and head: 2 P N (states) + 2 P N (read out) + (N + P) c (scores, half of
-them masked) = 82k at c = 256: 1.3 kB and 82 kFLOP, 63 FLOP a byte. Ceiling: tf32 matrix units (495
-TFLOP/s dense on an H200 against 4.8 TB/s * 63 = 300) only just lie above memory bandwidth, so
-memory bandwidth, as long as the products stay in tf32; in full fp32 (66 TFLOP/s) they bind.
+Bytes per head and token, x and y in fp32 as the mixer hands them over, b and c in the model's 16
+bits (P = 64, N = 128, H / G heads share b, c): x read twice and y written 3 * 4 P = 768; b read
+twice, c once, by each head from L2: from memory 3 * 2 N G / H; states [P, N] of a chunk written,
+read and rewritten, read: 16 P N / c = 512 at c = 256. FLOPs per token and head: 2 P N (states) +
+2 P N (read out) + (N + P) c (scores, half of them masked) = 82k at c = 256: 1.3 kB and 82 kFLOP, 63
+FLOP a byte. Ceiling: tf32 matrix units (495 TFLOP/s dense on an H200 against 4.8 TB/s * 63 = 300)
+only just lie above memory bandwidth, so memory bandwidth, as long as one product of tf32 is enough.
+Of fp32 models it is not: three such products stand for one, 165 TFLOP/s, and they bind.
 """
 
 import torch
@@ -20,7 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from measure.kernels._compile import CompileCase, typed
+from measure.kernels import interpreted
+from measure.kernels._compile import ARCHITECTURES, CompileCase, typed
 
 #: Tokens of a tile within a chunk, and state columns of one program.
 _TOKENS, _COLUMNS = 64, 64
@@ -93,9 +95,12 @@ def pass_states_kernel(
 def chunk_outputs_kernel(
     x, b, c, totals, states, y, n_tokens, heads, groups,
     CHUNK: tl.constexpr, TOKENS: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """Outputs of a tile of tokens; grid (tiles of a chunk, chunks, B H)."""
+    """Outputs of a tile of tokens; grid (tiles of a chunk, chunks, B H).
+
+    b and c are multiplied as they are stored, which is exact, unless they shall be widened.
+    """
     tile, chunk = tl.program_id(0), tl.program_id(1).to(tl.int64)
     unit = tl.program_id(2).to(tl.int64)
     batch, head = unit // heads, unit % heads
@@ -109,18 +114,19 @@ def chunk_outputs_kernel(
     total = tl.load(totals + inner)
     at = (batch * n_tokens + token) * groups + group
     reads = tl.load(c + at[:, None] * N + columns[None, :], mask=there[:, None], other=0.0)
-    reads = reads.to(tl.float32)
     at = ((unit * chunks + chunk) * P + rows[None, :]) * N + columns[:, None]
-    out = tl.dot(reads, tl.load(states + at), input_precision=PRECISION)
+    out = tl.dot(reads.to(tl.float32), tl.load(states + at), input_precision=PRECISION)
+    if WIDEN:
+        reads = reads.to(tl.float32)
     out = out * tl.exp(total)[:, None]
     for start in range(0, (tile + 1) * TOKENS, TOKENS):
         source = start + tl.arange(0, TOKENS)
         from_token = chunk * CHUNK + source
         given = from_token < n_tokens
         row = (batch * n_tokens + from_token) * groups + group
-        inputs = tl.load(
-            b + row[None, :] * N + columns[:, None], mask=given[None, :], other=0.0
-        ).to(tl.float32)
+        inputs = tl.load(b + row[None, :] * N + columns[:, None], mask=given[None, :], other=0.0)
+        if WIDEN:
+            inputs = inputs.to(tl.float32)
         scores = tl.dot(reads, inputs, input_precision=PRECISION)
         between = total[:, None] - tl.load(totals + source)[None, :]
         past = source[None, :] <= inner[:, None]
@@ -134,10 +140,13 @@ def chunk_outputs_kernel(
     tl.store(y + at[:, None] * P + rows[None, :], out.to(y.dtype.element_ty), mask=there[:, None])
 
 
+def _precision(dtype: torch.dtype) -> str:
+    return "tf32x3" if dtype == torch.float32 else "tf32"
+
+
 def ssd_scan(
-    x: Tensor, b: Tensor, c: Tensor, log_decay: Tensor, state: Tensor, chunk_tokens: int,
-    *, full_precision: bool = True,
-) -> Tensor:  # fmt: skip
+    x: Tensor, b: Tensor, c: Tensor, log_decay: Tensor, state: Tensor, chunk_tokens: int
+) -> Tensor:
     """All outputs of a prompt; ``state`` goes from before it to after it, in place.
 
     Parameters
@@ -145,15 +154,14 @@ def ssd_scan(
     x
         Inputs times step size [B, S, H, P]; P and N are powers of two from 16 on.
     b, c
-        [B, S, G, N], G dividing H.
+        [B, S, G, N], G dividing H. Their type decides what products are made in: tf32, which is
+        finer than 16 bits; for fp32 three products of tf32, as exact as fp32 to some 2^-21.
     log_decay
         fp32 [B, S, H], at most 0.
     state
         fp32 [B, H, P, N].
     chunk_tokens
         c above, a power of two from 16 on. The result does not depend on it.
-    full_precision
-        Multiply in fp32; else in tf32, which is finer than a model in 16 bits.
 
     Returns
     -------
@@ -169,20 +177,21 @@ def ssd_scan(
     states = torch.empty(units, chunks, p, n, device=x.device)
     y = torch.empty_like(x)
     shape = {"CHUNK": chunk_tokens, "TOKENS": tokens, "P": p, "N": n,
-             "PRECISION": "ieee" if full_precision else "tf32", "num_warps": 4}  # fmt: skip
+             "PRECISION": _precision(b.dtype)}  # fmt: skip
     chunk_totals_kernel[(chunks, units)](
         log_decay, totals, n_tokens, heads, CHUNK=chunk_tokens, num_warps=1
     )
     chunk_states_kernel[(chunks, units, n // columns)](
-        x, b, totals, states, n_tokens, heads, groups, COLUMNS=columns, **shape
+        x, b, totals, states, n_tokens, heads, groups, COLUMNS=columns, num_warps=4, **shape
     )
     block = min(1024, p * n)
     pass_states_kernel[(p * n // block, units)](
         totals, states, state, chunks, CHUNK=chunk_tokens, SIZE=p * n, BLOCK=block, num_warps=4
     )
     chunk_outputs_kernel[(chunk_tokens // tokens, chunks, units)](
-        x, b, c, totals, states, y, n_tokens, heads, groups, num_stages=_STAGES, **shape
-    )
+        x, b, c, totals, states, y, n_tokens, heads, groups, num_stages=_STAGES,
+        WIDEN=interpreted(), num_warps=4, **shape,
+    )  # fmt: skip
     return y
 
 
@@ -198,23 +207,27 @@ def ssd_scan_reference(x: Tensor, b: Tensor, c: Tensor, log_decay: Tensor, state
     return out
 
 
-def _cases(p: int, n: int) -> tuple[CompileCase, ...]:
-    shape = {"CHUNK": 256, "TOKENS": _TOKENS, "P": p, "N": n, "PRECISION": "tf32"}
-    sizes = "n_tokens heads groups"
-    floats = "*fp32"
+def _cases(p: int, n: int, dtype: torch.dtype, *, tested: bool = True) -> tuple[CompileCase, ...]:
+    stored = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}[dtype]
+    shape = {"CHUNK": 256, "TOKENS": _TOKENS, "P": p, "N": n, "PRECISION": _precision(dtype)}
+    sizes, bc = "n_tokens heads groups", {"b": stored, "c": stored}
     return (
         CompileCase(
-            name=f"chunk states, fp32, P {p}, N {n}",
+            name=f"chunk states, {stored[1:]}, P {p}, N {n}",
             kernel=chunk_states_kernel,
-            signature=typed({floats: "x b totals states", "i32": sizes}),
+            signature=typed({"*fp32": "x totals states", "i32": sizes}) | {"b": stored},
             constants={**shape, "COLUMNS": min(_COLUMNS, n)},
+            architectures=ARCHITECTURES if tested else (90,),
+            tested=tested,
         ),
         CompileCase(
-            name=f"chunk outputs, fp32, P {p}, N {n}",
+            name=f"chunk outputs, {stored[1:]}, P {p}, N {n}",
             kernel=chunk_outputs_kernel,
-            signature=typed({floats: "x b c totals states y", "i32": sizes}),
-            constants=shape,
+            signature=typed({"*fp32": "x totals states y", "i32": sizes}) | bc,
+            constants={**shape, "WIDEN": False},
             num_stages=_STAGES,
+            architectures=ARCHITECTURES if tested else (90,),
+            tested=tested,
         ),
     )
 
@@ -233,5 +246,6 @@ COMPILE_CASES = (
         signature=typed({"*fp32": "totals states state", "i32": "chunks"}),
         constants={"CHUNK": 256, "SIZE": 8192, "BLOCK": 1024},
     ),
-    *_cases(64, 128),
+    *_cases(64, 128, torch.bfloat16),
+    *_cases(64, 128, torch.float32, tested=False),
 )

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from measure.kernels import interpreted
 from measure.kernels._compile import ARCHITECTURES, CompileCase
-from measure.kernels._packed import packed_values, store_sums
+from measure.kernels._packed import no_values, packed_values, rescaled_sum, store_sums
 from measure.kernels._splits import Partials
 from measure.kernels._tiles import dot_type, log2_scale, padded_group, warps_for
 from measure.kernels._unpack import e4m3_halves, fractions, scale_of
@@ -121,8 +121,11 @@ def _kernel(
         m = tl.full((GP,), float("-inf"), tl.float32)
         l = tl.zeros((GP,), tl.float32)
         out = ()
-        for j in tl.static_range(CODES):
-            out = out + (tl.zeros((W, GP), tl.float32),)
+        if BITS < 8:
+            out = no_values(BITS, H, GP)
+        else:
+            for j in tl.static_range(CODES):
+                out = out + (tl.zeros((W, GP), tl.float32),)
         blocks = (length + BLOCK - 1) // BLOCK
         share = (blocks + n_splits - 1) // n_splits
         first = split * share
@@ -155,29 +158,28 @@ def _kernel(
             e = tl.exp2(s - m[None, :])
             l = l * alpha + tl.sum(e, 0)
             p = e.to(DTYPE)
-            kept = ()
             if BITS < 8:
                 added = packed_values(
                     v_ptr + begin * W, vs_ptr + begin * HG, vz_ptr + begin * HG, p, n_valid,
                     BITS, H, GROUP, DTYPE, ASM,
                 )  # fmt: skip
-                for j in tl.static_range(CODES):
-                    kept = kept + (out[j] * alpha[None, :] + added[j],)
+                out = rescaled_sum(out, alpha, added)
             else:
                 words = tl.load(
                     v_ptr + begin * W + i[None, :] * W + w[:, None], mask=seen[None, :], other=0
                 )
+                kept = ()
                 for j in tl.static_range(CODES):
                     x = _elements(words, BITS, j, DTYPE, ASM)
                     kept = kept + (tl.dot(x, p, out[j] * alpha[None, :], input_precision="ieee"),)
-            out = kept
+                out = kept
         if BITS == 8:
             scaled = ()
             for j in tl.static_range(CODES):
                 scaled = scaled + (out[j] * (tl.load(vs_ptr) * 256.0),)
-            store_sums(scaled, acc_ptr, rows, real, H)
+            store_sums(scaled, acc_ptr, rows, real, CODES, H)
         else:
-            store_sums(out, acc_ptr, rows, real, H)
+            store_sums(out, acc_ptr, rows, real, CODES, H)
         tl.store(m_ptr + rows, m, mask=real)
         tl.store(l_ptr + rows, l, mask=real)
     else:

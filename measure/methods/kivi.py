@@ -21,7 +21,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from costmodel.errors import NotApplicableError
 from costmodel.methods.base import AbstractMethod
 from costmodel.methods.kivi import Kivi
-from measure.kernels._steps import fits, kivi_step
+from measure.kernels._steps import fits, kivi_step, sizes_fit
 from measure.methods.base import AbstractLayerCache, Realisation
 from measure.methods.buffers import GrowingBuffer
 from measure.methods.eager import repeat_kv, softmax_fp32
@@ -172,7 +172,7 @@ class KiviCache(AbstractLayerCache):
 
     def decode(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend packed and recent tokens and the new one, then quantise what is due."""
-        if self.fused and fits(self.mixer):
+        if self.fused and fits(self.mixer) and sizes_fit(self.residual, self.group):
             return kivi_step(self, q, k, v)
         queries = self.fold(q)
         self.recent_keys.append(k)

@@ -19,7 +19,7 @@ from torch import Tensor
 from costmodel.methods.base import AbstractMethod
 from costmodel.methods.block_retrieval import MODEL_CHUNK
 from costmodel.methods.streaming_llm import StreamingLLM
-from measure.kernels._dropping import ring_fits, ring_step
+from measure.kernels._dropping import heads_fit, ring_step
 from measure.methods.base import Realisation
 from measure.methods.buffers import GrowingBuffer
 from measure.methods.eager import eager_prompt, eager_step
@@ -141,7 +141,7 @@ class StreamingCache(KeptTokensCache):
             keys.append(k)
             values.append(v)
             return attend_all(self, q, keys.entries(), values.entries())
-        if self.fused and self.method.positions == "cache" and ring_fits(self):
+        if self.fused and heads_fit(self.mixer):
             self.n_tokens = t
             out = ring_step(self, q, k, v, self._oldest)
             self.n_tokens, self._oldest = t + 1, (self._oldest + 1) % self.window

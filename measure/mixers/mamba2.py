@@ -61,17 +61,18 @@ class Mamba2Runner(RecurrentRunner):
             if factor != 1.0:
                 part.mul_(factor)
         gate, mixed, dt = projected.split((m.d_inner, m.conv_channels, m.n_heads), dim=-1)
-        mixed = silu(cache.convolve(mixed, w["conv"], w.get("conv_bias"))).float()
+        mixed = silu(cache.convolve(mixed, w["conv"], w.get("conv_bias")))
         x, b, c = mixed.split((m.d_inner, n_bc, n_bc), dim=-1)
-        x = x.unflatten(-1, (m.n_heads, m.head_dim))
+        x = x.float().unflatten(-1, (m.n_heads, m.head_dim))
         b, c = (y.unflatten(-1, (m.n_groups, m.d_state)) for y in (b, c))
         step = softplus(dt.float() + w["dt_bias"].float())  # [B, S, H]
         if first:
             step = step.clamp(*self.step_limits)
         log_decay = -step * w["a_log"].float().exp()
-        scan = self._step
-        if first:
-            scan = self._fused_prompt if cache.fused and self._fits() else self._prompt
+        fused = first and cache.fused and self._fits()
+        if not fused:  # the kernel widens them itself, and multiplies as exactly as they are
+            b, c = b.float(), c.float()
+        scan = self._fused_prompt if fused else self._prompt if first else self._step
         y = scan(x * step.unsqueeze(-1), b, c, log_decay, cache.state)
         cache.n_tokens += x.shape[1]
         y = (y + x * w["skip"].float().unsqueeze(-1)).flatten(2)
@@ -100,7 +101,7 @@ class Mamba2Runner(RecurrentRunner):
         """The same as ``_prompt`` by kernels."""
         from measure.kernels.ssd_scan import ssd_scan
 
-        return ssd_scan(x, b, c, log_decay, state, self.mixer.chunk_tokens, full_precision=False)
+        return ssd_scan(x, b, c, log_decay, state, self.mixer.chunk_tokens)
 
     def _prompt(self, x: Tensor, b: Tensor, c: Tensor, log_decay: Tensor, state: Tensor) -> Tensor:
         """All tokens, a chunk at a time; the state is updated in place."""

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from torch.utils._pytree import tree_map
 
 from measure.kernels import interpreted
 from measure.kernels._splits import Partials
@@ -24,7 +25,7 @@ def packed(x, bits, group, room):
 
 
 def case(n_tokens, *, batch=1, heads=2, kv_heads=1, size=64, bits=2, group=32, r=32,
-         dtype=torch.float32, splits=2, ring_start=0, seed=0):  # fmt: skip
+         dtype=torch.float32, splits=2, ring_start=0, seed=0, lengths=None):  # fmt: skip
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape):
@@ -43,10 +44,14 @@ def case(n_tokens, *, batch=1, heads=2, kv_heads=1, size=64, bits=2, group=32, r
         recent_values[:, :, (t - ring_start) % r] = v[:, :, t]
     common = dict(bits=bits, group=group, ring_start=ring_start)
     tensors = (q, k_new, v_new, keys, values, recent_keys, recent_values)
-    lengths = torch.full((batch,), n_tokens)
+    lengths = torch.full((batch,), n_tokens) if lengths is None else torch.tensor(lengths)
     partials = Partials.empty(batch * heads, splits + EXTRA_PARTS, size, q.device)
     found = kivi_decode(*tensors, lengths, partials, residual=r, **common)
-    return found, reference(*tensors, n_tokens=n_tokens, **common)
+    one = [tree_map(lambda x, i=i: x[i : i + 1], tensors) for i in range(batch)]
+    expected = [
+        reference(*x, n_tokens=n, **common) for x, n in zip(one, lengths.tolist(), strict=True)
+    ]
+    return found, torch.cat(expected)
 
 
 def close(found, expected, tolerance):
@@ -54,29 +59,33 @@ def close(found, expected, tolerance):
     torch.testing.assert_close(found.float(), expected, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("n_tokens", [0, 1, 31, 32, 33, 63, 64, 65, 97, 160])
-@pytest.mark.parametrize("bits", [2, 4])
-def test_every_boundary(n_tokens, bits):
-    close(*case(n_tokens, bits=bits), 2e-5)
+@pytest.mark.parametrize("n_tokens", [0, 1, 31, 32, 33, 63, 64, 65, 97])
+def test_every_boundary(n_tokens):
+    close(*case(n_tokens), 2e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("bits", [2, 4])
-def test_halves(dtype, bits):
+@pytest.mark.parametrize("n_tokens", [127, 128, 191, 193, 300])
+def test_two_tiles_a_block(n_tokens):
+    """Four bits fill the words of 64 tokens: a block of 128 is attended in two tiles."""
+    close(*case(n_tokens, bits=4, r=128, heads=1), 2e-5)
+
+
+@pytest.mark.parametrize(("bits", "dtype"), [(2, torch.bfloat16), (4, torch.float16)])
+def test_halves(bits, dtype):
     # Products are rounded to halves once each; the output is rounded to the type.
     close(*case(130, bits=bits, dtype=dtype, heads=4), 2e-2)
 
 
-@pytest.mark.parametrize("size", [64, 128, 256])
-def test_head_sizes_and_whole_residual(size):
-    close(*case(300, size=size, r=128, heads=4, kv_heads=2, ring_start=44), 2e-5)
+@pytest.mark.parametrize(("bits", "size"), [(2, 64), (2, 128), (4, 128), (2, 256), (4, 256)])
+def test_head_sizes_and_whole_residual(bits, size):
+    close(*case(300, bits=bits, size=size, r=128, heads=3, ring_start=44), 2e-5)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     n_tokens=st.integers(0, 150),
     batch=st.integers(1, 2),
-    heads=st.sampled_from([(1, 1), (2, 1), (3, 1), (4, 2), (8, 1)]),
+    heads=st.sampled_from([(1, 1), (3, 1), (4, 2), (8, 1)]),
     group=st.sampled_from([16, 32]),
     r=st.sampled_from([32, 64]),
     bits=st.sampled_from([2, 4]),
@@ -94,6 +103,5 @@ def test_anything(n_tokens, batch, heads, group, r, bits, splits, ring_start, se
 
 
 def test_sequences_of_different_lengths():
-    # The lengths are read on the device: one buffer, two sequences of which one is shorter.
-    both, _ = case(96, batch=2)
-    assert both.shape == (2, 2, 1, 64)
+    # The lengths are read on the device: buffers of one size, a sequence that ends in their midst.
+    close(*case(96, batch=2, lengths=[96, 40]), 2e-5)

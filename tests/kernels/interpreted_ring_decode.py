@@ -1,8 +1,8 @@
-"""Ring-buffer decode in both position schemes, keys turned before or at read, against the twin."""
+"""Ring-buffer decode in both position schemes, against the twin and a reference in words."""
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from costmodel.errors import NotApplicableError
@@ -18,6 +18,7 @@ TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 ROPES = (
     Rope(),
     Rope(fraction=0.5),
+    Rope(fraction=0.75),
     Rope(interleaved=True),
     Rope(kind="llama3", factor=8.0),
     Rope(kind="yarn", factor=4.0),
@@ -54,77 +55,68 @@ class Sequence:
     max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
-    n_kv=st.sampled_from([1, 2]),
-    group=st.sampled_from([1, 4, 8]),
+    heads=st.sampled_from([(2, 1), (1, 3), (1, 8)]),
     size=st.sampled_from([64, 128, 256]),
     sinks=st.sampled_from([0, 1, 4]),
-    window=st.sampled_from([3, 31, 32, 33, 70]),
-    prompt=st.sampled_from([1, 34, 72, 90]),
+    # a tile has 64 tokens (32 for heads of 256)
+    window=st.sampled_from([3, 31, 63, 64, 65]),
+    more=st.integers(0, 20),
     rope=st.sampled_from(ROPES),
+    positions=st.sampled_from(["cache", "fixed"]),
     dtype=st.sampled_from(list(TOLERANCE)),
     splits=st.integers(1, 2),
     seed=st.integers(0, 2**31),
 )
+@example((1, 3), 256, 4, 31, 3, ROPES[1], "fixed", torch.bfloat16, 2, 0)
 def test_steps_are_the_twins(
-    device, n_kv, group, size, sinks, window, prompt, rope, dtype, splits, seed
+    device, heads, size, sinks, window, more, rope, positions, dtype, splits, seed
 ):
-    # past the moment the ring is full, and with a short one past its wrap
-    steps, batch = 2, 3 - n_kv
+    # with a short window past the ring's wrap
+    (n_kv, group), steps, prompt = heads, 2, sinks + window + more
+    batch = 3 - n_kv
     text = Sequence(device, dtype, seed, batch=batch, n_kv=n_kv, group=group, size=size,
                     length=prompt + steps, rope=rope)  # fmt: skip
     mixer = Attention(n_heads=n_kv * group, n_kv_heads=n_kv, head_dim=size, v_head_dim=size)
-    method = StreamingLLM(sink_tokens=sinks, window_tokens=window)
+    method = StreamingLLM(sink_tokens=sinks, window_tokens=window, positions=positions)
     cache = StreamingCache(method, mixer, batch=batch, dtype=dtype, device=device)
     cache.place(0, 1, rope)
-    cache.prefill(*(x[:, :, :prompt] for x in (text.turned_q, text.turned_k, text.v)))
-    projected, turned = (
-        {"keys": text.ring(x, prompt, sinks, window),
-         "values": text.ring(text.v, prompt, sinks, window)}
-        for x in (text.k, text.turned_k)
-    )  # fmt: skip
+    cache.store(*(x[:, :, :prompt] for x in (text.turned_k, text.v)))
+    ring = {"keys": text.ring(text.turned_k, prompt, sinks, window),
+            "values": text.ring(text.v, prompt, sinks, window)}  # fmt: skip
     partials = Partials.empty(batch * n_kv * group, splits, size, device)
-    common = dict(sinks=sinks, window=window, ring_start=max(prompt, sinks + window),
-                  rope=RingRope.make(rope, size, device), partials=partials)  # fmt: skip
     for t in range(prompt, prompt + steps):
-        now = slice(t, t + 1)
-        common["n_tokens"] = torch.tensor([t], device=device)
-        v = text.v[:, :, now]
-        at_read = ring_decode(
-            text.q[:, :, now], text.k[:, :, now], v, **projected, turn_keys=True, **common
-        )
-        before = ring_decode(
-            text.turned_q[:, :, now], text.turned_k[:, :, now], v, **turned, turn_keys=False,
-            **common,
+        new = (x[:, :, t : t + 1] for x in (text.turned_q, text.turned_k, text.v))
+        q, k, v = new
+        out = ring_decode(
+            q, k, v, **ring, n_tokens=torch.tensor([t], device=device), sinks=sinks,
+            window=window, ring_start=prompt, rope=RingRope.make(rope, size, device),
+            partials=partials, hide_oldest=positions == "fixed",
         )  # fmt: skip
-        expected = cache.decode(text.turned_q[:, :, now], text.turned_k[:, :, now], v)
-        tolerance = TOLERANCE[dtype]
-        torch.testing.assert_close(at_read, expected, rtol=tolerance, atol=tolerance)
-        torch.testing.assert_close(before, expected, rtol=tolerance, atol=tolerance)
-        held = cache.keys.length
-        assert torch.equal(turned["keys"][:, :, :held], cache.keys.entries())
-        assert torch.equal(projected["values"][:, :, :held], cache.values.entries())
+        expected = cache.decode(q, k, v)
+        torch.testing.assert_close(out, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+        assert torch.equal(ring["keys"], cache.keys.entries())
+        assert torch.equal(ring["values"], cache.values.entries())
 
 
-@pytest.mark.parametrize("turn_keys", [True, False])
-@pytest.mark.parametrize("positions", ["cache", "fixed"])
-@pytest.mark.parametrize("t", [0, 1, 3, 31, 32, 33, 34, 36, 37, 50])
-def test_places_in_words(device, t, positions, turn_keys):
+@pytest.mark.parametrize("hide_oldest", [False, True])
+@pytest.mark.parametrize("t", [36, 37, 50, 90])
+def test_places_in_words(device, t, hide_oldest):
     """The reference turns every key to its place, one by one, and attends."""
     sinks, window, rope = 4, 32, Rope()
     text = Sequence(device, torch.float32, t, batch=1, n_kv=1, group=2, size=64, length=t + 1,
                     rope=rope)  # fmt: skip
-    q, k = (text.q, text.k) if turn_keys else (text.turned_q, text.turned_k)
     now = slice(t, t + 1)
-    ring = {"keys": text.ring(k, t, sinks, window), "values": text.ring(text.v, t, sinks, window)}
+    ring = {"keys": text.ring(text.turned_k, t, sinks, window),
+            "values": text.ring(text.v, t, sinks, window)}  # fmt: skip
     out = ring_decode(
-        q[:, :, now], k[:, :, now], text.v[:, :, now], **ring,
-        n_tokens=torch.tensor([t], device=device), sinks=sinks, window=window,
-        ring_start=max(t, sinks + window), rope=RingRope.make(rope, 64, device),
-        partials=Partials.empty(2, 2, 64, device), turn_keys=turn_keys, positions=positions,
+        text.turned_q[:, :, now], text.turned_k[:, :, now], text.v[:, :, now], **ring,
+        n_tokens=torch.tensor([t], device=device), sinks=sinks, window=window, ring_start=t,
+        rope=RingRope.make(rope, 64, device), partials=Partials.empty(2, 2, 64, device),
+        hide_oldest=hide_oldest,
     )  # fmt: skip
     expected = ring_decode_reference(
         text.q[:, :, now], text.k, text.v, sinks=sinks, window=window, rope=rope,
-        positions=positions,
+        hide_oldest=hide_oldest,
     )  # fmt: skip
     torch.testing.assert_close(out, expected, rtol=2e-5, atol=2e-5)
 
@@ -138,7 +130,6 @@ def test_a_million_tokens_in(device):
         q, k, v, keys=keys.clone(), values=values.clone(),
         n_tokens=torch.tensor([t], device=device), sinks=4, window=4, ring_start=t,
         rope=RingRope.make(rope, 64, device), partials=Partials.empty(2, 1, 64, device),
-        turn_keys=False,
     )  # fmt: skip
     angles = ((8 - t) * rope.frequencies(64, device)).double()  # fp32 angles, exact functions
     first, second = q.double().chunk(2, -1)
@@ -150,6 +141,12 @@ def test_a_million_tokens_in(device):
     torch.testing.assert_close(out, expected.to(out.dtype), rtol=1e-5, atol=1e-5)
 
 
-def test_heads_that_do_not_divide_are_refused(device):
-    with pytest.raises(NotApplicableError, match="turns 16, 32"):
-        RingRope.make(Rope(fraction=0.75), 128, device)
+def test_heads_of_other_sizes_are_refused(device):
+    q, k = (torch.zeros(1, 1, 1, 96, device=device) for _ in "qk")
+    keys = torch.zeros(1, 1, 8, 96, device=device)
+    with pytest.raises(NotApplicableError, match="got 96; --engine torch"):
+        ring_decode(
+            q, k, k, keys=keys, values=keys, n_tokens=torch.tensor([8]), sinks=4, window=4,
+            ring_start=8, rope=RingRope.make(None, 96, device),
+            partials=Partials.empty(1, 1, 96, device),
+        )  # fmt: skip

@@ -53,28 +53,33 @@ def close(found, expected, tolerance):
     torch.testing.assert_close(found.float(), expected, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("n_tokens", [0, 1, 31, 32, 33, 64, 127, 130])
-@pytest.mark.parametrize("bits", [16, 8, 4])
-def test_every_boundary(n_tokens, bits):
+# A step of the loop takes 32 tokens of 16 bits, 64 of 8 or 4.
+@pytest.mark.parametrize(
+    ("bits", "n_tokens"),
+    [(16, n) for n in (0, 1, 32, 33)] + [(8, n) for n in (0, 63, 64, 65)]
+    + [(4, n) for n in (0, 1, 63, 130)],
+)  # fmt: skip
+def test_every_boundary(bits, n_tokens):
     close(*case(n_tokens, bits), 2e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("bits", [16, 8, 4, 2])
-def test_halves(dtype, bits):
+@pytest.mark.parametrize(
+    ("bits", "dtype"),
+    [*((b, torch.bfloat16) for b in (16, 8, 4, 2)), *((b, torch.float16) for b in (16, 2))],
+)
+def test_halves(bits, dtype):
     close(*case(100, bits, dtype=dtype, size=128, heads=4), 2e-2)
 
 
-@pytest.mark.parametrize("size", [64, 128, 256])
-@pytest.mark.parametrize("bits", [16, 8, 4])
-def test_head_sizes(size, bits):
-    close(*case(150, bits, size=size, heads=4, kv_heads=2, group=64), 2e-5)
+@pytest.mark.parametrize(
+    ("bits", "size"), [(16, 128), (16, 256), (8, 128), (8, 256), (4, 64), (4, 128), (4, 256)]
+)
+def test_head_sizes(bits, size):
+    close(*case(70, bits, size=size, heads=4, kv_heads=2, group=64), 2e-5)
 
 
 def test_every_e4m3_number():
     """All finite bytes, as keys: the score of a unit query is the number itself."""
-    from measure.kernels.token_decode import _kernel  # noqa: F401  (imported, so interpreted)
-
     numbers = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
     finite = numbers[~numbers.float().isnan()]
     keys = torch.zeros(1, 1, len(finite), 64).to(torch.float8_e4m3fn)
@@ -91,7 +96,7 @@ def test_every_e4m3_number():
     close(found, reference(q, new, new, *parts, bits=8, n_tokens=len(finite)), 1e-6)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     n_tokens=st.integers(0, 140),
     bits=st.sampled_from([16, 8, 4]),

@@ -1,7 +1,8 @@
 """Triton kernels without a GPU: interpreted against their references, and compiled.
 
-The tests proper are in ``tests/kernels``; each file runs in a process of its own, because whether
-kernels are interpreted is decided when Triton is imported.
+The tests proper are in ``tests/kernels`` and run in processes of their own, because whether kernels
+are interpreted is decided when Triton is imported. Two processes share them out: each costs its
+imports, and two keep two workers busy.
 """
 
 import os
@@ -18,12 +19,15 @@ INTERPRETED = sorted(p.name for p in CASES.glob("interpreted_*.py"))
 pytestmark = pytest.mark.triton
 
 
-def run(name: str, *, interpret: bool, cache: Path) -> None:
+def run(*names: str, interpret: bool, cache: Path) -> None:
     variables = {k: v for k, v in os.environ.items() if k != "PYTEST_XDIST_WORKER"}
     variables |= {"TRITON_INTERPRET": str(int(interpret)), "TRITON_CACHE_DIR": str(cache)}
     variables |= {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CASES / name)],
+        [
+            *(sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider"),
+            *(str(CASES / name) for name in names),
+        ],
         cwd=ROOT,
         env=variables,
         capture_output=True,
@@ -32,9 +36,9 @@ def run(name: str, *, interpret: bool, cache: Path) -> None:
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 
-@pytest.mark.parametrize("name", INTERPRETED)
-def test_interpreted_kernels_equal_their_references(name: str, tmp_path: Path) -> None:
-    run(name, interpret=True, cache=tmp_path)
+@pytest.mark.parametrize("half", [0, 1])
+def test_interpreted_kernels_equal_their_references(half: int, tmp_path: Path) -> None:
+    run(*INTERPRETED[half::2], interpret=True, cache=tmp_path)
 
 
 @pytest.mark.gpu
