@@ -116,7 +116,8 @@ def merged_output(acc_ptr, m_ptr, unit, log_sum, new_weights, new_value, GROUP: 
     heads, columns = tl.arange(0, ROWS), tl.arange(0, DV)
     live = heads < GROUP
     out = new_weights[:, None] * new_value[None, :]
-    for split in range(SPLITS):
+    # some loads at a time: each waits for memory
+    for split in tl.range(0, SPLITS, loop_unroll_factor=4):
         at = (unit * GROUP + heads) * SPLITS + split
         top = tl.load(m_ptr + at, mask=live, other=float("-inf"))
         part = tl.load(acc_ptr + at[:, None] * DV + columns[None, :], mask=live[:, None], other=0.0)

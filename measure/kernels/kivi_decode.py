@@ -9,8 +9,9 @@ ring. One program is one warp: one split of one KV head's blocks, all its G quer
              score[t, g] = 2^e ( x . (q scale) - sum q scale ) + sum q zero,   per token group
     values   out[h, g] = 2^e ( x . (p scale) - sum p scale ) + sum p zero,     per channel group
 
-The second operands hold all groups side by side (columns g x group), so that one matrix product
-serves the whole block; the columns of other groups are dropped. The program behind the splits takes
+Packed rows are taken in tiles of 16 words: 128 tokens or channels of 2 bits, 64 of 4. The second
+operands hold a tile's groups side by side (columns g x group), so that one matrix product serves
+them all; the columns of other groups are dropped. The program behind the splits takes
 the block whose oldest values are packed already and whose latest are still in the ring, the last
 program the residual keys and the new token. ``merge_splits`` adds everything up.
 
@@ -20,10 +21,15 @@ plus q, the new token and the partial results.
 
 Ceiling. At bits=2, group=32, bf16: 3 bits per element, so 4.8e12 B/s (H200) bring 12.8e12
 elements/s. Per element 0.75 (2 bits) or 0.875 (4 bits) integer instructions on a pipe of 64 lanes
-(132 SMs at 1.755 GHz: 14.8e12/s), 0.25 tensor instructions of 128 elements each; the whole loop
-takes about 2.4 instructions per element (2,471 of a warp for the 32,768 of a block, counted in the
-compiled loop) against 29.6e12/s issued: 12.3e12 elements/s. Memory and issue bind alike. At 4 bits
-(5 bits per element, 7.7e12 elements/s) memory binds.
+(132 SMs at 1.755 GHz: 14.8e12/s). A pass of the compiled loop has 2,463 instructions of a warp for
+the 32,768 elements of a block, 2.4 each, against 29.6e12/s issued: 12.3e12 elements/s. Memory and
+issue bind alike. 320 of them are tensor instructions of 2,048 multiply-adds: 4 cycles each at the
+peak rate, 6.4 at the 63 % that mma.sync reaches on Hopper (arXiv 2402.13499), 2,050 of the 2,463
+cycles; with more than 4 query heads a KV head these double, and bind. At 4 bits (5 bits per
+element, 7.7e12 elements/s) memory binds.
+
+A program has all 255 registers: what is spilled lies outside the loop, but for some values that are
+stored before it and read once a pass (the table counts them).
 """
 
 import torch

@@ -3,8 +3,9 @@
     M = max_s m_s,  out = sum_s 2^(m_s - M) acc_s / sum_s 2^(m_s - M) l_s
 
 A split without keys has m = -inf and l = 0. Moves rows x splits x (H + 2) x 4 bytes in and
-rows x H x b out: at 32 splits of an 8B model's 32 heads half a megabyte per sequence, about what 40
-tokens of its bf16 cache take, so it is bound by its launch.
+rows x H x b out: at 32 splits of an 8B model's 32 heads half a megabyte per sequence, about what
+130 tokens of a layer's bf16 cache take, so it is bound by its launch. Many splits are read side by
+side: one after another they would wait for memory each.
 """
 
 import torch
@@ -25,23 +26,30 @@ def reference(partials: Partials) -> tuple[Tensor, Tensor]:
     return out, largest.squeeze(1) + total.log2()
 
 
-@triton.jit(do_not_specialize=("n_splits",))
-def _kernel(acc_ptr, m_ptr, l_ptr, out_ptr, lse_ptr, n_splits, H: tl.constexpr, LSE: tl.constexpr):
+@triton.jit
+def _kernel(
+    acc_ptr, m_ptr, l_ptr, out_ptr, lse_ptr,
+    SPLITS: tl.constexpr, PADDED: tl.constexpr, H: tl.constexpr, LSE: tl.constexpr,
+):  # fmt: skip
+    """One row; grid (rows)."""
+    AT_ONCE: tl.constexpr = min(PADDED, 16)
     row = tl.program_id(0).to(tl.int64)
     h = tl.arange(0, H)
-    largest = tl.full((), float("-inf"), tl.float32)
-    for s in range(n_splits):
-        largest = tl.maximum(largest, tl.load(m_ptr + row * n_splits + s))
-    total = tl.zeros((), tl.float32)
+    splits = tl.arange(0, PADDED)
+    at = row * SPLITS + splits
+    top = tl.load(m_ptr + at, mask=splits < SPLITS, other=float("-inf"))
+    part = tl.load(l_ptr + at, mask=splits < SPLITS, other=0.0)
+    largest = tl.max(top, 0)
+    total = tl.sum(tl.where(part > 0, tl.exp2(top - largest), 0.0) * part, 0)
     out = tl.zeros((H,), tl.float32)
-    for s in range(n_splits):
-        at = row * n_splits + s
-        part = tl.load(l_ptr + at)
-        weight = tl.where(part > 0, tl.exp2(tl.load(m_ptr + at) - largest), 0.0)
-        total += weight * part
+    for first in range(0, SPLITS, AT_ONCE):
+        split = first + tl.arange(0, AT_ONCE)
+        at = row * SPLITS + split
         # An empty split may have left nothing at all behind.
-        left = tl.zeros((H,), tl.float32) + part > 0
-        out += weight * tl.load(acc_ptr + at * H + h, mask=left, other=0.0)
+        left = tl.load(l_ptr + at, mask=split < SPLITS, other=0.0) > 0
+        weight = tl.exp2(tl.load(m_ptr + at, mask=left, other=float("-inf")) - largest)
+        acc = tl.load(acc_ptr + at[:, None] * H + h[None, :], mask=left[:, None], other=0.0)
+        out += tl.sum(weight[:, None] * acc, 0)
     tl.store(out_ptr + row * H + h, (out / total).to(out_ptr.dtype.element_ty))
     if LSE:
         tl.store(lse_ptr + row, largest + tl.log2(total))
@@ -51,16 +59,10 @@ def merge_splits(partials: Partials, out: Tensor, lse: Tensor | None = None) -> 
     """Write the merged rows to ``out`` [..., H] (contiguous, any float type); ``lse`` [rows]."""
     rows, splits, size = partials.acc.shape
     _kernel[(rows,)](
-        partials.acc,
-        partials.m,
-        partials.l,
-        out,
-        partials.m if lse is None else lse,
-        splits,
-        H=size,
-        LSE=lse is not None,
-        num_warps=4 if size >= 128 else 2,
-    )
+        partials.acc, partials.m, partials.l, out, partials.m if lse is None else lse,
+        SPLITS=splits, PADDED=triton.next_power_of_2(splits), H=size, LSE=lse is not None,
+        num_warps=4,
+    )  # fmt: skip
     return out
 
 
@@ -71,8 +73,7 @@ COMPILE_CASES = (
         signature={
             **dict.fromkeys(("acc_ptr", "m_ptr", "l_ptr", "lse_ptr"), "*fp32"),
             "out_ptr": "*bf16",
-            "n_splits": "i32",
         },
-        constants={"H": 128, "LSE": False},
+        constants={"SPLITS": 131, "PADDED": 256, "H": 128, "LSE": False},
     ),
 )

@@ -10,8 +10,8 @@ Per KV head, all queries: each pass multiplies G D S^2 (a causal half of 2 G D S
 of the attention itself, and exponentiates G S^2 / 2 logits. Bytes: K once per tile of queries and
 queries once per tile of keys, from L2; from memory about S D b (1 + G) a pass, and 4 S (G + 1) of
 results, where scores in memory would be 4 G S^2. Ceiling: the matrix units at 16 bits, or 16
-exponentials a clock and multiprocessor, whichever is slower: equal at D = 256 on an H200 (989
-TFLOP/s dense against 132 * 16 * 1.75 GHz = 3.7e12: 267 FLOP per exponential, here 2 D = 256).
+exponentials a clock and multiprocessor, whichever is slower: alike at D = 128 on an H200 (989
+TFLOP/s dense against 132 * 16 * 1.75 GHz = 3.7e12: 267 FLOP per exponential, and 2 D = 256).
 With w queries the passes read K twice: 2 S D b; ceiling: memory bandwidth.
 """
 

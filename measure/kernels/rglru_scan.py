@@ -9,8 +9,9 @@ every segment with the state the ones before it lead to. One segment needs the s
 
 Bytes per channel and token in 16 bits: x and both gates read, states written: 8 in one pass, 14 in
 two (the torch form makes about 100: some 30 elementwise passes, log2 S of them the scan). Ceiling:
-memory bandwidth; six transcendentals a channel and token (16 a clock and multiprocessor on an H200:
-3.7e12/s) allow 4.9 TB/s, as much again, so the passes are balanced and want many programs.
+memory bandwidth; six transcendentals a channel and token (two sigmoids of two, exp and sqrt; 16 a
+clock and multiprocessor on an H200: 3.7e12/s) allow 4.9 TB/s, as much again, so the passes are
+balanced and want many programs.
 """
 
 import torch
@@ -49,9 +50,10 @@ def decays_and_inputs(
     # 1 - a^2 = -expm1(2 log a), of which small arguments want the series
     double = 2.0 * log_a
     series = -double * (1.0 + double * (0.5 + double * (0.16666667 + double * 0.041666668)))
-    room = tl.where(double > -0.1, series, 1.0 - tl.exp(double))
+    a = tl.exp(log_a)
+    room = tl.where(double > -0.1, series, 1.0 - a * a)
     scale = tl.where((token == 0)[:, None] & (first != 0), 1.0, tl.sqrt(room))
-    return tl.where(there, tl.exp(log_a), 1.0), tl.where(there, scale * value * i, 0.0)
+    return tl.where(there, a, 1.0), tl.where(there, scale * value * i, 0.0)
 
 
 @triton.jit

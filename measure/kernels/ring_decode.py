@@ -209,7 +209,8 @@ def ring_decode(
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     scale = size**-0.5 * LOG2_E
     parts = (partials.acc, partials.m, partials.l)
-    place = (sinks, window, ring_start, *rows_of(keys), *rows_of(values))
+    # A replayed step may count fewer tokens than where a later turn of the ring began.
+    place = (sinks, window, ring_start % window, *rows_of(keys), *rows_of(values))
     shape = {"HEADS": n_kv, "GROUP": group, "ROWS": tile_rows(group), "D": size, "DV": v_size,
              "SPLITS": partials.splits, "num_warps": 4}  # fmt: skip
     ring_split_kernel[(units, partials.splits)](

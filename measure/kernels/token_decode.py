@@ -13,9 +13,10 @@ program behind the splits takes the new token, and ``merge_splits`` adds everyth
 Bytes, each read once, for T cached tokens: 2 B K T H e, with e = 2, 1 or bits/8 + 2 b/group bytes
 per element, plus q, the new token and the partial results.
 
-Ceiling. 16 and 8 bits: memory (8 bits: 1.75 integer instructions per element pair and code byte,
-4.8e12 elements/s on an H200 need 8.4e12 of 14.8e12 instructions/s). FlexGen-4 with groups of 64 and
-bf16 scales: 4.5 bits per element, 8.5e12 elements/s need 7.5e12 integer instructions/s: memory.
+Ceiling. 16 and 8 bits: memory (8 bits: 7 integer instructions for the 4 bytes of a register, so
+4.8e12 elements/s on an H200 need 8.4e12 of 14.8e12 instructions/s; 2.8 instructions of any kind per
+element need 13.2e12 of 29.6e12). FlexGen-4 with groups of 64 and bf16 scales: 4.5 bits per element,
+8.5e12 elements/s need 7.5e12 integer instructions/s and, at 2.3, 20e12 in all: memory.
 """
 
 import torch
