@@ -26,11 +26,12 @@ HEAD = """<!-- Written by scripts/kernels_doc.py; edit the kernels instead. -->
 # Kernels
 
 Triton kernels of `measure/kernels/`, used by `--engine lccost` on a CUDA device. They are checked
-against their references in Triton's interpreter and compiled for sm_80, sm_90 and sm_100 in every
-test run; the tables say what one block of each takes (Triton 3.9.0 and the ptxas in its wheel).
-Instructions are those that a warp executes in one pass of the longest loop, and of them those that
-access spilled registers; both are counted in the machine code. Triton 3.6.0 compiles all cases too.
-Speeds need a device: `scripts/gpu_run.sh kernels` measures them.
+against their references in Triton's interpreter and compiled in every test run, each for sm_80,
+sm_90 and sm_100, further shapes and lesser launches for sm_90. The tables say what one block takes
+(Triton 3.9.0 and the ptxas in its wheel). Instructions are those that a warp executes in one pass
+of the hot loop, and of them those that access spilled registers; both are counted in the machine
+code. Triton 3.6.0 compiles all cases too. Speeds need a device: `scripts/gpu_run.sh
+kernels` measures them.
 
 """
 COLUMNS = (

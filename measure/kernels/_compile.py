@@ -22,6 +22,8 @@ from triton.compiler import ASTSource
 
 #: Compute capabilities compiled for: Ampere, Hopper, Blackwell (data centre).
 ARCHITECTURES = (80, 90, 100)
+#: For cases beside a kernel's main one.
+HOPPER = (90,)
 #: Most shared memory of one block, bytes (CUDA programming guide, table of compute capabilities).
 SHARED_LIMIT_BYTES: Mapping[int, int] = {80: 166_912, 90: 232_448, 100: 232_448}
 #: Registers of one SM, and most of one thread.
@@ -35,6 +37,7 @@ class CompileCase:
     signature   type of every run-time argument: "*bf16", "*i32", "i32", "fp32", ...
     constants   value of every ``tl.constexpr`` argument
     aligned     integer arguments known to be multiples of 16; pointers always are
+    first_loop          whether the hot loop is the first in the code; else the longest
     max_loop_spills     accesses to the stack in one pass of the hot loop, where they were looked at
     architectures       compute capabilities it is compiled for
     tested              whether in every test run, or for docs/kernels.md only (slow to compile)
@@ -47,6 +50,7 @@ class CompileCase:
     num_warps: int = 4
     num_stages: int = 3
     aligned: tuple[str, ...] = ()
+    first_loop: bool = False
     max_loop_spills: int = 0
     architectures: tuple[int, ...] = ARCHITECTURES
     tested: bool = True
@@ -61,8 +65,8 @@ def typed(names: Mapping[str, str]) -> dict[str, str]:
 class Resources:
     """What one block of a compiled kernel uses.
 
-    ``loop_instructions`` are those of the longest loop, as one warp executes them; ``loop_spills``
-    those of them that access the stack.
+    ``loop_instructions`` are those of one pass of the hot loop, as a warp executes them;
+    ``loop_spills`` those of them that access the stack.
     """
 
     threads: int
@@ -111,7 +115,8 @@ def compile_case(case: CompileCase, architecture: int) -> Compiled:
     )
     threads = compiled.metadata.num_warps * 32
     registers, spilled = _usage(compiled.asm["cubin"])
-    instructions, spills = _longest_loop(compiled.asm["cubin"])
+    loops = _loops(compiled.asm["cubin"]) or [(0, 0)]
+    instructions, spills = loops[0] if case.first_loop else max(loops)
     return Compiled(
         resources=Resources(
             threads=threads,
@@ -142,14 +147,14 @@ def _usage(cubin: bytes) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def _longest_loop(cubin: bytes) -> tuple[int, int]:
-    """Most instructions from a label to a branch back to it, and how many of them access the stack.
+def _loops(cubin: bytes) -> list[tuple[int, int]]:
+    """(instructions from a label to a branch back to it, those that access the stack) of each loop.
 
     What a loop jumps over is counted too; kernels have little of it.
     """
     labels: dict[str, int] = {}
     opcodes: list[str] = []
-    longest = range(0)
+    loops = {}
     for text in _ask(triton.knobs.nvidia.nvdisasm.path, "-c", cubin).splitlines():
         if label := re.match(r"\s*(\.L\w+):", text):
             labels[label[1]] = len(opcodes)
@@ -157,10 +162,12 @@ def _longest_loop(cubin: bytes) -> tuple[int, int]:
             opcodes.append(found[1])
             target = re.search(r"`\((\.L\w+)\)", found[2]) if found[1] == "BRA" else None
             start = labels.get(target[1], len(opcodes)) if target else len(opcodes)
-            # A program ends in a branch to itself.
-            if len(opcodes) - start > max(1, len(longest)):
-                longest = range(start, len(opcodes))
-    return len(longest), sum(opcodes[i] in ("LDL", "STL") for i in longest)
+            if len(opcodes) - start > 1:  # a program ends in a branch to itself
+                loops[start] = len(opcodes)
+    return [
+        (stop - start, sum(x in ("LDL", "STL") for x in opcodes[start:stop]))
+        for start, stop in sorted(loops.items())
+    ]
 
 
 def _ask(tool: str, option: str, cubin: bytes) -> str:

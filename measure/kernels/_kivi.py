@@ -40,8 +40,9 @@ def _scores(
         at = h[:, None] * TG + g[None, :]
         scale = tl.load(scale_ptr + at).to(tl.float32).to(DTYPE)
         zero = tl.load(zero_ptr + at).to(tl.float32).to(DTYPE)
-        last: tl.constexpr = c == len(q) - 1
-        sums = packed_product(words, q[c], scale, zero, sums, BITS, GROUP, last, DTYPE, ASM)
+        sums = packed_product(
+            words, q[c], scale, zero, sums, BITS, GROUP, c == len(q) - 1, DTYPE, ASM
+        )
     return sums
 
 

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from measure.kernels._compile import CompileCase, typed
+from measure.kernels._compile import ARCHITECTURES, HOPPER, CompileCase, typed
 from measure.kernels._scoring import (
     CHUNK_TILES,
     ScoringWorkspace,
@@ -127,7 +127,9 @@ def h2o_decode_reference(
 _STRIDES = "key_batch key_head key_token value_batch value_head value_token"
 
 
-def _split_case(size: int, group: int) -> CompileCase:
+def _split_case(
+    size: int, group: int, architectures: tuple[int, ...] = ARCHITECTURES
+) -> CompileCase:
     return CompileCase(
         name=f"scoring split, bf16, head {size}, group {group}",
         kernel=scoring_split_kernel,
@@ -152,6 +154,7 @@ def _split_case(size: int, group: int) -> CompileCase:
             "PRECISION": "tf32",
         },
         aligned=tuple(_STRIDES.split()),
+        architectures=architectures,
     )
 
 
@@ -182,11 +185,13 @@ def _merge_case(name: str, *, heavy: bool) -> CompileCase:
             "CHUNK_TILES": CHUNK_TILES,
             "HEAVY": heavy,
         },
+        architectures=HOPPER,
     )
 
 
 COMPILE_CASES = (
-    *(_split_case(size, group) for size, group in ((128, 4), (256, 8))),
+    _split_case(128, 4),
+    _split_case(256, 8, HOPPER),
     _merge_case("merge and scores, H2O", heavy=True),
     CompileCase(
         name="eviction, H2O",
@@ -203,5 +208,6 @@ COMPILE_CASES = (
         constants={"HEADS": 8, "D": 128, "DV": 128, "CHUNKS": 13, "PADDED_CHUNKS": 16},
         num_warps=1,
         aligned=tuple(_STRIDES.split()),
+        architectures=HOPPER,
     ),
 )

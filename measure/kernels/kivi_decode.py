@@ -37,7 +37,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from measure.kernels._compile import ARCHITECTURES, CompileCase
+from measure.kernels._compile import ARCHITECTURES, HOPPER, CompileCase
 from measure.kernels._kivi import attend_mixed, attend_packed, attend_recent
 from measure.kernels._packed import TILE_WORDS, groups_of
 from measure.kernels._splits import Partials
@@ -212,7 +212,7 @@ def _case(
     size: int,
     group: int,
     *,
-    architectures: tuple[int, ...] = (90,),
+    architectures: tuple[int, ...] = HOPPER,
     max_loop_spills: int = 0,
     tested: bool = False,
 ) -> CompileCase:
@@ -243,6 +243,7 @@ def _case(
         },
         num_warps=1,
         num_stages=2,
+        first_loop=True,
         max_loop_spills=max_loop_spills,
         architectures=architectures,
         tested=tested,
@@ -250,9 +251,10 @@ def _case(
 
 
 COMPILE_CASES = (
-    _case(2, 128, 4, architectures=ARCHITECTURES, max_loop_spills=8, tested=True),
-    _case(4, 128, 4, tested=True),
+    _case(2, 128, 4, architectures=ARCHITECTURES, max_loop_spills=16, tested=True),
+    _case(4, 128, 4),
+    _case(4, 256, 4, tested=True),
     _case(2, 64, 4),
-    _case(2, 256, 4, max_loop_spills=220),
-    _case(2, 128, 8, max_loop_spills=220),
+    _case(2, 256, 4, max_loop_spills=300),
+    _case(2, 128, 8, max_loop_spills=300),
 )

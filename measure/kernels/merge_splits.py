@@ -36,9 +36,9 @@ def _kernel(
     row = tl.program_id(0).to(tl.int64)
     h = tl.arange(0, H)
     splits = tl.arange(0, PADDED)
-    at = row * SPLITS + splits
-    top = tl.load(m_ptr + at, mask=splits < SPLITS, other=float("-inf"))
-    part = tl.load(l_ptr + at, mask=splits < SPLITS, other=0.0)
+    place = row * SPLITS + splits
+    top = tl.load(m_ptr + place, mask=splits < SPLITS, other=float("-inf"))
+    part = tl.load(l_ptr + place, mask=splits < SPLITS, other=0.0)
     largest = tl.max(top, 0)
     total = tl.sum(tl.where(part > 0, tl.exp2(top - largest), 0.0) * part, 0)
     out = tl.zeros((H,), tl.float32)

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from measure.kernels import interpreted
-from measure.kernels._compile import CompileCase, typed
+from measure.kernels._compile import ARCHITECTURES, HOPPER, CompileCase, typed
 from measure.kernels._softmax import LOG2_E, rows_of
 from measure.kernels._splits import sm_count, split_count
 
@@ -199,6 +199,7 @@ def _case(name: str, size: int, queries: int, warps: int, *, columns: bool) -> C
         },
         num_warps=warps,
         aligned=tuple(strides.split()),
+        architectures=ARCHITECTURES if columns and size == 128 else HOPPER,
     )
 
 

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from measure.kernels._compile import CompileCase
+from measure.kernels._compile import HOPPER, CompileCase
 from measure.methods.packing import quantise, quantise_bytes
 
 #: Arguments that are not specialised: a compilation each would cost more than it gains.
@@ -269,6 +269,7 @@ COMPILE_CASES = (
             **dict.fromkeys(("rk_ptr", "rv_ptr"), "*bf16"),
         },
         constants={"BITS": 2, "H": 128, "R": 128, "GROUP": 32, "HC": 32, "BP": 8},
+        architectures=HOPPER,
     ),
     CompileCase(
         name="FlexGen-4, H 128",
@@ -283,5 +284,6 @@ COMPILE_CASES = (
         signature=_signature("*i8", "*fp32", "k_ptr", "v_ptr", "capacity", *_COUNTS),
         constants={"BITS": 8, "H": 128, "GROUP": 0, "BP": 8},
         num_warps=1,
+        architectures=HOPPER,
     ),
 )

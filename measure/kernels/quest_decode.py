@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from measure.kernels._compile import CompileCase, typed
+from measure.kernels._compile import HOPPER, CompileCase, typed
 from measure.kernels._softmax import (
     LOG2_E,
     attend_tokens,
@@ -271,6 +271,7 @@ def _cases(size: int, group: int) -> tuple[CompileCase, ...]:
             ),
             constants={**shape, "PAGES": _PAGES, "PRECISION": "tf32"},
             aligned=(*_PAGE_STRIDES.split(), "page_tokens"),
+            architectures=HOPPER,
         ),
         CompileCase(
             name=f"chosen pages, bf16, head {size}, group {group}",
@@ -307,6 +308,7 @@ def _cases(size: int, group: int) -> tuple[CompileCase, ...]:
             ),
             constants={**shape, "DV": size, "SPLITS": 8, "PADDED_SPLITS": 8},
             aligned=(*_TOKENS.split(), *_PAGE_STRIDES.split(), "page_tokens"),
+            architectures=HOPPER,
         ),
     )
 

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from measure.kernels._compile import CompileCase, typed
+from measure.kernels._compile import HOPPER, CompileCase, typed
 from measure.kernels._splits import sm_count
 
 #: Channels of one program, and tokens scanned at once.
@@ -200,6 +200,7 @@ COMPILE_CASES = (
         ),
         constants=_TILE,
         aligned=("n_channels", "segment_tokens"),
+        architectures=HOPPER,
     ),
     CompileCase(
         name="scan, bf16",

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from measure.kernels._compile import CompileCase, typed
+from measure.kernels._compile import HOPPER, CompileCase, typed
 from measure.kernels._softmax import (
     LOG2_E,
     attend_tokens,
@@ -280,6 +280,7 @@ def _cases(size: int) -> tuple[CompileCase, ...]:
             signature=typed(common) | typed({"*bf16": "k v out"}),
             constants={**shape, "PADDED_SPLITS": 8},
             aligned=tuple(_STRIDES.split()),
+            architectures=HOPPER,
         ),
     )
 

@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from measure.kernels import interpreted
-from measure.kernels._compile import ARCHITECTURES, CompileCase
+from measure.kernels._compile import ARCHITECTURES, HOPPER, CompileCase
 from measure.kernels._packed import no_values, packed_values, rescaled_sum, store_sums
 from measure.kernels._splits import Partials
 from measure.kernels._tiles import dot_type, log2_scale, padded_group, warps_for
@@ -253,7 +253,7 @@ def _case(
     group: int,
     stored: str,
     scale: str,
-    architectures: tuple[int, ...] = (90,),
+    architectures: tuple[int, ...] = HOPPER,
 ) -> CompileCase:
     groups = size // group if bits < 8 else 1
     return CompileCase(
