@@ -22,7 +22,7 @@ def test_tova_step(device, heads, size, held, splits, dtype, seed):
 
     cache = twin(TovaCache, Tova(keep_tokens=held), device, dtype, heads, size)
     cache.n_tokens = 5 * held
-    for buffer in cache._buffers():
+    for buffer in (cache.keys, cache.values):
         buffer.append(new(n_kv, held))
     mine = {"keys": cache.keys.entries().clone(), "values": cache.values.entries().clone()}
     workspace = ScoringWorkspace.make(mine["keys"], mine["values"], group, splits)
@@ -41,7 +41,7 @@ def test_tova_step(device, heads, size, held, splits, dtype, seed):
             assert torch.equal(mine["values"], cache.values.entries())
         else:
             check_least_left(q, k, before, mine, tolerance)
-            for buffer, entries in zip(cache._buffers(), mine.values(), strict=True):
+            for buffer, entries in zip((cache.keys, cache.values), mine.values(), strict=True):
                 buffer.clear()
                 buffer.append(entries)
 
