@@ -154,13 +154,12 @@ def test_a_step_can_be_taken_back(spec, form, reserve):
     twin, qkv = cache(spec, reserve=reserve, realisation=form), tokens(31)
     twin.place(0, 4)
     twin.prefill(*part(qkv, 0, 30))
-    keys = getattr(twin, "inner", twin).keys
-    keys = getattr(keys, "parts", (keys,))[0]  # of packed keys the codes
+    keys = next(twin._buffers())
     mark, held, layout = twin.snapshot(), twin.held_bytes, keys.entries().stride()
     first = twin.decode(*part(qkv, 30, 31))
     twin.restore(mark)
     assert (twin.n_tokens, twin.held_bytes) == (30, held)
-    if reserve:  # a buffer that had to grow stays longer
+    if reserve and form == "best":  # a buffer that had to grow stays longer
         assert keys.entries().stride() == layout, "the second step would run other kernels"
     assert torch.equal(twin.decode(*part(qkv, 30, 31)), first)
 
