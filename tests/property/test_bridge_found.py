@@ -122,7 +122,7 @@ def methods(draw):
     return method_class(name)(**parameters.get(name, dict)())
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=200)
 @given(
     method=methods(),
     sizes=st.tuples(st.integers(1, 3), st.integers(1, 3), st.sampled_from([4, 6, 16])),
@@ -133,9 +133,10 @@ def methods(draw):
     steps=st.integers(0, 7),
     reserve=st.booleans(),
     layer=st.integers(0, 3),
+    form=st.sampled_from([("best", "ideal"), ("reference", "reference")]),
 )
 def test_every_method_holds_what_is_predicted(
-    method, sizes, window, batch, dtype, prompt, steps, reserve, layer
+    method, sizes, window, batch, dtype, prompt, steps, reserve, layer, form
 ):
     kv_heads, ratio, size = sizes
     mixer = Attention(
@@ -147,7 +148,12 @@ def test_every_method_holds_what_is_predicted(
     )
     stack = MethodStack((method,))
     cache = build_layer_cache(
-        stack, mixer, batch=batch, dtype=TORCH_DTYPES[dtype], device=torch.device("cpu")
+        stack,
+        mixer,
+        batch=batch,
+        dtype=TORCH_DTYPES[dtype],
+        device=torch.device("cpu"),
+        realisation=form[0],
     )
     cache.place(layer, 4)
     if reserve:
@@ -167,7 +173,7 @@ def test_every_method_holds_what_is_predicted(
             reserved_tokens=float(cached),
             dtype=dtype,
             kv_dtype=dtype,
-            level="ideal",
+            level=form[1],
             engine=load_engine("torch"),
         )
         state = stack.state(group, at)
