@@ -155,11 +155,11 @@ class TokenPackedCache(AbstractLayerCache):
         self.n_tokens += 1
 
     def _entries(self) -> tuple[tuple[int, int], ...]:
-        """Ranges of entries that the next token attends."""
+        """Ranges of entries that the next token attends, none of them empty."""
         if not self._is_full_ring:
             return ((0, self.n_tokens),)
         leaving = self.n_tokens % self._ring
-        return ((0, leaving), (leaving + 1, self._ring))
+        return tuple(x for x in ((0, leaving), (leaving + 1, self._ring)) if x[0] < x[1])
 
     @property
     def _ring(self) -> int:

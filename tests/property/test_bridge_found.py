@@ -1,5 +1,6 @@
 """The bridge at whatever shapes hypothesis finds: held bytes equal the prediction at every step."""
 
+import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,7 +13,10 @@ from costmodel.methods.stack import MethodStack
 from costmodel.mixers import Attention
 from costmodel.workload import Point
 from measure.engine import TORCH_DTYPES
+from measure.flops import count_flops
 from measure.methods import build_layer_cache
+from measure.numerics import Rope
+from measure.parts import rope_table, rotate
 
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits
 
@@ -184,3 +188,66 @@ def test_every_method_holds_what_is_predicted(
             step = (x[:, :, cached : cached + 1] for x in (q, k, v))
             assert bool(torch.isfinite(cache.decode(*step)).all())
     assert cache.n_tokens == prompt + steps
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    method=methods(),
+    sizes=st.tuples(st.integers(1, 3), st.integers(1, 3), st.sampled_from([4, 6, 16])),
+    window=st.sampled_from([None, None, 7, 20]),
+    batch=st.integers(1, 3),
+    prompt=st.integers(1, 90),
+    steps=st.integers(0, 7),
+    layer=st.integers(0, 3),
+    seed=st.integers(0, 99),
+)
+def test_both_forms_multiply_what_is_predicted_and_agree(
+    method, sizes, window, batch, prompt, steps, layer, seed
+):
+    kv_heads, ratio, size = sizes
+    heads = (kv_heads * ratio, kv_heads, kv_heads)
+    mixer = Attention(
+        n_heads=heads[0],
+        n_kv_heads=kv_heads,
+        head_dim=size,
+        v_head_dim=size,
+        window_tokens=window,
+    )
+    stack, group, rope = MethodStack((method,)), MixerGroup(mixer, 1, (layer,), 4), Rope()
+    generator = torch.Generator().manual_seed(seed)
+    plain = [torch.randn(batch, n, prompt + steps, size, generator=generator) for n in heads]
+    table = rope_table(prompt + steps, size, rope, torch.float32, torch.device("cpu"))
+    turned = [rotate(plain[0], table), rotate(plain[1], table), plain[2]]
+    outs = []
+    for form, level in (("best", "ideal"), ("reference", "reference")):
+        cache = build_layer_cache(
+            stack,
+            mixer,
+            batch=batch,
+            dtype=torch.float32,
+            device=torch.device("cpu"),
+            realisation=form,
+        )
+        cache.place(layer, 4, rope)
+        qkv, found = plain if cache.ROTATES else turned, []
+        for start in (0, *range(prompt, prompt + steps)):
+            stop = max(prompt, start + 1)
+            at = Point(
+                batch=float(batch),
+                prompt_tokens=float(prompt),
+                cached_tokens=float(max(prompt, start)),
+                reserved_tokens=float(prompt + steps),
+                dtype="fp32",
+                kv_dtype="fp32",
+                level=level,
+                engine=load_engine("torch"),
+            )
+            call, hook = (cache.decode, stack.decode) if start else (cache.prefill, stack.prefill)
+            part = [x[:, :, start:stop] for x in qkv]
+            counted = count_flops(
+                lambda c=call, p=part, f=found: f.append(c(*p)), square=form == "reference"
+            )
+            predicted = sum(np.asarray(op.count * op.counted_flops) for op in hook(group, at))
+            assert counted == float(predicted)
+        outs.append(torch.cat(found, dim=2))
+    torch.testing.assert_close(outs[0], outs[1], atol=2e-4, rtol=2e-3)
