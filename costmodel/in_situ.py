@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from costmodel.files import DATA
+from costmodel.intervals import REACH
 
 #: Table of ``serving.toml`` that holds the fit of all engines' runs.
 _POOLED = "any"
@@ -43,7 +44,7 @@ class InSitu:
     step_s          host time per step of an engine that replays captured graphs
     layer_s         gaps between the kernels of one layer
     first_token_s   what a first token takes besides its prefill
-    pass_low, pass_high   factors around a pass that held four in five unseen ones
+    scatter         mean |log| by which the passes of an engine that no fit had seen are off
     n_runs          published runs behind it
     """
 
@@ -54,8 +55,7 @@ class InSitu:
     step_s: float
     layer_s: float
     first_token_s: float
-    pass_low: float
-    pass_high: float
+    scatter: float
     n_runs: int
 
     def memory_factor(self, kind: str) -> float:
@@ -67,8 +67,8 @@ class InSitu:
         spread (logarithms): transfers err by themselves, which adds to the scatter of passes as
         squares.
         """
-        low = math.hypot(math.log(self.pass_low), low_spread)
-        high = math.hypot(math.log(self.pass_high), high_spread)
+        low = math.hypot(REACH * self.scatter, low_spread)
+        high = math.hypot(REACH * self.scatter, high_spread)
         return math.exp(-low), math.exp(high)
 
 
@@ -96,7 +96,6 @@ def in_situ() -> InSitu:
         step_s=p["step_s"],
         layer_s=p["layer_s"],
         first_token_s=p["start_s"],
-        pass_low=min(c["low"] for c in classes),
-        pass_high=max(c["high"] for c in classes),
+        scatter=max(c["scatter"] for c in classes),
         n_runs=row["n_rows"],
     )

@@ -209,7 +209,8 @@ def overhead_s(
         return low, mid, high
     host = known.step_s if engine.decode_graph else mid
     mid = host + n_layers * known.layer_s + (known.first_token_s if first_token else 0.0)
-    return mid * known.pass_low, mid, mid * known.pass_high
+    low_factor, high_factor = known.interval()
+    return mid * low_factor, mid, mid * high_factor
 
 
 def pass_time(

@@ -15,7 +15,6 @@ from costmodel.hardware import load_hardware
 from costmodel.kernels.families import _nearest as nearest_family
 from costmodel.kernels.families import shipped_families
 from costmodel.kernels.kinds import kernel_kind
-from costmodel.power import load_power
 from costmodel.serving.__main__ import read_tables
 from costmodel.serving.engine_times import EngineTimes, facts_of, known_engines
 from costmodel.serving.fit import (
@@ -64,7 +63,8 @@ class Judged:
     """Rows of one group; predicted_s has a row per judging split.
 
     operation   what the rows are of; group: hardware, engine, kernel and what else
-    coverage, width   percent of rows inside their interval, median of (high - low) / mid
+    coverage    percent of rows inside their interval
+    width       (high - low) / mid in percent: of every row, or the median of them
     fitted      False where nothing was fitted
     """
 
@@ -76,7 +76,7 @@ class Judged:
     observed: Floats
     roofline: Floats
     coverage: float
-    width: float
+    width: float | Floats
     fitted: bool = True
     unit: str = "s"
 
@@ -170,7 +170,7 @@ def _engines(paths: Sequence[Path]) -> list[Judged]:
                             observed=part.observed_s,
                             roofline=part.roofline_s,
                             coverage=float(np.mean(part.inside) * 100.0),
-                            width=float(np.median(part.width) * 100.0),
+                            width=part.width * 100.0,
                         )
                     )
     order = list(dict.fromkeys(_titles()))
@@ -227,8 +227,8 @@ def _by_label(judged: Any, labels: NDArray[Any], engine: str, what: str) -> list
                     predicted=part.predicted_s,
                     observed=part.observed_s,
                     roofline=part.roofline_s,
-                    coverage=float("nan"),
-                    width=float("nan"),
+                    coverage=float(np.mean(part.inside) * 100.0),
+                    width=part.width * 100.0,
                 )
             )
     return out
@@ -346,8 +346,7 @@ def _power(path: Path) -> list[Judged]:
     for phase in ("decode", "prefill"):
         rows = fit_power.rows_of(path, phase)
         results = [fit_power.judged(rows, seed) for seed in fit_power.SEEDS]
-        ratio, inside = (np.stack(x) for x in zip(*results, strict=True))
-        law = load_power("decode" if phase == "decode" else "prefill")
+        ratio, inside, width = (np.stack(x) for x in zip(*results, strict=True))
         out.append(
             Judged(
                 table=path.name,
@@ -358,7 +357,7 @@ def _power(path: Path) -> list[Judged]:
                 observed=rows.share * 1000.0,
                 roofline=np.full(rows.share.shape, 1000.0),
                 coverage=float(inside.mean() * 100.0),
-                width=(law.high - law.low) * 100.0,
+                width=width * 100.0,
                 unit="W",
             )
         )

@@ -143,13 +143,19 @@ def _figures(members: Sequence[Judged]) -> str:
     roofline = np.concatenate([np.abs(j.roofline / j.observed - 1.0) * 100.0 for j in members])
     rows = np.array([j.observed.size for j in members])
     inside = _mean([j.coverage for j in members], rows)
-    width = _mean([j.width for j in members], rows)
-    order = np.argsort(each)
-    share = np.cumsum(weight[order]) / weight.sum()
-    median, p90 = (each[order][np.searchsorted(share, q)] for q in (0.5, 0.9))
+    widths = np.concatenate([np.broadcast_to(j.width, j.predicted.shape).ravel() for j in members])
+    known = np.isfinite(widths)
+    width = f"{_quantile(widths[known], weight[known], 0.5):.0f} %" if known.any() else ""
+    median, p90 = (_quantile(each, weight, q) for q in (0.5, 0.9))
     cells = [f"{roofline.mean():.1f}", f"{size.mean():.1f}", f"{median:.1f}", f"{p90:.1f}"]
     cells += [f"{bias.mean():+.1f}", inside, width]
     return f"| {n:,} | " + " | ".join(cells) + " |"
+
+
+def _quantile(values: np.ndarray, weight: np.ndarray, share: float) -> float:
+    order = np.argsort(values)
+    reached = np.cumsum(weight[order]) / weight.sum()
+    return float(values[order][np.searchsorted(reached, share)])
 
 
 def _mean(values: Sequence[float], rows: np.ndarray) -> str:

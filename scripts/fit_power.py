@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 
 from costmodel.calibration.write import sha256, toml_value
 from costmodel.hardware import load_hardware
+from costmodel.intervals import factors, scatter_of
 from costmodel.kernels.kinds import kernel_kind
 from costmodel.power import PowerLaw
-from costmodel.serving.fit import in_first_half, row_key, shortest
+from costmodel.serving.fit import UNJUDGED_SCATTER, in_first_half, row_key
 from costmodel.validation.kernels import schema_of
 from costmodel.validation.power import FACTORS, factor_flags, renamed
 from costmodel.validation.table import read_table
@@ -53,7 +54,6 @@ STEP = {
         "mean power over TDP of published runs: dense 0.78, MoE 0.70 to 0.73",
     ],
 }
-COVERED_SHARE = 0.86
 SCATTER = 0.15
 PRIOR_WEIGHT = 0.05
 #: What is fitted in each regime: name -> (start, least, most, scale of the prior).
@@ -152,27 +152,29 @@ def fit(rows: Rows, mask: NDArray[np.bool_]) -> PowerLaw:
     return law_of(rows.regime, best.x)
 
 
-def judged(rows: Rows, seed: int) -> tuple[Floats, Floats]:
-    """(predicted over observed, observed within the interval), each by a fit of the other half.
+def judged(rows: Rows, seed: int) -> tuple[Floats, Floats, Floats]:
+    """(predicted over observed, observed within the interval, width of the interval over the
+    middle), each by a fit of the other half.
 
     A fit's own residuals are narrower than those of rows it has not seen: its interval is taken
     from a further split of its half.
     """
     first = np.array([in_first_half(k, seed) for k in rows.keys])
     inner = np.array([in_first_half(k, seed + 100) for k in rows.keys])
-    ratio, inside = np.empty(first.shape), np.empty(first.shape)
+    ratio, inside, width = (np.empty(first.shape) for _ in range(3))
     for mask in (first, ~first):
         unseen = [
             np.log(rows.share[part] / rows.law_share(fit(rows, mask & ~part), part))
             for part in (mask & inner, mask & ~inner)
         ]
-        low, high = shortest(np.concatenate(unseen), COVERED_SHARE)
+        low, high = factors(scatter_of(np.concatenate(unseen), UNJUDGED_SCATTER))
         predicted = rows.law_share(fit(rows, mask), ~mask)
         ratio[~mask] = predicted / rows.share[~mask]
         inside[~mask] = (rows.share[~mask] >= low * predicted) & (
             rows.share[~mask] <= high * predicted
         )
-    return ratio, inside
+        width[~mask] = high - low
+    return ratio, inside, width
 
 
 def main() -> None:
@@ -188,15 +190,15 @@ def main() -> None:
         rows = rows_of(arguments.table, regime)
         law = fit(rows, np.ones(len(rows.keys), dtype=bool))
         results = [judged(rows, seed) for seed in SEEDS]
-        ratio = np.concatenate([r for r, _ in results])
+        ratio = np.concatenate([r for r, _, _ in results])
         error = np.abs(ratio - 1.0) * 100.0
-        low, high = shortest(-np.log(ratio), COVERED_SHARE)
+        low, high = factors(scatter_of(np.log(ratio), UNJUDGED_SCATTER))
         figures = {
             "n": len(rows.keys),
             "mape": round(float(error.mean()), 1),
             "median": round(float(np.median(error)), 1),
             "p90": round(float(np.percentile(error, 90)), 1),
-            "coverage": round(float(np.mean([i for _, i in results])) * 100.0, 1),
+            "coverage": round(float(np.mean([i for _, i, _ in results])) * 100.0, 1),
         }
         parameters = {name: round(getattr(law, name), 4) for name in FIXED}
         lines += [

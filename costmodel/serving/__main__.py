@@ -21,6 +21,7 @@ from costmodel.serving.fit import (
     engine_table,
     engines_of,
     fit,
+    gpus_of,
     judge,
     leave_out,
     read_runs,
@@ -36,7 +37,8 @@ HEAD = """\
 # Parameters: docstring of costmodel/serving/engine_times.py. held_out_percent: errors on runs that
 # no fit had seen (both halves of 4 seeded splits by a hash of the shape columns; for "any": all
 # runs of an engine by a fit to the others), by class of metric. coverage: of intervals that came
-# from other runs. low, high: factors that held 82 % of unseen runs, and more where they are few.
+# from other runs. gpu_scatter: mean |log(observed / predicted)| of unseen runs on a GPU; scatter:
+# by fits that had seen none of the GPU. Intervals are made of them (costmodel/intervals.py).
 # The parameters are of all runs.
 """
 #: Tables with runs of engines: name, how a row is read, how its value is.
@@ -69,12 +71,13 @@ def main() -> None:
         if not runs:
             continue
         if name == POOLED:
-            fitted = engine_table(fit(runs), leave_out(runs, engines_of, "engine"), runs)
-        elif facts_of(name).kin:
-            start = kin.without("nothing", lambda r: r.mask)
-            fitted = engine_table(fit(runs, kin=start), judge(runs, kin), runs)
+            judged = leave_out(runs, engines_of, "engine")
+            fitted = engine_table(fit(runs), judged, judged, runs)
         else:
-            fitted = engine_table(fit(runs), judge(runs), runs)
+            own_kin = kin if facts_of(name).kin else None
+            start = None if own_kin is None else kin.without("nothing", lambda r: r.mask)
+            elsewhere = leave_out(runs, gpus_of, "GPU", own_kin)
+            fitted = engine_table(fit(runs, kin=start), judge(runs, own_kin), elsewhere, runs)
         lines.append(f"[engine.{toml_value(name)}]")
         lines += [f"{key} = {toml_value(value)}" for key, value in fitted.items()]
         lines.append("")

@@ -29,15 +29,13 @@ from typing import Any, Literal
 
 import numpy as np
 
+from costmodel.intervals import factors
 from costmodel.operation import Array
 from costmodel.serving.parameters import Facts, Parameters
 from costmodel.serving.served import Parts, Served
 
 #: Engine whose parameters stand for any other: fitted on the runs of all engines together.
 POOLED = "any"
-#: How much the logarithm of an interval widens on a GPU the engine has no runs of: errors on a GPU
-#: left out of the fit are 1.1 to 1.9 times those on unseen runs of a known one (docs/accuracy.md).
-WIDER_OTHER_GPU = 1.6
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -62,7 +60,8 @@ class Load:
 class EngineTimes:
     """One engine: its parameters, facts, and how far off they were on runs no fit had seen.
 
-    low, high   factors that held 80 to 95 % of such runs, by class of metric ("tpot_dense", ...)
+    scatter     mean size of those errors (logarithms) by class of metric ("tpot_dense", ...) and
+                GPU, "" for any other: costmodel/intervals.py
     held_out    errors on them in percent, by the same classes
     gpus        of the runs; on any other the parameters are transferred
     """
@@ -71,9 +70,8 @@ class EngineTimes:
     parameters: Parameters
     facts: Facts
     n_rows: int = 0
-    low: Mapping[str, float] = field(default_factory=dict)
-    high: Mapping[str, float] = field(default_factory=dict)
-    held_out: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    scatter: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    held_out: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     gpus: frozenset[str] = frozenset()
 
     def step_s(self, served: Served, sequences: Array, tokens: Array) -> Array:
@@ -112,16 +110,16 @@ class EngineTimes:
     def interval(self, kind: str, mid: Array, gpu: str) -> tuple[Array, Array]:
         """(low, high) around a time of a class of metric; NaN where none was judged.
 
-        A class the engine has no runs of takes the interval of all engines; a GPU it has none of
-        widens the interval.
+        A class the engine has no runs of takes the interval of engines left out of the fit of all;
+        a GPU it has none of, that of GPUs left out.
         """
-        own = kind in self.low
-        table = self if own else load_engine_times(POOLED)
-        if kind not in table.low:
+        table = self if kind in self.scatter else load_engine_times(POOLED)
+        scatter = table.scatter.get(kind)
+        if scatter is None:
             unknown = np.full(np.shape(mid), np.nan)
             return unknown, unknown
-        wider = WIDER_OTHER_GPU if own and gpu not in self.gpus and self.gpus else 1.0
-        return mid * table.low[kind] ** wider, mid * table.high[kind] ** wider
+        low, high = factors(scatter.get(gpu, scatter[""]))
+        return mid * low, mid * high
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -213,8 +211,9 @@ def load_engine_times(name: str) -> EngineTimes:
         parameters=Parameters(**{k: float(v) for k, v in row["parameters"].items() if k in known}),
         facts=facts_of(key),
         n_rows=row["n_rows"],
-        low={k: v["low"] for k, v in row["held_out_percent"].items()},
-        high={k: v["high"] for k, v in row["held_out_percent"].items()},
+        scatter={
+            k: {"": v["scatter"], **v["gpu_scatter"]} for k, v in row["held_out_percent"].items()
+        },
         held_out=row["held_out_percent"],
         gpus=frozenset(row["gpus"]) if own else frozenset(),
     )

@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from costmodel.errors import LccostError, MissingExtraError
+from costmodel.intervals import factors, scatter_of
 from costmodel.serving.engine_times import EngineTimes, facts_of
 from costmodel.serving.metrics import metric, roofline_s
 from costmodel.serving.parameters import PRIORS, Parameters, default_parameters
@@ -45,9 +46,8 @@ KIN_SPREAD = 0.5
 JUDGING_SEEDS = (0, 1, 2, 3)
 #: Rows below the datasheet roofline of the shape they state are not fitted.
 LIMIT_TOLERANCE = 0.95
-#: Share of unseen rows that an interval holds, and the rows a class needs for one of its own.
-COVERED_SHARE = 0.82
-INTERVAL_ROWS = 20
+#: How far off an engine is of which no run was judged (mean |log|).
+UNJUDGED_SCATTER = 0.15
 #: Labels that are fitted though they are not in the overall figures.
 _FITTED_LABELS = frozenset({"output_throughput", "max_throughput"})
 #: Columns that are no part of a row's shape.
@@ -268,6 +268,7 @@ class Judged:
     observed_s: Floats
     roofline_s: Floats
     metric_class: NDArray[np.str_]
+    hardware: NDArray[np.str_]
     inside: NDArray[Any]
     width: Floats
 
@@ -278,6 +279,7 @@ class Judged:
             observed_s=self.observed_s[mask],
             roofline_s=self.roofline_s[mask],
             metric_class=self.metric_class[mask],
+            hardware=self.hardware[mask],
             inside=self.inside[:, mask],
             width=self.width[:, mask],
         )
@@ -288,6 +290,7 @@ def judge(
 ) -> Judged:
     """Predict each half by fits of the other, with intervals from splits of the other."""
     predicted, inside, width = [], [], []
+    whole = _judged(runs, np.full((1, sum(int(r.mask.sum()) for r in runs)), np.nan))
     for seed in seeds:
         labels, inner = halves_of(seed), halves_of(seed + 100)
         seconds = _joined(runs, held_out(runs, labels, f"half {seed}", kin))
@@ -301,12 +304,9 @@ def judge(
                 kin,
                 functools.partial(_labelled, labels, fitted),
             )
-            factors = intervals_of(_judged(runs, _joined(runs, unseen)[None, :]))
+            scatter = scatter_by_class(_judged(runs, _joined(runs, unseen)[None, :]))
             judged = half != fitted
-            classes = metric_classes(runs)
-            for name in set(classes[judged].tolist()):
-                mask = judged & (classes == name)
-                low[mask], high[mask] = factors.get(name, factors[""])
+            low[judged], high[judged] = factors(scatter_at(scatter, whole, judged))
         ratio = _joined(runs, [r.observed_s for r in runs]) / seconds
         predicted.append(seconds)
         inside.append((ratio >= low) & (ratio <= high))
@@ -317,8 +317,19 @@ def judge(
 
 
 def leave_out(runs: Sequence[Runs], labels: Labels, name: str, kin: Kin | None = None) -> Judged:
-    """Predict the rows of each label (a GPU, a model, an engine) by fits to all others'."""
-    return _judged(runs, _joined(runs, held_out(runs, labels, name, kin))[None, :])
+    """Predict the rows of each label (a GPU, a model, an engine) by fits to all others'.
+
+    Intervals come from the errors on the other labels, each left out in its turn.
+    """
+    judged = _judged(runs, _joined(runs, held_out(runs, labels, name, kin))[None, :])
+    own = _joined(runs, [labels(r) for r in runs])
+    low, high = np.empty(own.shape), np.empty(own.shape)
+    for label in set(own.tolist()):
+        scatter = scatter_by_class(judged.where(own != label))
+        here = own == label
+        low[here], high[here] = factors(scatter_at(scatter, judged, here))
+    ratio = judged.observed_s / judged.predicted_s
+    return replace(judged, inside=(ratio >= low) & (ratio <= high), width=(high - low)[None, :])
 
 
 def metric_classes(runs: Sequence[Runs]) -> NDArray[np.str_]:
@@ -342,6 +353,7 @@ def _judged(runs: Sequence[Runs], predicted_s: Floats) -> Judged:
         observed_s=np.concatenate([r.observed_s[r.mask] for r in runs]),
         roofline_s=np.concatenate([r.roofline_s[r.mask] for r in runs]),
         metric_class=metric_classes(runs),
+        hardware=np.concatenate([np.full(r.mask.sum(), r.hardware) for r in runs]),
         inside=known,
         width=known,
     )
@@ -362,66 +374,61 @@ def errors_percent(judged: Judged) -> dict[str, float]:
     }
 
 
-def shortest(log_ratio: Floats, share: float = COVERED_SHARE) -> tuple[float, float]:
-    """Factors of the shortest interval around 1 that holds a share of further ratios.
-
-    Columns are runs, rows their predictions by several fits. Of n runs the interval holds
-    (n + 2) / n times the share: its two ends were chosen among them. NaN for no runs.
-    """
-    n_runs = log_ratio.shape[-1]
-    if not n_runs:
-        return float("nan"), float("nan")
-    share = min(1.0, share * (n_runs + 2) / n_runs)
-    ratios = np.sort(np.append(log_ratio.ravel(), 0.0))
-    n_inside = min(max(int(np.ceil(share * ratios.size)), 2), ratios.size)
-    widths = ratios[n_inside - 1 :] - ratios[: ratios.size - n_inside + 1]
-    # Only intervals that hold the prediction itself.
-    here = int(np.searchsorted(ratios, 0.0))
-    starts = np.arange(widths.size)
-    around = (starts <= here) & (starts + n_inside - 1 >= here)
-    start = int(starts[around][np.argmin(widths[around])])
-    return float(np.exp(ratios[start])), float(np.exp(ratios[start + n_inside - 1]))
+#: Scatter by class of metric and GPU; "" is any other.
+Scatters = dict[str, dict[str, float]]
 
 
-def intervals_of(judged: Judged) -> dict[str, tuple[float, float]]:
-    """Interval factors by class of metric, from predictions of unseen runs.
-
-    A class with few rows takes its interval from all rows, which stands under "".
-    """
+def scatter_by_class(judged: Judged) -> Scatters:
+    """Mean size of the errors on unseen runs, from an engine's to a class's to a GPU's."""
     known = np.isfinite(judged.predicted_s).all(axis=0)
-    ratio = np.log(judged.observed_s[known] / judged.predicted_s[:, known])
-    classes = judged.metric_class[known]
-    out = {"": shortest(ratio)}
-    for name in sorted(set(classes.tolist())):
-        mask = classes == name
-        out[name] = shortest(ratio[:, mask] if mask.sum() >= INTERVAL_ROWS else ratio)
+    errors = np.log(judged.observed_s / judged.predicted_s)
+    everywhere = scatter_of(errors[:, known], UNJUDGED_SCATTER)
+    out: Scatters = {"": {"": everywhere}}
+    for name in sorted(set(judged.metric_class[known].tolist())):
+        mine = known & (judged.metric_class == name)
+        out[name] = {"": scatter_of(errors[:, mine], everywhere)}
+        for gpu in sorted(set(judged.hardware[mine].tolist())):
+            there = mine & (judged.hardware == gpu)
+            out[name][gpu] = scatter_of(errors[:, there], out[name][""])
     return out
 
 
-def class_table(judged: Judged) -> dict[str, dict[str, float]]:
-    """Errors, coverage and interval factors by class of metric."""
-    factors = intervals_of(judged)
+def scatter_at(scatter: Scatters, judged: Judged, mask: Bools) -> Floats:
+    """The scatter of every row that a mask selects."""
+    tables = [scatter.get(name, scatter[""]) for name in judged.metric_class[mask].tolist()]
+    gpus = judged.hardware[mask].tolist()
+    return np.array([t.get(gpu, t[""]) for t, gpu in zip(tables, gpus, strict=True)])
+
+
+def class_table(judged: Judged, elsewhere: Judged) -> dict[str, dict[str, Any]]:
+    """Errors, coverage and scatter by class of metric.
+
+    ``elsewhere``: the same runs by fits that had seen none of their GPU.
+    """
+    scatter, other = scatter_by_class(judged), scatter_by_class(elsewhere)
     out = {}
     for name in sorted(set(judged.metric_class.tolist())):
         part = judged.where(judged.metric_class == name)
         figures = errors_percent(part)
         if np.isfinite(part.width).all():
             figures |= {"coverage": float(np.mean(part.inside) * 100.0)}
-        low, high = factors[name]
+        gpus = {gpu: round(s, 4) for gpu, s in scatter[name].items() if gpu}
         out[name] = {k: round(v, 1) for k, v in figures.items()} | {
-            "low": round(low, 3),
-            "high": round(high, 3),
+            "scatter": round(other[name][""], 4),
+            "gpu_scatter": gpus,
         }
     return out
 
 
-def engine_table(parameters: Parameters, judged: Judged, runs: Sequence[Runs]) -> Mapping[str, Any]:
-    """One engine as a table of ``costmodel/data/serving.toml``."""
+def engine_table(
+    parameters: Parameters, judged: Judged, elsewhere: Judged, runs: Sequence[Runs]
+) -> Mapping[str, Any]:
+    """One engine as a table of ``costmodel/data/serving.toml``; see ``class_table``."""
     return {
         "n_rows": int(judged.observed_s.size),
         "gpus": sorted({r.hardware for r in runs}),
         "parameters": {
             f.name: float(f"{getattr(parameters, f.name):.4g}") for f in fields(Parameters)
         },
-        "held_out_percent": class_table(judged),
+        "held_out_percent": class_table(judged, elsewhere),
     }
