@@ -127,18 +127,25 @@ def solve(
         lambda b, c: peak_bytes(model, b, c, pairs[1][:, None]), model.capacity_bytes, pairs[0]
     )
     out["max_context_tokens"][:] = solved[where.ravel()]
-    out["min_gpus"][:] = _min_gpus(model, batch, context, output)
+    out["min_gpus"][:] = _min_gpus(model, batch, context, output, out["fits"] > 0)
 
 
-def _min_gpus(model: Model, batch: Array, context: Array, output: Array) -> NDArray[np.float64]:
-    """Smallest tensor-parallel degree that holds the point; NaN where none of them does."""
+def _min_gpus(
+    model: Model, batch: Array, context: Array, output: Array, fits: NDArray[np.bool_]
+) -> NDArray[np.float64]:
+    """Smallest tensor-parallel degree that holds the point; NaN where none of them does.
+
+    ``fits``: whether the point fits the model's own degree.
+    """
     found = np.full(np.shape(batch), np.nan)
     for tp in TP_CANDIDATES:
         try:
             sharded = model.sharded(tp)
         except NotApplicableError:
             continue
-        ok = peak_bytes(sharded, batch, context, output) <= model.capacity_bytes
+        ok = fits
+        if sharded is not model:
+            ok = peak_bytes(sharded, batch, context, output) <= model.capacity_bytes
         found = np.where(np.isnan(found) & ok, float(tp), found)
         if not np.any(np.isnan(found)):
             break
