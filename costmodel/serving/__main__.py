@@ -22,9 +22,11 @@ from costmodel.serving.fit import (
     engines_of,
     fit,
     gpus_of,
+    joined,
     judge,
     leave_out,
     read_runs,
+    scatter_by_class,
 )
 from costmodel.serving.parameters import default_parameters
 from costmodel.validation import kv_methods, latency_throughput, serving
@@ -71,13 +73,15 @@ def main() -> None:
         if not runs:
             continue
         if name == POOLED:
-            judged = leave_out(runs, engines_of, "engine")
-            fitted = engine_table(fit(runs), judged, judged, runs)
+            start, judged = None, leave_out(runs, engines_of, "engine")
+            elsewhere = scatter_by_class(judged, joined(runs, engines_of))
         else:
             own_kin = kin if facts_of(name).kin else None
             start = None if own_kin is None else kin.without("nothing", lambda r: r.mask)
-            elsewhere = leave_out(runs, gpus_of, "GPU", own_kin)
-            fitted = engine_table(fit(runs, kin=start), judge(runs, own_kin), elsewhere, runs)
+            judged = judge(runs, own_kin)
+            others = leave_out(runs, gpus_of, "GPU", own_kin)
+            elsewhere = scatter_by_class(others, joined(runs, gpus_of))
+        fitted = engine_table(fit(runs, kin=start), judged, elsewhere, runs)
         lines.append(f"[engine.{toml_value(name)}]")
         lines += [f"{key} = {toml_value(value)}" for key, value in fitted.items()]
         lines.append("")

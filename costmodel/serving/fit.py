@@ -46,8 +46,8 @@ KIN_SPREAD = 0.5
 JUDGING_SEEDS = (0, 1, 2, 3)
 #: Rows below the datasheet roofline of the shape they state are not fitted.
 LIMIT_TOLERANCE = 0.95
-#: How far off an engine is of which no run was judged (mean |log|).
-UNJUDGED_SCATTER = 0.15
+#: How far off an engine is of which no run was judged (mean |log|): a fifth, like engines left out.
+UNJUDGED_SCATTER = 0.2
 #: Labels that are fitted though they are not in the overall figures.
 _FITTED_LABELS = frozenset({"output_throughput", "max_throughput"})
 #: Columns that are no part of a row's shape.
@@ -322,11 +322,11 @@ def leave_out(runs: Sequence[Runs], labels: Labels, name: str, kin: Kin | None =
     Intervals come from the errors on the other labels, each left out in its turn.
     """
     judged = _judged(runs, _joined(runs, held_out(runs, labels, name, kin))[None, :])
-    own = _joined(runs, [labels(r) for r in runs])
+    own = joined(runs, labels)
     low, high = np.empty(own.shape), np.empty(own.shape)
     for label in set(own.tolist()):
-        scatter = scatter_by_class(judged.where(own != label))
         here = own == label
+        scatter = scatter_by_class(judged.where(~here), own[~here])
         low[here], high[here] = factors(scatter_at(scatter, judged, here))
     ratio = judged.observed_s / judged.predicted_s
     return replace(judged, inside=(ratio >= low) & (ratio <= high), width=(high - low)[None, :])
@@ -340,6 +340,11 @@ def metric_classes(runs: Sequence[Runs]) -> NDArray[np.str_]:
 def _labelled(labels: Labels, label: str, runs: Runs) -> Bools:
     mask: Bools = labels(runs) == label
     return mask
+
+
+def joined(runs: Sequence[Runs], read: Labels) -> NDArray[np.str_]:
+    """The label of every row that counts."""
+    return _joined(runs, [read(r) for r in runs])
 
 
 def _joined(runs: Sequence[Runs], arrays: Sequence[NDArray[Any]]) -> NDArray[Any]:
@@ -378,18 +383,29 @@ def errors_percent(judged: Judged) -> dict[str, float]:
 Scatters = dict[str, dict[str, float]]
 
 
-def scatter_by_class(judged: Judged) -> Scatters:
-    """Mean size of the errors on unseen runs, from an engine's to a class's to a GPU's."""
+def scatter_by_class(judged: Judged, left_out: NDArray[np.str_] | None = None) -> Scatters:
+    """Mean size of the errors on unseen runs, from an engine's to a class's to a GPU's.
+
+    ``left_out``: what each run was left out with. Runs of one GPU (or model, or engine) that no fit
+    had seen err together: they count as one run, and GPUs are not told apart.
+    """
     known = np.isfinite(judged.predicted_s).all(axis=0)
-    errors = np.log(judged.observed_s / judged.predicted_s)
-    everywhere = scatter_of(errors[:, known], UNJUDGED_SCATTER)
+    sizes = np.abs(np.log(judged.observed_s / judged.predicted_s))[:, known]
+    classes, gpus = judged.metric_class[known], judged.hardware[known]
+    if left_out is not None:
+        both = np.stack([classes, left_out[known]])
+        pairs, where = np.unique(both, axis=1, return_inverse=True)
+        every = range(pairs.shape[1])
+        sizes = np.array([[sizes[:, where.ravel() == i].mean() for i in every]])
+        classes, gpus = pairs[0], np.full(pairs.shape[1], "")
+    everywhere = scatter_of(sizes, UNJUDGED_SCATTER)
     out: Scatters = {"": {"": everywhere}}
-    for name in sorted(set(judged.metric_class[known].tolist())):
-        mine = known & (judged.metric_class == name)
-        out[name] = {"": scatter_of(errors[:, mine], everywhere)}
-        for gpu in sorted(set(judged.hardware[mine].tolist())):
-            there = mine & (judged.hardware == gpu)
-            out[name][gpu] = scatter_of(errors[:, there], out[name][""])
+    for name in sorted(set(classes.tolist())):
+        mine = classes == name
+        whole = scatter_of(sizes[:, mine], everywhere)
+        out[name] = {"": whole}
+        for gpu in sorted(set(gpus[mine].tolist()) - {""}):
+            out[name][gpu] = scatter_of(sizes[:, mine & (gpus == gpu)], whole)
     return out
 
 
@@ -400,28 +416,31 @@ def scatter_at(scatter: Scatters, judged: Judged, mask: Bools) -> Floats:
     return np.array([t.get(gpu, t[""]) for t, gpu in zip(tables, gpus, strict=True)])
 
 
-def class_table(judged: Judged, elsewhere: Judged) -> dict[str, dict[str, Any]]:
+def class_table(judged: Judged, elsewhere: Scatters) -> dict[str, dict[str, Any]]:
     """Errors, coverage and scatter by class of metric.
 
-    ``elsewhere``: the same runs by fits that had seen none of their GPU.
+    ``elsewhere``: the scatter where whole groups are left out, for a GPU that no run was on.
     """
-    scatter, other = scatter_by_class(judged), scatter_by_class(elsewhere)
+    scatter = scatter_by_class(judged)
     out = {}
     for name in sorted(set(judged.metric_class.tolist())):
         part = judged.where(judged.metric_class == name)
         figures = errors_percent(part)
         if np.isfinite(part.width).all():
-            figures |= {"coverage": float(np.mean(part.inside) * 100.0)}
+            figures |= {
+                "coverage": float(np.mean(part.inside) * 100.0),
+                "interval_width": float(np.median(part.width) * 100.0),
+            }
         gpus = {gpu: round(s, 4) for gpu, s in scatter[name].items() if gpu}
         out[name] = {k: round(v, 1) for k, v in figures.items()} | {
-            "scatter": round(other[name][""], 4),
+            "scatter": round(elsewhere.get(name, elsewhere[""])[""], 4),
             "gpu_scatter": gpus,
         }
     return out
 
 
 def engine_table(
-    parameters: Parameters, judged: Judged, elsewhere: Judged, runs: Sequence[Runs]
+    parameters: Parameters, judged: Judged, elsewhere: Scatters, runs: Sequence[Runs]
 ) -> Mapping[str, Any]:
     """One engine as a table of ``costmodel/data/serving.toml``; see ``class_table``."""
     return {

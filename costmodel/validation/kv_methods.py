@@ -2,8 +2,9 @@
 
 Eager libraries run a method's published chain (level ``reference``). An engine with kernels of
 its own drops tokens for good and attends a packed cache in one kernel (level ``ideal``), but that
-kernel waits for unpacking, not for bytes: it takes about as long as the 16-bit kernel, which is
-why a cache of a quarter of the bytes gains a few percent. Such runs are predicted at both levels:
+kernel waits for neither its bytes nor its arithmetic: it takes about as long as the 16-bit kernel,
+which is why a cache of a quarter of the bytes gains a few percent. What the published runs are of
+is said with their figures (docs/accuracy.md). Such runs are predicted at both levels:
 overall figures are of the engine's own, parts and groups also of ``reference``. Overall figures
 are of throughputs and latencies as times; memory stands in the groups.
 """

@@ -97,8 +97,8 @@ def test_factors_are_those_of_passes() -> None:
     known = in_situ()
     assert 1.0 < known.compute_factor < 1.5
     assert 0.8 < known.memory_factor("gemm") < 1.2
-    assert known.pass_low < 1.0 < known.pass_high
-    assert known.interval() == pytest.approx((known.pass_low, known.pass_high))
-    low, high = known.interval(-0.3, 0.3)
-    assert low == pytest.approx(np.exp(-np.hypot(np.log(known.pass_low), 0.3)))
-    assert high > known.pass_high
+    low, high = known.interval()
+    assert np.log(high) == pytest.approx(-np.log(low)) == pytest.approx(np.log(5) * known.scatter)
+    wider_low, wider_high = known.interval(-0.3, 0.4)
+    assert wider_low == pytest.approx(np.exp(-np.hypot(np.log(low), 0.3)))
+    assert wider_high == pytest.approx(np.exp(np.hypot(np.log(high), 0.4)))

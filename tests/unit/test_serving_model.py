@@ -10,9 +10,16 @@ from hypothesis import strategies as st
 
 from costmodel import load_architecture, load_hardware
 from costmodel.errors import ConfigError, NotApplicableError
+from costmodel.intervals import factors, scatter_of
 from costmodel.serving import Deployment, Load, Served, load_engine_times, metric
 from costmodel.serving.engine_times import known_engines
-from costmodel.serving.fit import in_first_half, row_key, shortest
+from costmodel.serving.fit import (
+    Judged,
+    in_first_half,
+    row_key,
+    scatter_at,
+    scatter_by_class,
+)
 from costmodel.serving.metrics import roofline_s
 from costmodel.serving.stored import stored_as
 from costmodel.weights import weights_bytes
@@ -193,13 +200,55 @@ def test_a_gpu_without_runs_widens_the_interval() -> None:
     assert wide_low < low < 1.0 < high < wide_high
 
 
-def test_the_shortest_interval_holds_its_share_and_the_prediction() -> None:
-    log_ratio = np.log(np.concatenate([np.linspace(0.95, 1.10, 81), np.linspace(2.0, 9.0, 19)]))
-    low, high = shortest(log_ratio, 0.79)  # of 100: two more than the share
-    assert low == pytest.approx(0.95, abs=0.01)
-    assert high == pytest.approx(1.10, abs=0.01)
-    low, high = shortest(np.log(np.linspace(1.2, 1.4, 50)), 0.8)
-    assert low <= 1.0 <= high
+@pytest.mark.parametrize("draw", ["laplace", "normal"])
+def test_intervals_hold_four_in_five_whatever_the_shape_of_the_errors(draw: str) -> None:
+    rng = np.random.default_rng(0)
+    errors = getattr(rng, draw)(0.0, 0.1, 20_000)
+    low, high = factors(scatter_of(errors, wider=0.5))
+    assert np.mean((np.exp(errors) > low) & (np.exp(errors) < high)) == pytest.approx(0.8, abs=0.01)
+
+
+def test_few_rows_lean_on_the_group_around_them() -> None:
+    """No row: the group's own; four rows of 0.1 and a group of 0.3: half way."""
+    assert scatter_of(np.empty(0), wider=0.3) == 0.3
+    assert scatter_of(np.array([0.1, -0.1, 0.1, -0.1]), wider=0.3) == pytest.approx(0.2)
+    # twice the same rows predicted by two fits are no more rows
+    assert scatter_of(np.full((2, 4), 0.1), wider=0.3) == pytest.approx(0.2)
+
+
+def judged_runs() -> Judged:
+    """Two GPUs of one class: errors of 0.1 on the first, of 0.4 on the second, 8 runs each."""
+    size = np.repeat([0.1, 0.4], 8)
+    return Judged(
+        predicted_s=np.exp(size * np.tile([1.0, -1.0], 8))[None, :],
+        observed_s=np.ones(16),
+        roofline_s=np.ones(16),
+        metric_class=np.full(16, "tpot_dense"),
+        hardware=np.repeat(["a", "b"], 8),
+        inside=np.full((1, 16), np.nan),
+        width=np.full((1, 16), np.nan),
+    )
+
+
+def test_scatter_goes_by_class_and_gpu() -> None:
+    judged = judged_runs()
+    scatter = scatter_by_class(judged)
+    whole = scatter["tpot_dense"][""]
+    everywhere = (16 * 0.25 + 4 * 0.2) / 20  # an engine nobody judged is a fifth off
+    assert whole == pytest.approx((16 * 0.25 + 4 * everywhere) / 20)
+    assert scatter["tpot_dense"]["a"] == pytest.approx((8 * 0.1 + 4 * whole) / 12)
+    assert scatter["tpot_dense"]["b"] == pytest.approx((8 * 0.4 + 4 * whole) / 12)
+    every = np.ones(16, dtype=bool)
+    assert scatter_at(scatter, judged, every)[0] == scatter["tpot_dense"]["a"]
+    other = replace(judged, hardware=np.full(16, "c"))
+    assert scatter_at(scatter, other, every)[0] == whole
+
+
+def test_runs_left_out_together_count_as_one() -> None:
+    judged = judged_runs()
+    scatter = scatter_by_class(judged, judged.hardware)
+    everywhere = (2 * 0.25 + 4 * 0.2) / 6
+    assert scatter["tpot_dense"] == {"": pytest.approx((2 * 0.25 + 4 * everywhere) / 6)}
 
 
 def test_a_run_is_on_one_side_of_a_split_however_often_it_is_listed() -> None:
