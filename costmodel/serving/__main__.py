@@ -74,14 +74,16 @@ def main() -> None:
             continue
         if name == POOLED:
             start, judged = None, leave_out(runs, engines_of, "engine")
-            elsewhere = scatter_by_class(judged, joined(runs, engines_of))
+            here = elsewhere = scatter_by_class(judged, joined(runs, engines_of))
         else:
             own_kin = kin if facts_of(name).kin else None
             start = None if own_kin is None else kin.without("nothing", lambda r: r.mask)
             judged = judge(runs, own_kin)
+            here = scatter_by_class(judged)
             others = leave_out(runs, gpus_of, "GPU", own_kin)
             elsewhere = scatter_by_class(others, joined(runs, gpus_of))
-        fitted = engine_table(fit(runs, kin=start), judged, elsewhere, runs)
+        gpus = [r.hardware for r in runs]
+        fitted = engine_table(fit(runs, kin=start), judged, here, elsewhere, gpus)
         lines.append(f"[engine.{toml_value(name)}]")
         lines += [f"{key} = {toml_value(value)}" for key, value in fitted.items()]
         lines.append("")

@@ -416,12 +416,10 @@ def scatter_at(scatter: Scatters, judged: Judged, mask: Bools) -> Floats:
     return np.array([t.get(gpu, t[""]) for t, gpu in zip(tables, gpus, strict=True)])
 
 
-def class_table(judged: Judged, elsewhere: Scatters) -> dict[str, dict[str, Any]]:
-    """Errors, coverage and scatter by class of metric.
-
-    ``elsewhere``: the scatter where whole groups are left out, for a GPU that no run was on.
+def class_table(judged: Judged, here: Scatters, elsewhere: Scatters) -> dict[str, dict[str, Any]]:
+    """Errors, coverage and scatter by class of metric: on the GPUs of the runs, and where whole
+    groups are left out.
     """
-    scatter = scatter_by_class(judged)
     out = {}
     for name in sorted(set(judged.metric_class.tolist())):
         part = judged.where(judged.metric_class == name)
@@ -431,7 +429,7 @@ def class_table(judged: Judged, elsewhere: Scatters) -> dict[str, dict[str, Any]
                 "coverage": float(np.mean(part.inside) * 100.0),
                 "interval_width": float(np.median(part.width) * 100.0),
             }
-        gpus = {gpu: round(s, 4) for gpu, s in scatter[name].items() if gpu}
+        gpus = {gpu: round(s, 4) for gpu, s in here[name].items() if gpu}
         out[name] = {k: round(v, 1) for k, v in figures.items()} | {
             "scatter": round(elsewhere.get(name, elsewhere[""])[""], 4),
             "gpu_scatter": gpus,
@@ -440,14 +438,14 @@ def class_table(judged: Judged, elsewhere: Scatters) -> dict[str, dict[str, Any]
 
 
 def engine_table(
-    parameters: Parameters, judged: Judged, elsewhere: Scatters, runs: Sequence[Runs]
+    parameters: Parameters, judged: Judged, here: Scatters, elsewhere: Scatters, gpus: Sequence[str]
 ) -> Mapping[str, Any]:
     """One engine as a table of ``costmodel/data/serving.toml``; see ``class_table``."""
     return {
         "n_rows": int(judged.observed_s.size),
-        "gpus": sorted({r.hardware for r in runs}),
+        "gpus": sorted(set(gpus)),
         "parameters": {
             f.name: float(f"{getattr(parameters, f.name):.4g}") for f in fields(Parameters)
         },
-        "held_out_percent": class_table(judged, elsewhere),
+        "held_out_percent": class_table(judged, here, elsewhere),
     }
