@@ -71,7 +71,7 @@ def gemm(bench: Bench, dtype: str) -> None:
             if flops / bench.results.flops_per_s.get(dtype, 1e12) > bench.plan.max_call_s:
                 break
             x = torch.full((m, k), 0.1, dtype=kind)
-            seconds, spread = bench.cold(partial(_linear_next, x, weights))
+            seconds, spread = bench.streaming(partial(_linear_next, x, weights))
             points.append((float(m), seconds / flops, spread))
             bench.results.saw_flops(dtype, flops / seconds)
             if m == 1:
