@@ -78,9 +78,13 @@ def gather_tokens(x: Tensor, chosen: Tensor) -> Tensor:
 
 
 def overwrite(buffer: GrowingBuffer, slots: Tensor, entry: Tensor) -> None:
-    """Put ``entry`` [B, K, 1, ...] into slot ``slots`` [B, K] of every head."""
-    index = slots.view(*slots.shape, *(1,) * (entry.dim() - 2)).expand_as(entry)
-    buffer.entries().scatter_(2, index, entry)
+    """Put ``entry`` [B, K, 1, ...] into slot ``slots`` [B, K] of every head.
+
+    Not by ``scatter_``: in bf16 on a CPU it copies the whole buffer (PyTorch 2.13).
+    """
+    rows = torch.arange(slots.shape[0], device=slots.device).unsqueeze(1)
+    heads = torch.arange(slots.shape[1], device=slots.device)
+    buffer.entries().index_put_((rows, heads, slots), entry.squeeze(2))
 
 
 def query_blocks(q: Tensor, k: Tensor) -> Iterator[tuple[int, int, Tensor]]:

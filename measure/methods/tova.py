@@ -95,11 +95,11 @@ class TovaCache(KeptTokensCache):
         out, weights = self.attend_with_new(q, keys, values, k, v)
         least = weights.mean(dim=(1, 2)).argmin(dim=-1)
         stays = least == self.keep  # the new token is the least attended: nothing is written
-        slots = torch.where(stays, 0, least).view(-1, 1, 1, 1)
+        rows, slots = torch.arange(len(least), device=k.device), torch.where(stays, 0, least)
         for held, new in ((keys, k), (values, v)):
-            index = slots.expand_as(new)
-            entry = torch.where(stays.view(-1, 1, 1, 1), held.gather(2, index), new)
-            held.scatter_(2, index, entry)
+            old = held[rows, :, slots]  # [B, K, H]
+            # not by scatter_, see ``kept_tokens.overwrite``
+            held[rows, :, slots] = torch.where(stays.view(-1, 1, 1), old, new.squeeze(2))
         return out
 
     def _reference_prefill(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -83,18 +83,21 @@ def elementwise(bench: Bench, dtype: str) -> None:
     """Norms, rotary embedding, activation and residual sums of one layer of the engine.
 
     Seconds per byte as the cost model counts them: 8 d + 3 F elements per token of a layer with
-    attention and an MLP (two blocks), 4 d where a layer is one recurrent mixer (one block).
+    attention and an MLP (two blocks), 4 d where a layer is one recurrent mixer (one block). What
+    runs between two matmuls is timed alone: every matmul drives the code of the next few small
+    operations out of the core's cache. Timed as one call a layer of one token took a third.
     """
     d, f = bench.plan.layer[:2]
     kind = TORCH_DTYPES[dtype]
-    for blocks, elements in ((1, 4.0 * d), (2, 8.0 * d + 3.0 * f)):
-        points = []
-        for rows in bench.plan.layer_rows:
-            between = _Between(bench.plan.layer, rows, kind)
-            seconds, spread = bench.cold(between.norm_and_sum if blocks == 1 else between.layer)
+    for rows in bench.plan.layer_rows:
+        between = _Between(bench.plan.layer, rows, kind)
+        block, spread = bench.cold(between.sum_and_norm)
+        parts = (between.turn, between.join, between.activate)
+        layer = 2 * block + sum(bench.cold(part)[0] for part in parts)
+        for blocks, elements, seconds in ((1, 4.0 * d, block), (2, 8.0 * d + 3.0 * f, layer)):
             n_bytes = rows * elements * kind.itemsize
-            points.append((n_bytes, seconds / n_bytes, spread))
-        bench.results.add(curve_name("norm_rope_activation", dtype, blocks=blocks), points)
+            name = curve_name("norm_rope_activation", dtype, blocks=blocks)
+            bench.results.add_point(name, (n_bytes, seconds / n_bytes, spread))
 
 
 class _Between:
@@ -116,25 +119,25 @@ class _Between:
         self.gate_up = activation(1, rows, 2 * f)
         self.table = rope_table(rows, size, Rope(), dtype, torch.get_default_device())
 
-    def norm_and_sum(self) -> Tensor:
-        """All there is around a block that is a mixer."""
-        rms(self.x, self.weight, 1e-5)
-        return self.x + self.x
+    def sum_and_norm(self) -> Tensor:
+        """Before every block."""
+        return rms(self.x + self.x, self.weight, 1e-5)
 
-    def layer(self) -> Tensor:
-        """Attention and a gated MLP."""
-        rms(self.x, self.weight, 1e-5)
+    def turn(self) -> tuple[Tensor, Tensor]:
+        """Between the projection and attention."""
         heads = self.qkv.view(1, self.qkv.shape[1], -1, self.size).transpose(1, 2)
         parts = (self.n_heads, self.n_kv_heads, self.n_kv_heads)
         q, k, _ = heads.split(parts, dim=1)
-        rotate(q, self.table)
-        rotate(k, self.table)
-        self.attended.transpose(1, 2).flatten(2)
-        y = self.x + self.x
-        rms(y, self.weight, 1e-5)
+        return rotate(q, self.table), rotate(k, self.table)
+
+    def join(self) -> Tensor:
+        """Before the output projection."""
+        return self.attended.transpose(1, 2).flatten(2)
+
+    def activate(self) -> Tensor:
+        """Between the matmuls of a gated MLP."""
         gate, up = self.gate_up.chunk(2, dim=-1)
-        silu(gate) * up
-        return y + self.x
+        return silu(gate) * up
 
 
 def _copy_next(target: Tensor, buffers: Iterator[Tensor]) -> None:
