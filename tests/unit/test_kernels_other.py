@@ -82,22 +82,36 @@ def test_two_grouped_products_are_the_layer() -> None:
 # Recurrent mixers ----------------------------------------------------------------------------
 
 
+SCAN = ScanParameters(launch_s=0.0, bandwidth_fraction=1.0, stream_bytes_per_s=1e15)
+
+
 def test_a_recurrent_step_reads_and_writes_its_state() -> None:
     # 64 sequences x 32 heads x 128 x 128 x 4 bytes x 2 = 268.4 MB at half of 1 TB/s = 536.9 us.
-    p = ScanParameters(launch_s=2e-6, bandwidth_fraction=0.5)
+    p = replace(SCAN, launch_s=2e-6, bandwidth_fraction=0.5)
     t = scan_time_s(p, device(), "scan_step", 64, 1, 0.0, 2 * 32 * 128 * 128 * 4)
     assert t == pytest.approx(2e-6 + 268435456 / 0.5e12, rel=1e-9)
 
 
+def test_kernels_bound_by_their_instructions_do_not_see_faster_memory() -> None:
+    # 100 SMs at 1.8 GHz that move 2 GB/s each: 1 GB in 5 ms, whatever DRAM can do.
+    p = replace(SCAN, stream_bytes_per_s=2e9)
+    for bandwidth in (1e12, 4e12):
+        d = device(hbm_bytes_per_s=bandwidth)
+        assert scan_time_s(p, d, "conv_prefill", 1, 1000, 1e6, 0.0) == pytest.approx(5e-3)
+        prompt = scan_time_s(p, d, "scan_prefill", 1, 1000, 1e6, 0.0)
+        assert prompt == pytest.approx(5e-3)
+    assert scan_time_s(SCAN, device(), "conv_prefill", 1, 1000, 1e6, 0.0) == pytest.approx(1e-3)
+
+
 def test_a_long_prompt_goes_through_its_chunks_one_after_the_other() -> None:
     # 32,768 tokens are 512 chunks of 64 at 4 us: 2,048 us; memory hides behind.
-    p = ScanParameters(launch_s=0.0, bandwidth_fraction=1.0, chunk_s=4e-6, passes=1.0)
+    p = replace(SCAN, chunk_s=4e-6)
     t = scan_time_s(p, device(), "scan_prefill", 1, 32768, 1024.0, 0.0)
     assert t == pytest.approx(512 * 4e-6)
 
 
 def test_products_inside_a_chunk_count_by_how_full_it_is_and_only_once() -> None:
-    p = ScanParameters(launch_s=1e-5, bandwidth_fraction=1.0, own_s=8e-6)
+    p = replace(SCAN, launch_s=1e-5, own_s=8e-6)
     times = scan_time_s(p, device(), "scan_prefill", 1, np.array([16, 64, 6400]), 0.0, 0.0)
     assert times == pytest.approx([1.2e-5, 1.8e-5, 1.8e-5])
 
@@ -105,22 +119,20 @@ def test_products_inside_a_chunk_count_by_how_full_it_is_and_only_once() -> None
 def test_kernels_that_write_every_chunk_s_state_move_it_with_every_chunk() -> None:
     # 4 sequences of 10 chunks, 1 MB of state in and out: once, and half of it per chunk, at half
     # of 1 TB/s: 4 x 1e6 x (1 + 10 x 0.5) / 0.5e12 = 48 us.
-    p = ScanParameters(launch_s=0.0, bandwidth_fraction=0.5, passes=1.0, chunk_states=0.5)
+    p = replace(SCAN, bandwidth_fraction=0.5, state_bytes_per_s=1e15, chunk_states=0.5)
     assert scan_time_s(p, device(), "scan_prefill", 4, 640, 0.0, 1e6) == pytest.approx(48e-6)
 
 
 def test_a_convolution_may_cost_per_token_and_its_host_per_sequence() -> None:
     # 8 x 1,000 tokens of 1,000 bytes at 1 TB/s = 8 us, and 8,000 x 20 ns = 160 us.
-    p = ScanParameters(
-        launch_s=0.0, bandwidth_fraction=1.0, token_s=2e-8, eager_s=4e-4, eager_sequence_s=3e-6
-    )
+    p = replace(SCAN, token_s=2e-8, eager_s=4e-4, eager_sequence_s=3e-6)
     assert scan_time_s(p, device(), "conv_prefill", 8, 1000, 1e3, 0.0) == pytest.approx(168e-6)
     warm = scan_time_s(p, device(), "conv_prefill", 8, 1000, 1e3, 0.0, cold=False)
     assert warm == pytest.approx(4e-4 + 8 * 3e-6)
 
 
 def test_a_replayed_step_that_fits_the_cache_is_read_from_there() -> None:
-    p = ScanParameters(launch_s=0.0, bandwidth_fraction=1.0, cache_gain=2.0, cache_fraction=1.0)
+    p = replace(SCAN, cache_gain=2.0, cache_fraction=1.0)
     d = device(l2_bytes=1e8)
     small, large = np.array([10.0, 1000.0]) * 1e6
     assert scan_time_s(p, d, "scan_step", 1, 1, 0.0, small, cold=False) == pytest.approx(5e-6)
