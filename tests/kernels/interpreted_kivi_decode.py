@@ -1,4 +1,4 @@
-"""Attention over KIVI caches, interpreted, against unpacked attention in fp32."""
+"""Attention over KIVI caches against unpacked attention in fp32."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from measure.kernels._splits import Partials
 from measure.kernels.kivi_decode import EXTRA_PARTS, kivi_decode, reference
 from measure.methods.packing import quantise
 
-assert interpreted()
+DEVICE = torch.device("cpu" if interpreted() else "cuda")
 
 
 def packed(x, bits, group, room):
@@ -29,7 +29,7 @@ def case(n_tokens, *, batch=1, heads=2, kv_heads=1, size=64, bits=2, group=32, r
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape):
-        return torch.randn(*shape, generator=generator).to(dtype)
+        return torch.randn(*shape, generator=generator).to(DEVICE, dtype)
 
     k, v = (draw(batch, kv_heads, n_tokens, size) * 2 + 1 for _ in "kv")
     q, k_new, v_new = draw(batch, heads, 1, size), *(draw(batch, kv_heads, 1, size) for _ in "kv")
@@ -44,7 +44,7 @@ def case(n_tokens, *, batch=1, heads=2, kv_heads=1, size=64, bits=2, group=32, r
         recent_values[:, :, (t - ring_start) % r] = v[:, :, t]
     common = dict(bits=bits, group=group, ring_start=ring_start)
     tensors = (q, k_new, v_new, keys, values, recent_keys, recent_values)
-    lengths = torch.full((batch,), n_tokens) if lengths is None else torch.tensor(lengths)
+    lengths = torch.tensor([n_tokens] * batch if lengths is None else lengths, device=DEVICE)
     partials = Partials.empty(batch * heads, splits + EXTRA_PARTS, size, q.device)
     found = kivi_decode(*tensors, lengths, partials, residual=r, **common)
     one = [tree_map(lambda x, i=i: x[i : i + 1], tensors) for i in range(batch)]

@@ -1,4 +1,4 @@
-"""Twins that step by kernels, interpreted, beside the same twins in plain torch."""
+"""Twins that step by kernels beside the same twins in plain torch."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from measure.flops import count_flops
 from measure.kernels import interpreted
 from measure.methods import build_layer_cache
 
-assert interpreted()
+DEVICE = torch.device("cpu" if interpreted() else "cuda")
 SIZE, HEADS, KV_HEADS, BATCH = 64, 2, 1, 2
 R = "residual_tokens=32"
 
@@ -17,7 +17,7 @@ R = "residual_tokens=32"
 def cache(spec, fused, dtype, room):
     mixer = Attention(n_heads=HEADS, n_kv_heads=KV_HEADS, head_dim=SIZE, v_head_dim=SIZE)
     return build_layer_cache(
-        parse_method(spec), mixer, batch=BATCH, dtype=dtype, device=torch.device("cpu"),
+        parse_method(spec), mixer, batch=BATCH, dtype=dtype, device=DEVICE,
         reserve_tokens=room, fused=fused,
     )  # fmt: skip
 
@@ -25,7 +25,7 @@ def cache(spec, fused, dtype, room):
 def tokens(n, dtype, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return tuple(
-        torch.randn(BATCH, heads, n, SIZE, generator=generator).to(dtype)
+        torch.randn(BATCH, heads, n, SIZE, generator=generator).to(DEVICE, dtype)
         for heads in (HEADS, KV_HEADS, KV_HEADS)
     )
 
@@ -49,6 +49,7 @@ def held(twin):
         ("fp8_kv", torch.float32, 30),
         ("full", torch.float16, 30),
     ],
+    ids=str,
 )
 def test_steps_equal_the_torch_form(spec, dtype, prompt):
     tolerance = 2e-5 if dtype == torch.float32 else 2e-3

@@ -1,4 +1,4 @@
-"""Attention over token-wise caches, interpreted, against widened attention in fp32."""
+"""Attention over token-wise caches against widened attention in fp32."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from measure.kernels._splits import Partials
 from measure.kernels.token_decode import EXTRA_PARTS, reference, token_decode
 from measure.methods.packing import quantise_bytes
 
-assert interpreted()
+DEVICE = torch.device("cpu" if interpreted() else "cuda")
 
 
 def stored(x, bits, group, room):
@@ -19,13 +19,15 @@ def stored(x, bits, group, room):
     if bits == 16:
         parts = (x,)
     elif bits == 8:
-        scale = x.abs().amax().float().reshape(1) / 448 if x.numel() else torch.ones(1)
+        scale = (
+            x.abs().amax().float().reshape(1) / 448 if x.numel() else torch.ones(1, device=DEVICE)
+        )
         parts, extra = ((x.float() / scale).to(torch.float8_e4m3fn),), (scale,)
     else:
         parts = quantise_bytes(x, bits, group)
     whole = []
     for part in parts:
-        raw = torch.full((*part.shape[:2], room, *part.shape[3:]), 77.0).to(part.dtype)
+        raw = torch.full((*part.shape[:2], room, *part.shape[3:]), 77.0).to(part)
         raw[:, :, : part.shape[2]] = part
         whole.append(raw)
     return (*whole, *extra)
@@ -36,14 +38,14 @@ def case(n_tokens, bits, *, batch=1, heads=2, kv_heads=1, size=64, group=32, spl
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape):
-        return (torch.randn(*shape, generator=generator) + 0.5).to(dtype)
+        return (torch.randn(*shape, generator=generator) + 0.5).to(DEVICE, dtype)
 
     k, v = (draw(batch, kv_heads, n_tokens, size) for _ in "kv")
     q, k_new, v_new = draw(batch, heads, 1, size), *(draw(batch, kv_heads, 1, size) for _ in "kv")
     keys, values = (stored(x, bits, group, n_tokens + 5) for x in (k, v))
     tensors = (q, k_new, v_new, keys, values)
     partials = Partials.empty(batch * heads, splits + EXTRA_PARTS, size, q.device)
-    lengths = torch.full((batch,), n_tokens)
+    lengths = torch.full((batch,), n_tokens, device=DEVICE)
     found = token_decode(*tensors, lengths, partials, bits=bits, group=group)
     return found, reference(*tensors, bits=bits, group=group, n_tokens=n_tokens)
 

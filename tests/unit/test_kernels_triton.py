@@ -19,13 +19,24 @@ INTERPRETED = sorted(p.name for p in CASES.glob("interpreted_*.py"))
 pytestmark = pytest.mark.triton
 
 
-def run(*names: str, interpret: bool, cache: Path) -> None:
+def run(*names: str, interpret: bool, cache: Path, only: str = "") -> None:
     variables = {k: v for k, v in os.environ.items() if k != "PYTEST_XDIST_WORKER"}
     variables |= {"TRITON_INTERPRET": str(int(interpret)), "TRITON_CACHE_DIR": str(cache)}
     variables |= {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [
-            *(sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider"),
+            *(
+                sys.executable,
+                "-m",
+                "pytest",
+                "-q",
+                "-n",
+                "0",
+                "-p",
+                "no:cacheprovider",
+                "-k",
+                only,
+            ),
             *(str(CASES / name) for name in names),
         ],
         cwd=ROOT,
@@ -44,6 +55,13 @@ def test_interpreted_kernels_equal_their_references(half: int, tmp_path: Path) -
 @pytest.mark.gpu
 def test_kernels_of_dropping_methods_and_scans_on_the_device(tmp_path: Path) -> None:
     run("interpreted_dropping.py", interpret=False, cache=tmp_path)
+
+
+@pytest.mark.gpu
+def test_kernels_of_packed_caches_on_the_device(tmp_path: Path) -> None:
+    """In 16 bits: every further type and shape takes seconds to compile."""
+    names = (f"interpreted_{n}.py" for n in ("kivi_decode", "token_decode", "steps"))
+    run(*names, interpret=False, cache=tmp_path, only="halves or float16")
 
 
 def test_kernels_compile_for_every_architecture(tmp_path: Path) -> None:
