@@ -7,7 +7,7 @@ Llama-3-8B geometry in bf16 for what keys received (H2O: all queries; SnapKV: th
 besides. Useful work is counted as in the kernels' docstrings: FLOPs of H2O's two passes
 (4 N D S^2 / 2) and of the chunked scan, bytes of SnapKV's two passes over K and of RG-LRU's one.
 One JSON line a measurement, from which ``lccost calibrate --table`` fits the families of the
-kernels. Exit: 0 measured; 4 no device or no Triton.
+kernels. Exit: 0 measured; 1 a kernel failed; 4 no device or no Triton.
 """
 
 import argparse
@@ -24,6 +24,7 @@ from torch import Tensor
 from costmodel.mixers import Attention
 from costmodel.mixers.mamba2 import Mamba2
 from costmodel.mixers.rglru import RGLRU
+from measure.devices.base import AbstractDevice
 from measure.devices.open import open_device
 from measure.kernels import why_not
 from measure.methods.h2o import received_scores as received_by_blocks
@@ -106,6 +107,20 @@ def built_from(case: str) -> dict[str, Any]:
     }
 
 
+def timed(
+    device: AbstractDevice, call: Callable[[], object], work: float, unit: str
+) -> dict[str, Any]:
+    """Seconds of a call, and its useful work per second."""
+    timing = device.sampler().time(call, budget=BUDGET)
+    seconds = timing.statistics.median_s
+    return {
+        "status": "ok",
+        "seconds": seconds,
+        f"{unit}_per_s": work / seconds,
+        "samples": list(timing.samples),
+    }
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True)
@@ -120,28 +135,25 @@ def main() -> int:
         print(reason, file=sys.stderr)
         return 4
     options.output.parent.mkdir(parents=True, exist_ok=True)
+    worked = True
     with options.output.open("a", encoding="utf-8") as file:
         for s, batch in POINTS:
             for cases in (attention_cases, scan_cases):
                 for case, form, call, work, unit in cases(s, batch, device.device):
-                    timing = device.sampler().time(call, budget=BUDGET)
-                    seconds = timing.statistics.median_s
-                    record = {
-                        "case": case,
-                        "form": form,
-                        "context_tokens": s,
-                        "batch": batch,
-                        **built_from(case),
-                        "seconds": seconds,
-                        f"{unit}_per_s": work / seconds,
-                        "samples": list(timing.samples),
-                        "gpu": torch.cuda.get_device_name(device.device),
-                    }
+                    record = {"case": case, "form": form, "context_tokens": s, "batch": batch}
+                    record |= {"gpu": torch.cuda.get_device_name(device.device)}
+                    try:
+                        record |= timed(device, call, work, unit) | built_from(case)
+                    except torch.OutOfMemoryError as problem:
+                        record |= {"status": "oom", "message": str(problem)[:300]}
+                    except Exception as problem:  # Triton's are of no common kind
+                        message = f"{type(problem).__name__}: {problem}"[:300]
+                        record |= {"status": "error", "message": message}
+                        worked &= form != "fused"
                     file.write(json.dumps(record) + "\n")
                     file.flush()
-                    print(f"{case:18} {form:18} {s:>7} {seconds * 1e3:9.3f} ms "
-                          f"{work / seconds / 1e12:8.2f} T{unit}/s")  # fmt: skip
-    return 0
+                    print({k: v for k, v in record.items() if k not in ("samples", "mixer")})
+    return 0 if worked else 1
 
 
 if __name__ == "__main__":

@@ -4,13 +4,14 @@
     python scripts/kernels_doc.py --all      compile everything again
     python scripts/kernels_doc.py --check    fail when a kernel changed since (nothing is compiled)
 
-Compiling needs Triton and no GPU. Measured speeds stand between the marks of a section and are
-written by benchmarks/kernels_gpu.py; this script keeps them.
+Compiling needs Triton and no GPU. Measured speeds are those of measurements/kernels/*.jsonl, which
+benchmarks/kernels_gpu.py wrote (``scripts/gpu_run.sh kernels``); without records there is no table.
 """
 
 import argparse
 import ast
 import hashlib
+import json
 import re
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER, PAGE = ROOT / "measure" / "kernels", ROOT / "docs" / "kernels.md"
+RECORDS = ROOT / "measurements" / "kernels"
 HEAD = """<!-- Written by scripts/kernels_doc.py; edit the kernels instead. -->
 
 # Kernels
@@ -37,6 +39,11 @@ kernels` measures them.
 COLUMNS = (
     "| case | target | threads | registers | shared bytes | blocks an SM's registers hold "
     "| spilled bytes | loop's instructions | of them spills |\n" + "|---" * 9 + "|\n"
+)
+SPEEDS = (
+    "| device | case | form | context | batch | us | predicted us | TB/s | of copy | of ceiling |\n"
+    + "|---" * 10
+    + "|\n"
 )
 
 
@@ -78,6 +85,23 @@ def section(name: str) -> str:
     return f"## {name}\n\n<!-- {digest(name)} -->\n\n{doc}\n\n{COLUMNS}{rows}\n"
 
 
+def measured() -> str:
+    """The page's last section: steps as ``kernels_gpu.py`` timed them; "" without records."""
+    rows = ""
+    for path in sorted(RECORDS.glob("*.jsonl")):
+        for line in path.read_text("utf-8").splitlines():
+            r = json.loads(line)
+            if r.get("status") != "ok" or "copy_bytes_per_s" not in r:  # of prompts
+                continue
+            shares = (r["bytes_per_s"] / r[f"{of}_bytes_per_s"] for of in ("copy", "ceiling"))
+            rows += (
+                f"| {r['device_name']} | {r['case']} | {r['form']} | {r['context_tokens']:,} "
+                f"| {r['batch']} | {r['seconds'] * 1e6:,.1f} | {r['predicted_s'] * 1e6:,.1f} "
+                f"| {r['bytes_per_s'] / 1e12:.2f} | {' | '.join(f'{x:.0%}' for x in shares)} |\n"
+            )
+    return f"## Measured\n\n{SPEEDS}{rows}\n" if rows else ""
+
+
 def sections() -> dict[str, str]:
     """Sections of the page as it stands."""
     if not PAGE.exists():
@@ -90,14 +114,16 @@ def stale() -> list[str]:
     """Kernels whose section is not of their present source, and sections without a kernel."""
     found = sections()
     current = {n for n in names() if f"<!-- {digest(n)} -->" in found.get(n, "")}
-    return sorted((set(names()) | set(found)) - current)
+    speeds = found.pop("Measured", "")
+    outdated = ["Measured"] if speeds.strip() != measured().strip() else []
+    return sorted((set(names()) | set(found)) - current) + outdated
 
 
 def write(outdated: list[str]) -> None:
     """Compile the outdated kernels and write the page."""
     found = sections()
     texts = [section(n) if n in outdated else found[n] for n in names()]
-    PAGE.write_text(HEAD + "".join(texts).rstrip("\n") + "\n", "utf-8")
+    PAGE.write_text(HEAD + ("".join(texts) + measured()).rstrip("\n") + "\n", "utf-8")
 
 
 def main() -> int:

@@ -12,9 +12,11 @@ from measure.devices.open import open_device
 from measure.kernels import interpreted
 
 assert interpreted()
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "scripts")]
 import kernel_cases  # noqa: E402
 import kernel_figures  # noqa: E402
+import kernels_doc  # noqa: E402
 import kernels_gpu  # noqa: E402
 
 
@@ -29,7 +31,7 @@ def small(monkeypatch):
     monkeypatch.setattr(kernel_cases, "agreement", lambda s, d: original(s, d, 126))
 
 
-def test_a_run_writes_records_that_name_their_kernels(small, tmp_path, capsys):
+def test_a_run_writes_records_that_name_their_kernels(small, tmp_path, monkeypatch):
     output = tmp_path / "kernels.jsonl"
     device = open_device("cpu", 1, pinned=False)
     code = kernels_gpu.run(
@@ -51,6 +53,12 @@ def test_a_run_writes_records_that_name_their_kernels(small, tmp_path, capsys):
         "kivi:bits=4": "kivi4",
         "full": "attention16",
     }
+    # what the page of the kernels makes of them
+    monkeypatch.setattr(kernels_doc, "RECORDS", tmp_path)
+    page = kernels_doc.measured()
+    assert page.startswith("## Measured\n")
+    assert page.count("| full | fused | 140 | 1 |") == 1
+    assert "Measured" in kernels_doc.stale()
     # a run that goes on measures nothing twice
     again = kernels_gpu.run(
         output, device, load_hardware("h200-sxm"), points=[(140, 1)], methods=("full",)
