@@ -8,6 +8,8 @@ An engine with ``fused_kernels`` runs some steps of a method as one family of ke
     h2o, tova    attend and leave weights, merge and score, overwrite the slot of what leaves
     ring         StreamingLLM: attend sinks and ring, merge and replace
     quest        bound pages, choose, attend the chosen, merge and append
+    infllm       look blocks up, gather them, one softmax over window, first tokens, remainder and
+                 blocks: a step of some fifty kernels of torch, the blocks copied twice
     prompt_scores, window_scores
                  what keys received from all queries, or the last ones, of a prompt: two passes
     ssd_scan, rglru_scan
@@ -163,12 +165,20 @@ def _decode(op: Operation) -> tuple[Array, Work]:
     }
 
 
-def _packed(integer: float, issued: float = 0.0) -> WorkOf:
-    """Codes unpacked in registers: lane instructions per element."""
+def _packed(integer: float, issued: float = 0.0, products: float = 0.0) -> WorkOf:
+    """Codes unpacked in registers: lane instructions per element, and FLOPs in 16 bits per query
+    head of a KV head, of which tiles have at least two.
+    """
 
     def work(op: Operation, _: float) -> Work:
         elements, amounts = _decode(op)
-        return amounts | {"integer_ops": integer * elements, "issued_ops": issued * elements}
+        group = np.asarray(op.shape["n_heads"]) / op.shape["n_kv_heads"]
+        rows = np.maximum(2.0, 2.0 ** np.ceil(np.log2(group)))
+        return amounts | {
+            "integer_ops": integer * elements,
+            "issued_ops": issued * elements,
+            "half_flops": products * rows * elements,
+        }
 
     return work
 
@@ -184,6 +194,16 @@ def _in_tf32(op: Operation, _: float) -> Work:
 def _kept(op: Operation, n_units: float) -> Work:
     """The same over the slots a method keeps, which are all the room there is."""
     return _in_tf32(op, n_units) | {"room_tokens": op.shape["kv_len"]}
+
+
+def _looked_up(op: Operation, _: float) -> Work:
+    """Chosen blocks read and written twice on their way; scores, their fp32 copies and weights."""
+    amounts = _decode(op)[1]
+    s, b = op.shape, DTYPE_BYTES[op.dtype]
+    width = np.asarray(s["n_kv_heads"]) * (np.asarray(s["head_dim"]) + s["v_head_dim"])
+    copies = 4.0 * np.asarray(s["batch"]) * s["copied_tokens"] * (width * b)
+    weights = np.asarray(s["batch"]) * s["n_heads"] * s["kv_len"] * (4.0 * b + 8.0)
+    return amounts | {"n_bytes": amounts["n_bytes"] + copies + weights}
 
 
 def _received(op: Operation, _: float) -> Work:
@@ -203,14 +223,15 @@ def _received(op: Operation, _: float) -> Work:
 
 
 def _ssd(op: Operation, _: float) -> Work:
-    """fp32: x read twice and y written, b twice and c once, states four times, log decays."""
+    """In fp32: x read twice and y written, b twice and c once, states four times, log decays."""
     s = op.shape
     p, n, c = s["head_dim"], s["d_state"], s["chunk"]
     tokens = np.asarray(s["batch"]) * np.ceil(np.asarray(s["q_len"]) / c) * c
+    read = 3.0 * 4.0
     per_head = 12.0 * p + 16.0 * p * n / c + 12.0
     flops = s["n_heads"] * (4.0 * p * n + (n + p) * c)
     return {
-        "n_bytes": tokens * (s["n_heads"] * per_head + 12.0 * n * s["n_groups"]),
+        "n_bytes": tokens * (s["n_heads"] * per_head + read * n * s["n_groups"]),
         "tf32_flops": tokens * flops,
     }
 
@@ -247,18 +268,20 @@ def _dropping(launches: float, work: WorkOf) -> FusedKernel:
     )
 
 
-#: By name. Issue slots of KIVI were counted for 2 bits and are taken for 4, where memory binds.
+#: By name. Issue slots and products of KIVI were counted for 2 bits; the slots are taken for 4 too,
+#: where memory binds.
 KERNELS: Mapping[str, FusedKernel] = {
     "attention16": _token(32.0, _packed(0.0)),
-    "attention8": _token(64.0, _packed(1.75)),
-    "flexgen4": _token(64.0, _packed(0.875)),
+    "attention8": _token(64.0, _packed(1.75, issued=2.8)),
+    "flexgen4": _token(64.0, _packed(0.875, issued=2.3)),
     "flexgen2": _token(128.0, _packed(0.75)),
-    "kivi2": _token(128.0, _packed(0.75, issued=2.4)),
+    "kivi2": _token(128.0, _packed(0.75, issued=2.4, products=10.0)),
     "kivi4": _token(128.0, _packed(0.875, issued=2.4)),
     "h2o": _dropping(3.0, _kept),
     "tova": _dropping(3.0, _kept),
     "ring": _dropping(2.0, _kept),
     "quest": _dropping(3.0 + _CHOICE_LAUNCHES, _in_tf32),
+    "infllm": FusedKernel(launches=50.0, work=_looked_up, fits=lambda shape: True),
     "prompt_scores": FusedKernel(launches=2.0, work=_received, fits=_heads_fit),
     "window_scores": FusedKernel(launches=2.0, work=_received, fits=_heads_fit),
     "ssd_scan": FusedKernel(launches=4.0, work=_ssd, fits=_scan_fits),

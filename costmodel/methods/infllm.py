@@ -28,6 +28,7 @@ from typing import ClassVar, final
 import numpy as np
 
 from costmodel.architecture import MixerGroup
+from costmodel.fused_kernels import fused_step
 from costmodel.methods.base import (
     PRESETS,
     AbstractMethod,
@@ -348,14 +349,13 @@ class InfLLM(AbstractMethod):
             formula="first + remainder + topk p tokens read once; scores of the window again",
             unfitted=_UNFITTED,
         )
-        operations = (
-            lookup(mixer, point, budget, looked_up(budget, n), count=1.0),
-            *links(mixer, point, budget, n, count=1.0),
-            attention,
-        )
+        look = lookup(mixer, point, budget, looked_up(budget, n), count=1.0)
+        fetched = links(mixer, point, budget, n, count=1.0)
         if not reference:
-            return operations
-        return operations + copies(
+            shape = {**attention.shape, "copied_tokens": np.minimum(budget.topk, n) * p}
+            step = fused_step(point, "infllm", replace(attention, shape=shape), look)
+            return (*step, *fetched)
+        around = copies(
             mixer,
             point,
             budget,
@@ -365,3 +365,4 @@ class InfLLM(AbstractMethod):
             count=1.0,
             cats=1.0,
         )
+        return (look, *fetched, attention, *around)

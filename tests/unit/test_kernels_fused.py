@@ -34,6 +34,7 @@ CASES: dict[str, tuple[str, str, AbstractMixer]] = {
     "tova": ("tova", "decode", MIXER),
     "ring": ("streaming_llm", "decode", MIXER),
     "quest": ("quest", "decode", MIXER),
+    "infllm": ("infllm", "decode", MIXER),
     "prompt_scores": ("h2o", "prefill", MIXER),
     "window_scores": ("snapkv", "prefill", MIXER),
     "ssd_scan": (
@@ -76,7 +77,7 @@ def test_every_kernel_has_a_case() -> None:
 def test_without_records_a_kernel_is_a_prior_and_never_below_its_floor(kernel: str) -> None:
     for gpu in map(load_hardware, ("h200-sxm", "a100-sxm-80gb", "b200-sxm", "l40s", "t4")):
         dtype = "bf16" if "bf16" in gpu.peak_flops_per_s else "fp16"
-        for tokens, batch in ((4096.0, 1.0), (131_072.0, 1.0), (4096.0, 32.0), (131_072.0, 32.0)):
+        for tokens, batch in ((8192.0, 1.0), (131_072.0, 1.0), (8192.0, 32.0), (131_072.0, 32.0)):
             op = replace(step(kernel, tokens, batch), dtype=dtype)
             time = time_operation(op, gpu, "lccost")
             assert time.basis == "prior"
