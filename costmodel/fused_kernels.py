@@ -223,11 +223,11 @@ def _received(op: Operation, _: float) -> Work:
 
 
 def _ssd(op: Operation, _: float) -> Work:
-    """In fp32: x read twice and y written, b twice and c once, states four times, log decays."""
+    """In fp32 x read twice and y written, states four times, log decays; b twice and c once."""
     s = op.shape
     p, n, c = s["head_dim"], s["d_state"], s["chunk"]
     tokens = np.asarray(s["batch"]) * np.ceil(np.asarray(s["q_len"]) / c) * c
-    read = 3.0 * 4.0
+    read = 3.0 * DTYPE_BYTES[op.dtype]
     per_head = 12.0 * p + 16.0 * p * n / c + 12.0
     flops = s["n_heads"] * (4.0 * p * n + (n + p) * c)
     return {

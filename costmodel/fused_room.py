@@ -111,10 +111,10 @@ def _scored(op: Operation, n_units: float) -> Room:
 
 
 def _ring(op: Operation, n_units: float) -> Room:
-    """StreamingLLM: also what turns a head: frequencies, and a tile of cosines and sines."""
+    """StreamingLLM: also the frequencies that turn a head."""
     kept, _, _ = _slots(op, n_units, np.asarray(op.shape["kv_len"]))
-    pairs = np.asarray(op.shape["head_dim"]) / 2.0
-    return Room(kept=kept + pairs * (1.0 + 2 * 32.0) * _FP32, alive=op.transient_bytes)
+    frequencies = np.asarray(op.shape["head_dim"]) / 2.0 * _FP32
+    return Room(kept=kept + frequencies, alive=op.transient_bytes)
 
 
 def _quest(op: Operation, n_units: float) -> Room:

@@ -146,7 +146,7 @@ def busy_of(operations: Operations, hardware: HardwareProfile, engine: Engine) -
     for op in operations:
         t = time_operation(op, hardware, engine.kernels, engine.in_situ)
         if (op.unfitted or op.kernel) and t.basis == "prior" and some(op.count):
-            unfitted.add(op.unfitted or f"lccost's kernel {op.kernel} has no records near this GPU")
+            unfitted.add(op.unfitted or f"lccost's step {op.kernel} has no records near this GPU")
         n = op.count
         mid_s = n * t.mid_s
         bases[t.basis] = bases.get(t.basis, 0.0) + float(np.sum(mid_s))

@@ -6,8 +6,9 @@ at the record's method, mixer and sizes, so that rows and predictions speak of t
 Only calls of the kernels count; the other forms in the same files are there to compare with.
 
     kernel          name in ``costmodel.fused_kernels``
-    form            "fused": ran by the kernels
+    form            "fused": ran by the kernels; "kept": plain decode of what a method keeps
     method_spec, phase, mixer, dtype, context_tokens, reserved_tokens, batch     the point
+    tokens          what is cached where it is not the context
     seconds         one call in a replayed graph, with cold caches
     gpu, device_name, engine
 """
@@ -51,7 +52,7 @@ class KernelRecords(Schema):
 
     def read(self, record: Record, profile: HardwareProfile | None = None) -> Row:
         """Return one record as (family, shape, seconds)."""
-        if text(record, "form") != "fused":
+        if text(record, "form") not in ("fused", "kept"):
             raise ConfigError(f"form {text(record, 'form')[:40]!r} is no kernel of this project")
         seconds = number(record, "seconds")
         if seconds <= 0:
@@ -73,7 +74,7 @@ def operation_of(record: Record) -> Operation:
         raise ConfigError(f"kernel: expected one of {', '.join(KERNELS)}, got {kernel[:40]!r}")
     if phase not in ("prefill", "decode"):
         raise ConfigError(f"phase: expected prefill or decode, got {phase[:40]!r}")
-    tokens = count(record, "context_tokens")
+    tokens = count(record, "tokens", count(record, "context_tokens"))
     point = Point(
         batch=count(record, "batch"),
         prompt_tokens=tokens,

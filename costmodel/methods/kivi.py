@@ -97,6 +97,11 @@ class Kivi(AbstractMethod):
         # super() does not see through the class that slots=True makes
         return AbstractMethod.refusal(self, architecture)
 
+    @property
+    def _has_kernel(self) -> bool:
+        """Whether our kernel's tiles hold such blocks and groups: powers of two from 16 on."""
+        return all(n >= 16 and not n & (n - 1) for n in (self.residual_tokens, self.group))
+
     def element_bytes(self, point: Point) -> float:
         """Bytes of a quantised element with its share of scale and zero point."""
         return self.bits / 8 + 2 * point.element_bytes / self.group
@@ -207,7 +212,7 @@ class Kivi(AbstractMethod):
             attend = attend_packed(
                 point, attention, packed=packed, elements=dequantised, bits=self.bits
             )
-            if mixer.max_kv_tokens() is None:
+            if mixer.max_kv_tokens() is None and self._has_kernel:
                 shape = {**attend[0].shape, "residual_tokens": float(self.residual_tokens)}
                 attend = (replace(attend[0], shape=shape), *attend[1:])
                 return fused_step(point, f"kivi{self.bits}", *attend, flush)

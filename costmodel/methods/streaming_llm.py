@@ -224,8 +224,6 @@ class StreamingLLM(AbstractMethod):
                 vector_flops=3 * keys if self.positions == "cache" else 0.0,
                 formula="I + W tokens read once, the oldest of the window overwritten",
             )
-            if self.positions == "fixed":
-                return (attention,)
             return fused_step(point, "ring", attention)
         if self.positions == "fixed":
             return (

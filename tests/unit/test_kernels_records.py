@@ -183,6 +183,32 @@ def test_files_that_are_no_records_are_a_user_error(tmp_path: Path, content: str
     assert not (tmp_path / "out.toml").exists()
 
 
+def test_plain_decode_of_what_is_kept_counts_its_own_tokens() -> None:
+    record = synthetic("attention16", 6552, 8, np.random.default_rng(3))
+    record |= {"form": "kept", "tokens": 6552, "context_tokens": 32_768}
+    cells = {k: v if isinstance(v, str) else json.dumps(v) for k, v in record.items()}
+    key, shape, _ = SCHEMA.read({**cells, "hw": record["gpu"]})
+    assert key[:2] == ("fused", "attention16")
+    assert shape["n_bytes"] == pytest.approx(8 * 6552 * 8 * 256 * 2, rel=1e-3)
+
+
+def test_a_profile_takes_a_second_file_of_records(tmp_path: Path) -> None:
+    pytest.importorskip("scipy")
+    rng = np.random.default_rng(4)
+    first = tmp_path / "first.toml"
+    first_table = written(tmp_path / "a.jsonl", [synthetic("ring", *p, rng) for p in POINTS])
+    assert calibrate(first_table, first).exit_code == 0
+    scans = [synthetic("ssd_scan", *p, rng) | {"gpu": "NVIDIA H200"} for p in POINTS]
+    table = written(tmp_path / "b.jsonl", scans)
+    result = calibrate(table, tmp_path / "both.toml", "--gpu", str(first))
+    assert result.exit_code == 0, result.output
+    both = load_hardware(str(tmp_path / "both.toml"))
+    for kernel in ("ring", "ssd_scan"):
+        family = load_family("fused", "lccost", both, variant=kernel)
+        assert family is not None
+        assert family.basis == "calibrated"
+
+
 def test_too_few_records_say_how_many_are_needed(tmp_path: Path) -> None:
     rng = np.random.default_rng(2)
     table = written(tmp_path / "k.jsonl", [synthetic("ring", *p, rng) for p in POINTS[:5]])

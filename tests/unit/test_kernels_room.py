@@ -104,20 +104,13 @@ def test_steps_that_drop_or_choose(device, kernel: str, tokens: int, batch: int)
         held += n_bytes(RingRope.make(Rope(theta=1e4), MIXER.head_dim, META))
     assert float(predicted.kept) == held
     if kernel in ("h2o", "tova"):
-        workspace = _scoring_workspace()
+        from measure.kernels._scoring import ScoringWorkspace
+
         shape = (batch, MIXER.n_kv_heads, capacity, MIXER.head_dim)
         like = torch.empty(shape, dtype=torch.bfloat16, device=META)
         group = MIXER.n_heads // MIXER.n_kv_heads
-        made = workspace.make(like, like, group, room.splits)
+        made = ScoringWorkspace.make(like, like, group, room.splits)
         assert float(predicted.shared) == n_bytes(made)
-
-
-def _scoring_workspace() -> Any:
-    try:
-        from measure.kernels._scoring import ScoringWorkspace
-    except ModuleNotFoundError:
-        from measure.kernels.scored_decode import ScoringWorkspace
-    return ScoringWorkspace
 
 
 class Allocated(torch.overrides.TorchFunctionMode):
