@@ -84,7 +84,7 @@ def rotate(x: Tensor, table: Rotary, *, interleaved: bool = False) -> Tensor:
         swapped = turning.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
     else:
         swapped = torch.cat((turning[..., n // 2 :], turning[..., : n // 2]), dim=-1)
-    turned = torch.addcmul(turning * cos, swapped, sin)
+    turned = (turning * cos).addcmul_(swapped, sin)
     return turned if n == x.shape[-1] else torch.cat((turned, x[..., n:]), dim=-1)
 
 

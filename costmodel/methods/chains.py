@@ -169,10 +169,18 @@ def blocked_transient_bytes(
     if not point.engine.score_block_tokens or point.level == "reference":
         return 0.0
     b, s = point.element_bytes, point.prompt_tokens
-    queries = np.minimum(point.engine.score_block_tokens if block is None else block, s)
-    widest = np.minimum(np.minimum(keys, s) + queries - 1, s)
+    size = float(point.engine.score_block_tokens)
+    if block is None:  # the widest whole block, or the rest behind it
+        whole = np.floor(s / size) * size
+        rest, seen = s - whole, np.minimum(keys, s)
+        pairs = np.maximum(
+            size * np.minimum(seen + size - 1, whole), rest * np.minimum(seen + rest - 1, s)
+        )
+    else:  # the last queries only
+        queries = np.minimum(block, s)
+        pairs = queries * np.minimum(np.minimum(keys, s) + queries - 1, s)
     score = b + 4.0 + (4.0 if b < 4 else 0.0) if fp32 else 2 * b
-    scores: Array = point.batch * mixer.n_heads * queries * widest * score
+    scores: Array = point.batch * mixer.n_heads * pairs * score
     return scores + alive_around_bytes(mixer, point)
 
 
@@ -262,6 +270,10 @@ def of_elements(operation: Operation, point: Point, elements: Array, bits: float
 _PACKED = "no table of measured kernels holds a cache packed like this one"
 
 
+#: Elements that twins unpack at once (``PIECE_ELEMENTS`` of ``measure.methods``).
+_PIECE_ELEMENTS = 2.0**18
+
+
 def attend_packed(
     point: Point,
     attention: Operation,
@@ -270,6 +282,7 @@ def attend_packed(
     elements: Array,
     bits: float,
     name: str = "dequantise",
+    piece_bytes: float | None = None,
     unfitted: str = _PACKED,
 ) -> Operations:
     """Attention of level ``ideal`` over a packed cache, on this engine.
@@ -277,7 +290,8 @@ def attend_packed(
     An engine without fused kernels writes a 16-bit copy of the packed part and reads it once; the
     copy is made piece by piece, so it is never alive whole. ``packed`` bytes are those of
     ``attention.state_bytes`` that hold ``elements`` packed elements; ``name`` tells formats apart
-    whose unpacking takes different times. ``unfitted``: see ``Operation``.
+    whose unpacking takes different times. ``piece_bytes`` are alive per element of a piece, by
+    default the copy and as much again. ``unfitted``: see ``Operation``.
     """
     if point.engine.fused_dequantise:
         return (replace(attention, unfitted=unfitted),)
@@ -286,6 +300,9 @@ def attend_packed(
         vector_flops=2 * elements,
         state_bytes=packed,
         workspace_bytes=2 * elements * point.element_bytes,
+        # K or V, a piece of it
+        transient_bytes=np.minimum(elements / 2, _PIECE_ELEMENTS)
+        * (2.0 * point.element_bytes if piece_bytes is None else piece_bytes),
         launches=8,
         formula="codes, scales and zeros read; a copy of b bytes an element written and read",
     )

@@ -177,6 +177,8 @@ class KvQuant(AbstractMethod):
                 elements=elements,
                 bits=self.bits,
                 name="dequantise_codebook",
+                # codes and indices of 32 and 64 bits beside the copy
+                piece_bytes=16.0 + 2 * point.element_bytes,
             )
         return (
             *self._reference_append(mixer, point, new),
