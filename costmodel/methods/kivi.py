@@ -121,7 +121,21 @@ class Kivi(AbstractMethod):
 
     def packed_bytes(self, mixer: Attention, point: Point) -> tuple[Array, Array, Array]:
         """(packed keys, packed values, 16-bit residual) of one layer, whole batch."""
-        nk, rk, nv, rv = self.counts(mixer, point.cached_tokens)
+        return self._bytes(mixer, point, self.counts(mixer, point.cached_tokens))
+
+    def _room(self, mixer: Attention, tokens: Array) -> tuple[Array, Array, Array, Array]:
+        """``counts`` that a cache makes room for: both residuals at their fullest."""
+        t, r = np.asarray(tokens, dtype=np.float64), float(self.residual_tokens)
+        blocks = np.minimum(np.floor(t / r), np.ceil(mixer.limit_tokens / r) + 1)
+        held = np.minimum(t, mixer.limit_tokens)
+        ring = np.minimum(r, mixer.limit_tokens)
+        packed_values = np.maximum(held - ring, 0.0)
+        return blocks * r, np.minimum(t, r), packed_values, np.minimum(t, ring)
+
+    def _bytes(
+        self, mixer: Attention, point: Point, counts: tuple[Array, Array, Array, Array]
+    ) -> tuple[Array, Array, Array]:
+        nk, rk, nv, rv = counts
         b = point.kv_element_bytes
         hk, hv = mixer.head_dim, mixer.v_head_dim
         heads = point.batch * mixer.n_kv_heads
@@ -134,9 +148,14 @@ class Kivi(AbstractMethod):
         return packed(heads * nk * hk), packed(heads * nv * hv), heads * residual
 
     def state(self, group: MixerGroup, point: Point) -> State:
-        """Exact packed bytes."""
-        keys, values, residual = self.packed_bytes(attention_of(group), point)
-        return State(group.n_layers * (keys + values + residual))
+        """Exact packed bytes; preallocated, with room for both residuals at their fullest."""
+        mixer = attention_of(group)
+        keys, values, residual = self.packed_bytes(mixer, point)
+        size = keys + values + residual
+        if point.engine.kv_growth != "preallocated" or point.level == "reference":
+            return State(group.n_layers * size)
+        room = sum(self._bytes(mixer, point, self._room(mixer, point.reserved_tokens)))
+        return State(group.n_layers * size, allocated=group.n_layers * np.maximum(size, room))
 
     def prefill_attention(
         self, group: MixerGroup, point: Point, attention: Operations

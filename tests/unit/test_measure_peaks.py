@@ -45,7 +45,7 @@ def peaks(source, method, context, **changes):
 
 @pytest.mark.parametrize(
     "method",
-    ["full", "snapkv:keep_tokens=128", "tova:keep_tokens=128", "h2o", "fp8_kv",
+    ["full", "snapkv:keep_tokens=128", "tova:keep_tokens=128", "h2o", "fp8_kv", "kivi", "kvquant",
      "streaming_llm:window_tokens=124", "minference:kept_tokens=300"],
 )  # fmt: skip
 def test_peaks_are_predicted_within_three_percent(method):
