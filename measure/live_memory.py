@@ -2,7 +2,8 @@
 
 This sees what PyTorch hands from operation to operation, exactly, on any device; it does not see
 what a library allocates inside one operation and frees again. What existed before the call
-(weights, caches, inputs) is not counted: it is known already.
+(weights, caches, inputs) is not counted, it is known already; but where it is freed meanwhile, as
+by a cache that is built anew, it makes room.
 """
 
 import weakref
@@ -21,7 +22,7 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()
         self.live = self.peak = 0
         self._known: dict[int, int] = {}
-        self._old: set[int] = set()
+        self._old: dict[int, int] = {}
         #: operations that are not made of others
         self._whole: set[Any] = set()
 
@@ -33,8 +34,8 @@ class LiveBytes(TorchDispatchMode):
             if isinstance(tensor, torch.Tensor):  # not made here: it was there before
                 key = _key(tensor)
                 if key not in self._known and key not in self._old:
-                    self._old.add(key)
-                    self._forget_when_freed(tensor, self._old.discard, key)
+                    self._old[key] = tensor.untyped_storage().nbytes()
+                    self._forget_when_freed(tensor, self._freed, key)
         if func not in self._whole:
             with self:
                 results = func.decompose(*args, **(kwargs or {}))
@@ -62,7 +63,7 @@ class LiveBytes(TorchDispatchMode):
         weakref.finalize(tensor.untyped_storage(), forget, key).atexit = False
 
     def _freed(self, key: int) -> None:
-        self.live -= self._known.pop(key, 0)
+        self.live -= self._known.pop(key, 0) + self._old.pop(key, 0)
 
 
 def _key(tensor: torch.Tensor) -> int:

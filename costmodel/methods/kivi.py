@@ -238,6 +238,7 @@ class Kivi(AbstractMethod):
             return (*attend, flush)
         return (
             *self._reference_copies(mixer, point, packed, ratio),
+            *self._reference_unpacking(point, packed * ratio, dequantised * ratio),
             reads_copy(attention, packed * ratio, repeated=ratio > 1),
             *self._reference_rest(mixer, point, keys, values, residual),
             flush,
@@ -266,6 +267,25 @@ class Kivi(AbstractMethod):
             formula="G times the packed state written",
         )
         return repeat, copy
+
+    def _reference_unpacking(self, point: Point, packed: Array, elements: Array) -> Operations:
+        """What plain torch does in the place of upstream's kernels: keys and values of all query
+        heads unpacked whole, both alive until the step is attended.
+        """
+        if point.engine.fused_dequantise:
+            return ()
+        b = point.element_bytes
+        unpack = elementwise(
+            "dequantise",
+            vector_flops=2 * elements,
+            workspace_bytes=packed + 2 * elements * b,
+            # the values' codes as 32-bit indices
+            transient_bytes=packed + elements * (b + self.bits / 4),
+            launches=16,
+            source="measure/methods/kivi.py",
+            formula="G times the packed state read, as many elements of b bytes written and read",
+        )
+        return (of_elements(unpack, point, elements, self.bits),)
 
     def _reference_rest(
         self, mixer: Attention, point: Point, keys: Array, values: Array, residual: Array

@@ -174,7 +174,7 @@ class StreamingLLM(AbstractMethod):
             scores = point.batch * mixer.n_heads * chunk * keys * (4 * b)
             repeated = layer_bytes(mixer, point, keys) * (mixer.n_heads / mixer.n_kv_heads)
             alive = scores + repeated + alive_around_bytes(mixer, point)
-            banded = replace(banded, transient_bytes=banded.transient_bytes + alive)
+            banded = replace(banded, transient_bytes=np.maximum(banded.transient_bytes, alive))
         return (
             banded,
             elementwise(
@@ -207,6 +207,15 @@ class StreamingLLM(AbstractMethod):
             ),
         )
 
+    @staticmethod
+    def _stages_copied(mixer: Attention, point: Point, c: Array) -> Array:
+        """Bytes of a step's copies on plain torch: joined, cut into stages, repeated to all query
+        heads.
+        """
+        if not point.engine.score_block_tokens:
+            return 0.0
+        return layer_bytes(mixer, point, c) * (2.0 + mixer.n_heads / mixer.n_kv_heads)
+
     def decode(self, group: MixerGroup, point: Point) -> Operations:
         """Attention over sinks and window; ``cache`` rotates every key again."""
         mixer = attention_of(group)
@@ -236,6 +245,7 @@ class StreamingLLM(AbstractMethod):
                     executed_tokens=c + 1,
                     read_bytes=layer_bytes(mixer, point, c),
                     written_bytes=layer_bytes(mixer, point, 1.0),
+                    transient_bytes=self._stages_copied(mixer, point, c),
                     launches=2,
                     source=f"{_INF}, Triton multi-stage kernel",
                     formula="window, then sinks",

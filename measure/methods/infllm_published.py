@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from measure.methods.buffers import GrowingBuffer
-from measure.methods.two_stages import TwoStages, turned_in_fp32
+from measure.methods.two_stages import TwoStages, turned_in_fp32, within_window
 
 if TYPE_CHECKING:
     from measure.methods.infllm import InfLLMCache
@@ -84,12 +84,11 @@ def _append_window(
     """The stage of the last queries over the window that ends with them, at true distances."""
     columns = torch.arange(keys.shape[2], device=q.device)
     rows = columns[-q.shape[2] :]
-    age = rows[:, None] - columns
     stages.append(
         turned_in_fp32(cache, q, rows),
         turned_in_fp32(cache, keys, columns),
         values,
-        (age >= 0) & (age < cache.local),
+        within_window(rows, columns, cache.local),
         scored=True,
     )
 

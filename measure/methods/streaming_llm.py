@@ -24,7 +24,7 @@ from measure.methods.base import Realisation
 from measure.methods.buffers import GrowingBuffer
 from measure.methods.eager import eager_prompt, eager_step
 from measure.methods.kept_tokens import KeptTokensCache, attend_all
-from measure.methods.two_stages import TwoStages, turned_in_fp32
+from measure.methods.two_stages import TwoStages, turned_in_fp32, within_window
 from measure.numerics import Rope
 from measure.parts import QUERY_BLOCK, rotate
 
@@ -208,13 +208,12 @@ class StreamingCache(KeptTokensCache):
         local = min(keys.shape[2], n + self.window)
         columns = torch.arange(n_seen - local, n_seen, device=q.device)
         near = turned_in_fp32(self, keys[:, :, -local:].contiguous(), columns)
-        age = rows[:, None] - columns
         stages = TwoStages()
         stages.append(
             turned_in_fp32(self, q, rows),
             near,
             values[:, :, -local:].contiguous(),
-            (age >= 0) & (age < self.window),
+            within_window(rows, columns, self.window),
         )
         n_first = min(self.sinks, keys.shape[2])
         if n_first and n_seen > self.window:

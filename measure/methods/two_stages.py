@@ -17,6 +17,12 @@ def turned_in_fp32(cache: AbstractLayerCache, x: Tensor, positions: Tensor) -> T
     return cache.turned(x.float(), positions).to(x.dtype)
 
 
+def within_window(rows: Tensor, columns: Tensor, window: int) -> Tensor:
+    """Pairs [queries, keys] of a query at ``rows`` with itself and the window - 1 before it."""
+    age = rows[:, None] - columns
+    return (age >= 0) & (age < window)
+
+
 class TwoStages:
     """Collects stages, then attends all of them at once."""
 
