@@ -90,7 +90,8 @@ def turned_queries(
     return (mine * cos[None, :] + other * sin[None, :]) * scale
 
 
-@triton.jit
+# The start of the ring changes as it turns: a compilation each would cost more than it gains.
+@triton.jit(do_not_specialize=("ring_start",))
 def ring_split_kernel(
     q, keys, values, n_tokens, frequencies, acc_ptr, m_ptr, l_ptr, scale, sinks, window, ring_start,
     key_batch, key_head, key_token, value_batch, value_head, value_token,
@@ -128,7 +129,7 @@ def ring_split_kernel(
     store_split(acc_ptr, m_ptr, l_ptr, unit, split, top, total, out, GROUP, ROWS, SPLITS, DV)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("ring_start",))
 def merge_and_replace_kernel(
     q, k, v, keys, values, n_tokens, acc_ptr, m_ptr, l_ptr, out, scale, sinks, window, ring_start,
     key_batch, key_head, key_token, value_batch, value_head, value_token,
