@@ -26,9 +26,10 @@ NARROW = {
 def peaks(source, method, context, **changes):
     """((measured, predicted) of the prompt, of a step)."""
     architecture = load_architecture(source)
+    settings = {"layers": 1, "output_tokens": 8} | changes
     point = MeasurePoint(
-        architecture=architecture, stack=parse_method(method), context_tokens=context, layers=1,
-        output_tokens=8, model_source=source, **changes,
+        architecture=architecture, stack=parse_method(method), context_tokens=context,
+        model_source=source, **settings,
     )  # fmt: skip
     session = TorchSession(point, torch.device("cpu"))
     session.prepare()
@@ -39,7 +40,8 @@ def peaks(source, method, context, **changes):
         with LiveBytes() as live:
             call()
         found.append((base + live.peak, row[f"peak_{phase}_bytes"]))
-    assert session.allocated_bytes == row["state_allocated_bytes"]
+    if point.realisation == "best":  # published code mostly has no room of its own to fill
+        assert session.allocated_bytes == row["state_allocated_bytes"]
     return found
 
 
@@ -50,6 +52,20 @@ def peaks(source, method, context, **changes):
 )  # fmt: skip
 def test_peaks_are_predicted_within_three_percent(method):
     for measured, predicted in peaks(DEMO, method, 640):
+        assert predicted == pytest.approx(measured, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    "method",
+    ["fp8_kv", "flexgen", "kivi", "kvquant", "h2o", "h2o:variant=real_drop", "kv_offload",
+     "snapkv:keep_tokens=100", "tova:keep_tokens=100", "quest:keep_tokens=96",
+     "streaming_llm:window_tokens=100", "streaming_llm:window_tokens=100,positions=fixed",
+     "minference:kept_tokens=200", "infllm:block_tokens=32,init_tokens=16,local_tokens=128,"
+     "topk=2,cached_blocks=4,chunk_tokens=64"],
+)  # fmt: skip
+def test_peaks_of_published_operations_are_predicted_within_three_percent(method):
+    found = peaks(DEMO, method, 500, realisation="reference", layers=3, output_tokens=2)
+    for measured, predicted in found:
         assert predicted == pytest.approx(measured, rel=0.03)
 
 
