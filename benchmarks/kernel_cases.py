@@ -99,7 +99,7 @@ def library_cases(context: int, batch: int, device: torch.device) -> Iterator[Ca
 
         q1, k1, v1 = q[0, :, 0], k[0], v[0]
         calls["flashinfer"] = lambda: flashinfer.single_decode_with_kv_cache(
-            q1, k1, v1, kv_layout="HND", use_tensor_cores=True
+            q1, k1, v1, kv_layout="HND"
         )
     if importlib.util.find_spec("flash_attn") is not None:
         from flash_attn import flash_attn_with_kvcache

@@ -20,13 +20,16 @@ from torch.nn.functional import embedding, layer_norm, linear
 
 from costmodel.architecture import Architecture, Layer
 from costmodel.errors import ConfigError
+from costmodel.mlps import MoE
 from measure.blocks import Block, blocks_of, outer_norms
 from measure.config_numerics import numerics_of
 from measure.methods.base import AbstractLayerCache
 from measure.mixers.base import AbstractRunner, FixedState, Init, LayerState, Shape
 from measure.mixers.rwkv5 import ChannelMixing
+from measure.mlps import MLPRunner
 from measure.numerics import Numerics, Rope
 from measure.parts import Rotary, Tensors, rms, rope_table, scaled, softcap
+from measure.step_clock import StepClock
 from measure.weight_formats import PackedMatrix, packed
 
 __all__ = [
@@ -227,7 +230,7 @@ class Decoder:
     """Runs a prompt, then one token at a time; the caches carry everything between calls.
 
     ``n_positions`` is the longest sequence the rotary tables cover. Without ``numerics`` the
-    family's defaults serve.
+    family's defaults serve. Steps read their position from ``clock``, on the device.
     """
 
     def __init__(
@@ -244,6 +247,8 @@ class Decoder:
         self.architecture = architecture
         self.weights = weights
         dtype, device = weights.embedding.dtype, weights.embedding.device
+        self.clock = StepClock(device, n_positions - 1)
+        self.embedding_scale = torch.tensor(self.numerics.embedding_scale, dtype=dtype)
         self.tables: dict[tuple[Rope, int], Rotary] = {
             mixer.rope: rope_table(n_positions, mixer.rope[1], mixer.rope[0], dtype, device)
             for block in dict.fromkeys(self.blocks)
@@ -259,7 +264,18 @@ class Decoder:
     @torch.inference_mode()
     def decode(self, tokens: Tensor, caches: Sequence[LayerState]) -> Tensor:
         """Run one token per sequence [B, 1] after what the caches hold; logits [B, V]."""
-        return self._forward(tokens, caches, first=False)
+        self.clock.at(caches[0].n_tokens if caches else 0)
+        logits = self._forward(tokens, caches, first=False)
+        self.clock.advance()
+        return logits
+
+    def why_not_captured(self) -> str:
+        """Say what of a step outside the caches only the host can decide; "" where nothing is."""
+        mlps = [block.mlp for block in self.blocks]
+        mlps += [block.shared.mlp for block in self.blocks if block.shared is not None]
+        if any(isinstance(m, MLPRunner) and isinstance(m.mlp, MoE) for m in mlps):
+            return "the host reads which experts the router chose"
+        return ""
 
     def _forward(self, tokens: Tensor, caches: Sequence[LayerState], *, first: bool) -> Tensor:
         weights, numerics = self.weights, self.numerics
@@ -271,18 +287,23 @@ class Decoder:
             )
         x = self._embed(tokens)
         if numerics.embedding_scale != 1.0:
-            x = x * torch.tensor(numerics.embedding_scale, dtype=x.dtype)
+            x = x * self.embedding_scale
         if numerics.first_norm:
             x = self._norm(x, weights.outer, "first")
         # kept only where a layer reads it again: at the peak every tensor of [B, S, D] counts
         embedded = x if any(block.shared is not None for block in self.blocks) else None
         remaining = iter(caches)
+        if first:
+            tables = {key: (cos[:end], sin[:end]) for key, (cos, sin) in self.tables.items()}
+        else:
+            now = self.clock.position
+            tables = {
+                key: (cos.index_select(0, now), sin.index_select(0, now))
+                for key, (cos, sin) in self.tables.items()
+            }
 
         def table_of(runner: AbstractRunner) -> Rotary | None:
-            if runner.rope is None:
-                return None
-            cos, sin = self.tables[runner.rope]
-            return cos[position:end], sin[position:end]
+            return None if runner.rope is None else tables[runner.rope]
 
         for block, layer in zip(self.blocks, weights.layers, strict=True):
             cache = None

@@ -112,9 +112,9 @@ class Temperature:
     scale: float
     floor: float
 
-    def factors(self, first: int, n: int, device: torch.device) -> Tensor:
-        """[n, 1] for the positions from ``first`` on, fp32."""
-        positions = torch.arange(first + 1, first + n + 1, device=device, dtype=torch.float32)
+    def factors(self, first: Tensor, n: int) -> Tensor:
+        """[n, 1] for the positions from ``first`` [1] on, fp32."""
+        positions = torch.arange(1, n + 1, device=first.device, dtype=torch.float32) + first
         return 1.0 + self.scale * (positions / self.floor).floor().log1p().unsqueeze(-1)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from measure.available_memory import Available
+from measure.capture import captured_step, rewinding
 from measure.devices.base import AbstractDevice, Call
 from measure.devices.energy import EnergyReading, Unavailable, measure_energy
 from measure.devices.open import open_device
@@ -166,14 +167,11 @@ def _captured(
 
     Nothing of the point comes after it but the energy: a failed capture can disturb nothing else.
     """
+    if not device.has_graphs:
+        return None, None, "a CPU has no launches to capture"
     if point.realisation != "best":
         return None, None, "the reference form runs eagerly"
-    if point.tp > 1:
-        return None, None, "steps of several processes are not captured here"
-    if point.engine == "transformers":  # its caches count tokens on the device: no step is a replay
-        return None, None, "transformers' own step runs eagerly"
-    captured = device.capture(session.decode, session.reset)
-    session.reset()
+    captured = captured_step(session, device)
     if captured.replay is None:
         return None, None, captured.reason
     flush = device.flush(session.weights_bytes + session.allocated_bytes)
@@ -196,8 +194,8 @@ def _energy(
     window_s: float,
     idle_w: float | None,
 ) -> EnergyReading:
-    """Joules of decode steps. A replayed graph repeats one step exactly; an eager step is put back
-    after each, which is part of what the counter sees.
+    """Joules of decode steps. Replays go on to the end of the room, then count from T again; an
+    eager step is put back after each, which is part of what the counter sees.
     """
     if window_s <= 0:
         return EnergyReading(status="unavailable", reason="not asked for")
@@ -208,7 +206,7 @@ def _energy(
 
     session.reset()
     return measure_energy(
-        graph or eager,
+        eager if graph is None else rewinding(graph, session),
         source,
         synchronize=device.synchronize,
         step_s=timing.statistics.median_s,

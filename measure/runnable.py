@@ -11,8 +11,9 @@ from costmodel.methods.stack import MethodStack
 
 #: Modules beside the twins of methods.
 _NOT_METHODS = (
-    *("base", "buffers", "eager", "evicting", "host_copies", "kept_tokens", "packing"),
-    *("infllm_published", "token_packed", "two_stages", "llmlingua_package"),
+    *("base", "buffers", "eager", "evicting", "fixed_steps", "host_copies", "infllm_blocks"),
+    *("infllm_published", "kept_tokens", "llmlingua_package", "packing", "token_packed"),
+    "two_stages",
 )
 
 

@@ -5,6 +5,7 @@ session.state_bytes()                        exact caches, one layer at a time
 session.prepare()                            caches with room, the prompt
 clear, prefill, clear, prefill ...           or fill: T random tokens without computing them
 mark, decode, reset, decode ...              one step at T tokens, put back, again
+hold_shapes, capture of decode, rewind       steps as replays of one graph
 """
 
 import functools
@@ -75,6 +76,14 @@ class Session(Protocol):
     def reset(self) -> None:
         """Back to the mark."""
 
+    def hold_shapes(self) -> str:
+        """Give all steps from here on one shape, so that one can be captured and replayed as the
+        next; say why that cannot be, else "".
+        """
+
+    def rewind(self) -> None:
+        """Back to T tokens in count alone: what the steps since then stored may stay."""
+
     def details(self) -> dict[str, Any]:
         """Further keys of the record."""
 
@@ -138,7 +147,10 @@ def _weights(
 
 
 class TorchSession:
-    """The decoder of this package with its twins."""
+    """The decoder of this package with its twins.
+
+    What changes caches runs in inference mode: steps leave tensors that nothing else may change.
+    """
 
     def __init__(self, point: MeasurePoint, device: torch.device) -> None:
         self.point, self.device = point, device
@@ -224,6 +236,7 @@ class TorchSession:
         for cache in self.caches:
             cache.fill(self.point.prompt_tokens, self.point.seed)
 
+    @torch.inference_mode()
     def mark(self) -> None:
         """Snapshots of all caches."""
         self.snapshots = [cache.snapshot() for cache in self.caches]
@@ -237,6 +250,21 @@ class TorchSession:
         """Put the snapshots back."""
         for cache, snapshot in zip(self.caches, self.snapshots, strict=True):
             cache.restore(snapshot)
+
+        self.rewind()
+
+    def hold_shapes(self) -> str:
+        """The first reason of any part."""
+        reasons = [self.decoder.why_not_captured()]
+        reasons += [cache.hold_shapes() for cache in self.caches]
+        return next(filter(None, reasons), "")
+
+    @torch.inference_mode()
+    def rewind(self) -> None:
+        """The device's counts are those of the host, which replays leave as they are."""
+        self.decoder.clock.reset(self.caches[0].n_tokens if self.caches else 0)
+        for cache in self.caches:
+            cache.reset_steps()
 
     def details(self) -> dict[str, Any]:
         """What compressed the prompt, if anything did."""
@@ -265,6 +293,7 @@ class TorchSession:
                 cache.place(ordinal, n_kv_layers, self.numerics.rope)
                 if output_tokens is not None:
                     cache.make_room(point.prompt_tokens, output_tokens)
+            cache.keep_time(self.decoder.clock)
             caches.append(cache)
         keeping = [c for c in caches if isinstance(c, AbstractLayerCache)]
         for cache, successor in itertools.pairwise(keeping):

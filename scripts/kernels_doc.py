@@ -32,8 +32,8 @@ against their references in Triton's interpreter and compiled in every test run,
 sm_90 and sm_100, further shapes and lesser launches for sm_90. The tables say what one block takes
 (Triton 3.9.0 and the ptxas in its wheel). Instructions are those that a warp executes in one pass
 of the hot loop, and of them those that access spilled registers; both are counted in the machine
-code. Triton 3.6.0 compiles all cases too; KIVI-2's loop has 2,767 instructions there (sm_90).
-Speeds need a device: `scripts/gpu_run.sh kernels` measures them.
+code. Triton 3.6.0 compiles all cases too. Speeds need a device: `scripts/gpu_run.sh
+kernels` measures them.
 
 """
 COLUMNS = (

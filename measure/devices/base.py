@@ -46,6 +46,8 @@ class AbstractDevice(ABC):
 
     name: str
     device: torch.device
+    #: whether calls can be captured and replayed
+    has_graphs = False
 
     @abstractmethod
     def sampler(self) -> Sampler:

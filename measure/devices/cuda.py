@@ -47,6 +47,8 @@ class EventStopwatch:
 class CudaDevice(AbstractDevice):
     """One GPU; ``cuda`` and ``nvml`` stand in for ``torch.cuda`` and the driver."""
 
+    has_graphs = True
+
     def __init__(self, name: str, cuda: Any = None, nvml: Nvml | Unavailable | None = None) -> None:
         self._cuda = torch.cuda if cuda is None else cuda
         index = cuda_index(name)
@@ -140,24 +142,29 @@ class CudaDevice(AbstractDevice):
     def capture(self, call: Call, before: Call) -> Captured:
         """Capture on a side stream, after some calls there; whatever cannot be captured says why
         (a wait for the GPU, an allocation outside of the allocator, a changing shape).
+
+        Memory the call makes comes from a pool of the graph's own, so that replays find it where
+        it was; it is given back with the graph.
         """
-        stream = self._cuda.Stream()
-        stream.wait_stream(self._cuda.current_stream())
+        usual, stream = self._cuda.current_stream(), self._cuda.Stream()
+        stream.wait_stream(usual)
         with self._cuda.stream(stream):
             for _ in range(_WARM_CALLS):
                 before()
                 call()
             before()
-        self._cuda.current_stream().wait_stream(stream)
-        self._cuda.synchronize()
+        usual.wait_stream(stream)
         graph = self._cuda.CUDAGraph()
         try:
+            # the context waits for the GPU before it begins
             with self._cuda.graph(graph, stream=stream):
                 call()
             before()
             graph.replay()
             self._cuda.synchronize()
         except RuntimeError as error:
+            # a capture that fails leaves its stream current (torch.cuda.graph.__exit__)
+            self._cuda.set_stream(usual)
             return Captured(replay=None, reason=str(error).splitlines()[0][:300])
         return Captured(replay=graph.replay, reason="")
 

@@ -90,8 +90,7 @@ def turned_queries(
     return (mine * cos[None, :] + other * sin[None, :]) * scale
 
 
-# The start of the ring changes as it turns: a compilation each would cost more than it gains.
-@triton.jit(do_not_specialize=("ring_start",))
+@triton.jit
 def ring_split_kernel(
     q, keys, values, n_tokens, frequencies, acc_ptr, m_ptr, l_ptr, scale, sinks, window, ring_start,
     key_batch, key_head, key_token, value_batch, value_head, value_token,
@@ -129,7 +128,7 @@ def ring_split_kernel(
     store_split(acc_ptr, m_ptr, l_ptr, unit, split, top, total, out, GROUP, ROWS, SPLITS, DV)
 
 
-@triton.jit(do_not_specialize=("ring_start",))
+@triton.jit
 def merge_and_replace_kernel(
     q, k, v, keys, values, n_tokens, acc_ptr, m_ptr, l_ptr, out, scale, sinks, window, ring_start,
     key_batch, key_head, key_token, value_batch, value_head, value_token,

@@ -144,9 +144,10 @@ def build_layer_cache(
         return cache
 
     cache = built(holds or Full()) if evicts is None else built(evicts)
-    if holds is not None and evicts is not None:
-        assert isinstance(cache, EvictingCache)
-        cache.hold_in(built(holds))
+    if isinstance(cache, EvictingCache):
+        if holds is not None and evicts is not None:
+            cache.hold_in(built(holds))
+        cache.inner.fused = cache.fused
     if attends is not None:
         cache.prompt_attention = prompt_attention_class(attends.NAME)(attends, realisation)
     return cache

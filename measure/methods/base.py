@@ -20,6 +20,7 @@ from measure.kernels._steps import StepState
 from measure.methods.buffers import GrowingBuffer
 from measure.numerics import Rope
 from measure.parts import QUERY_BLOCK, attend_prompt, rotate, shared_rope_table
+from measure.step_clock import StepClock
 
 #: ``best``: the fastest correct form here; ``reference``: the operations of the published code.
 Realisation = Literal["reference", "best"]
@@ -90,6 +91,10 @@ class AbstractLayerCache(ABC):
     fused = False
     #: what those kernels keep on the device, once a step was run
     step_state: StepState | None = None
+    #: the model's position on the device; None: the cache is used alone
+    clock: StepClock | None = None
+    #: steps have one shape and read their place from the clock, so that one can be captured
+    fixed_shapes = False
 
     def __init__(
         self,
@@ -128,6 +133,31 @@ class AbstractLayerCache(ABC):
     def link(self, successor: "AbstractLayerCache") -> None:
         """Say which cache's step comes next, for what can begin before it does."""
         self.successor = successor
+
+    def keep_time(self, clock: StepClock) -> None:
+        """Read positions from ``clock``, which moves on once a step, after the last cache."""
+        self.clock = clock
+
+    def now(self) -> Tensor:
+        """Tokens seen before this step, [1] on the device."""
+        if self.clock is None:
+            return torch.full((1,), self.n_tokens, dtype=torch.int64, device=self.device)
+        return self.clock.behind(self.clock.host - self.n_tokens)
+
+    def hold_shapes(self) -> str:
+        """Give all steps from here on one shape, for a capture; say why that cannot be, else "".
+
+        The steps must have room, and the cache is filled as it will be.
+        """
+        reason = self._why_shapes_change()
+        self.fixed_shapes = not reason
+        for buffer in self._buffers() if self.fixed_shapes else ():
+            buffer.zero_room()
+        return reason
+
+    @abstractmethod
+    def _why_shapes_change(self) -> str:
+        """Say what of a step here only the host can decide; "" where nothing is."""
 
     @abstractmethod
     def reserve(self, n_tokens: int) -> None:
@@ -169,7 +199,7 @@ class AbstractLayerCache(ABC):
         """Attend the prompt exactly, through the layer's window where it has one."""
         if self.ROTATES:
             positions = torch.arange(q.shape[2], device=q.device)
-            q, k = self.turned(q, positions), self.turned(k, positions)
+            q, k = (self.turned(x, positions, q.shape[2]) for x in (q, k))
         if self.prompt_attention is not None:
             return self.prompt_attention.attend(q, k, v)
         mixer = self.mixer
@@ -182,26 +212,31 @@ class AbstractLayerCache(ABC):
             block=q.shape[2] if self.is_reference else QUERY_BLOCK,
         )
 
-    def turned(self, x: Tensor, positions: Tensor) -> Tensor:
+    def turned(self, x: Tensor, positions: Tensor, longest: int | None = None) -> Tensor:
         """Turn ``x`` [B, heads, n, H] as the model's rotary embedding does at ``positions``: [n],
-        or [B, 1, n] where every sequence has its own.
+        or [B, 1, n] where every sequence has its own. All are below ``longest``; where the host
+        does not know that, it asks the device and waits.
         """
         if self.rope is None:
             return x
-        longest = int(positions.max()) + 1
-        cos, sin = shared_rope_table(longest, x.shape[-1], self.rope, x.dtype, x.device)
-        table = cos[positions], sin[positions]
-        return rotate(x, table, interleaved=self.rope.interleaved)
+        cos, sin = self._table(x, positions, longest)
+        return rotate(x, (cos, sin), interleaved=self.rope.interleaved)
 
-    def turned_back(self, x: Tensor, positions: Tensor) -> Tensor:
+    def turned_back(self, x: Tensor, positions: Tensor, longest: int | None = None) -> Tensor:
         """Undo ``turned``."""
         if self.rope is None:
             return x
-        longest = int(positions.max()) + 1
-        cos, sin = shared_rope_table(longest, x.shape[-1], self.rope, x.dtype, x.device)
-        table = cos[positions], -sin[positions]
+        cos, sin = self._table(x, positions, longest)
         # an amplitude multiplies both ways
-        return rotate(x, table, interleaved=self.rope.interleaved) / self.rope.amplitude**2
+        return rotate(x, (cos, -sin), interleaved=self.rope.interleaved) / self.rope.amplitude**2
+
+    def _table(self, x: Tensor, positions: Tensor, longest: int | None) -> tuple[Tensor, Tensor]:
+        assert self.rope is not None
+        n = int(positions.max()) + 1 if longest is None else longest
+        cos, sin = shared_rope_table(n, x.shape[-1], self.rope, x.dtype, x.device)
+        if positions.dim() > 1:
+            return cos[positions], sin[positions]
+        return cos.index_select(0, positions), sin.index_select(0, positions)
 
     def reset_steps(self) -> None:
         """Put the device's count of tokens back too, whatever graphs were replayed."""

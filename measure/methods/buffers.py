@@ -108,6 +108,18 @@ class GrowingBuffer:
         """Overwrite one entry [B, K, 1, ...]."""
         self._data.narrow(_AXIS, index, 1).copy_(entry)
 
+    def put(self, index: Tensor, entry: Tensor) -> None:
+        """Overwrite the entry at ``index`` [1] of the storage, which the device knows."""
+        data, entry = self._data, entry.to(self._data.dtype)
+        if data.is_floating_point() and data.itemsize == 1:  # eight-bit floats are only moved
+            data, entry = data.view(torch.uint8), entry.view(torch.uint8)
+        data.index_copy_(_AXIS, index, entry)
+
+    def zero_room(self) -> None:
+        """Have what is not in use be zeros: a step over the whole room multiplies it by nothing."""
+        room = self._data.narrow(_AXIS, self.length, self.capacity - self.length)
+        (room.view(torch.uint8) if room.itemsize == 1 else room).zero_()
+
     def drop_oldest(self, n: int, *, release: bool = False) -> None:
         """Forget the first ``n`` entries, the others move up; ``release`` gives their room back."""
         if n <= 0:
@@ -117,6 +129,11 @@ class GrowingBuffer:
         if release:
             self.reserve(rest.shape[_AXIS])
         self.append(rest)
+
+    def restore(self, entries: Tensor) -> None:
+        """Hold just ``entries``, a copy of what was held; the layout stays as it is."""
+        self.length = 0
+        self.append(entries)
 
     def clear(self, *, release: bool = False) -> None:
         """Forget all entries; ``release`` gives the storage back too, else all of it is room."""

@@ -17,6 +17,7 @@ from measure.methods.base import AbstractLayerCache
 from measure.methods.buffers import GrowingBuffer
 from measure.methods.full import FullCache
 from measure.methods.kept_tokens import gather_tokens
+from measure.step_clock import StepClock
 
 
 class EvictingCache(AbstractLayerCache):
@@ -67,6 +68,22 @@ class EvictingCache(AbstractLayerCache):
         """Also of the inner cache."""
         super().place(layer, n_kv_layers, rope)
         self.inner.place(layer, n_kv_layers, rope)
+
+    def keep_time(self, clock: StepClock) -> None:
+        """Also the inner cache, which lags by what was dropped."""
+        super().keep_time(clock)
+        self.inner.keep_time(clock)
+
+    def hold_shapes(self) -> str:
+        """As the inner cache can: the choice was made with the prompt."""
+        return self.inner.hold_shapes()
+
+    def _why_shapes_change(self) -> str:
+        return self.inner._why_shapes_change()
+
+    def reset_steps(self) -> None:
+        """Of the inner cache."""
+        self.inner.reset_steps()
 
     def reserve(self, n_tokens: int) -> None:
         """Room for ``n_tokens``: how many of them are prompt is not known."""

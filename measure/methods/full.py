@@ -14,6 +14,7 @@ from costmodel.methods.base import AbstractMethod
 from measure.kernels._steps import fits, token_step
 from measure.methods.base import AbstractLayerCache, Realisation
 from measure.methods.buffers import GrowingBuffer
+from measure.methods.fixed_steps import NO_ROOM, attend_held, has_room
 from measure.parts import QUERY_BLOCK, attend, attend_prompt
 
 
@@ -82,6 +83,8 @@ class FullCache(AbstractLayerCache):
         plain = self.softcap is None and self.sinks is None and self.dtype.itemsize == 2
         if self.fused and plain and fits(self.mixer):
             return token_step(self, (q, k, v), ((self.keys,), (self.values,)), bits=16)
+        if self.fixed_shapes:
+            return self._fixed_step(q, k, v)
         seen = None
         if self.limit is None or self.keys.length < self.limit:
             self.store(k, v)
@@ -95,6 +98,22 @@ class FullCache(AbstractLayerCache):
         sinks = None if self.sinks is None else self.sinks.view(self.mixer.n_kv_heads, -1)
         keys, values = self.keys.entries(0, seen), self.values.entries(0, seen)
         return self.unfold(attend(self.fold(q), keys, values, cap=self.softcap, sinks=sinks))
+
+    def _fixed_step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The same over the whole room, told by the device which slots count."""
+        n, chunk = self.now(), self.mixer.chunk_tokens
+        slot = n if self.limit is None else n % self.limit
+        for buffer, x in zip(self._buffers(), (k, v), strict=True):
+            buffer.put(slot, x)
+            buffer.length = min(self.n_tokens + 1, buffer.capacity)
+        self.n_tokens += 1
+        seen = (n % chunk if chunk else n) + 1
+        keys, values = self.keys.whole, self.values.whole
+        return attend_held(self, q, keys, values, seen, cap=self.softcap, sinks=self.sinks)
+
+    def _why_shapes_change(self) -> str:
+        is_full_ring = self.limit is not None and self.keys.length >= self.limit
+        return "" if is_full_ring or has_room(self.keys) else NO_ROOM
 
     def snapshot(self) -> Any:
         """Remember the number of tokens, and what the next one overwrites in a full ring."""

@@ -26,6 +26,7 @@ from measure.kernels._dropping import h2o_step, heads_fit
 from measure.methods.base import Realisation
 from measure.methods.buffers import GrowingBuffer
 from measure.methods.eager import eager_prompt, eager_step
+from measure.methods.fixed_steps import still_grows
 from measure.methods.kept_tokens import (
     KeptTokensCache,
     attend_all,
@@ -139,8 +140,9 @@ class H2OCache(KeptTokensCache):
             out, weights = self.attend_with_new(q, keys, values, k, v)
         received = weights.sum(dim=2)
         self.scores.entries().add_(received[..., :-1])
-        lightest = self._lightest()
-        position = torch.full_like(self.positions.entries(0, 1), self.n_tokens)
+        now = self.now()
+        lightest = self._lightest(now)
+        position = torch.zeros_like(self.positions.entries(0, 1)).add_(now)
         new = (k, v, received[..., -1:], position)
         for buffer, entry in zip(self._buffers(), new, strict=True):
             if self.method.variant == "slot":
@@ -165,16 +167,16 @@ class H2OCache(KeptTokensCache):
             weights = weights.clone()
         return out, weights.view(*k.shape[:2], -1, weights.shape[-1]).float()
 
-    def _lightest(self) -> Tensor:
+    def _lightest(self, now: Tensor) -> Tensor:
         """Slots [B, K] of the lightest tokens that are not recent; the new one is recent itself."""
-        old = self.positions.entries() <= self.n_tokens - self.recent
+        old = self.positions.entries() <= now - self.recent
         return self.scores.entries().masked_fill(~old, torch.inf).argmin(dim=-1)
 
     def _masked_step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend everything with what was dropped hidden, update the scores, drop one."""
         self.keys.append(k)
         self.values.append(v)
-        kept, hidden = self.positions.entries().long(), None
+        kept, hidden, now = self.positions.entries().long(), None, self.now()
         if self.positions.length:
             hidden = torch.ones(
                 *kept.shape[:2], self.n_tokens + 1, dtype=torch.bool, device=k.device
@@ -196,9 +198,9 @@ class H2OCache(KeptTokensCache):
         received = weights.sum(dim=2)
         if self.positions.length:
             self.scores.entries().add_(received.gather(-1, kept))
-            lightest = self._lightest()
+            lightest = self._lightest(now)
             overwrite(self.scores, lightest, received[..., -1:])
-            position = torch.full_like(self.positions.entries(0, 1), self.n_tokens)
+            position = torch.zeros_like(self.positions.entries(0, 1)).add_(now)
             overwrite(self.positions, lightest, position)
         else:
             chosen = self._chosen(received)
@@ -206,6 +208,11 @@ class H2OCache(KeptTokensCache):
             self.positions.append(chosen.int())
         self.n_tokens += 1
         return out
+
+    def _why_shapes_change(self) -> str:
+        if self._masks:
+            return "what is hidden is chosen in the first step, and all K and V grow"
+        return still_grows(self.n_tokens, self.heavy + self.recent)
 
     def _chosen(self, received: Tensor) -> Tensor:
         """Positions [B, K, C] of the heavy hitters and the recent tokens, ascending."""

@@ -22,9 +22,9 @@ def _stream(device: torch.device) -> Any:
     return torch.cuda.Stream(device)
 
 
-def start_copies(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> Wait:
-    """Begin copying each source (on the host) into its target, after what the current stream was
-    asked for until now; without a GPU the copies are made at once.
+def start_copies(targets: Sequence[Tensor], sources: Sequence[Tensor], after: Any = None) -> Wait:
+    """Begin copying each source (on the host) into its target, after the event ``after``, or after
+    all that the current stream was asked for until now; without a GPU the copies are made at once.
     """
     device = targets[0].device
     if device.type != "cuda":
@@ -34,7 +34,10 @@ def start_copies(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> Wait:
     stream = _stream(device)
     # the targets' memory may have belonged to work that the current stream has yet to do, and the
     # sources' last token may still be on its way to the host
-    stream.wait_stream(torch.cuda.current_stream(device))
+    if after is None:
+        stream.wait_stream(torch.cuda.current_stream(device))
+    else:
+        stream.wait_event(after)
     with torch.cuda.stream(stream):
         for target, source in zip(targets, sources, strict=True):
             target.copy_(source, non_blocking=True)

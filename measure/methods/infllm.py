@@ -6,12 +6,11 @@ fixed distance, so it is kept unturned: the first I tokens, the remainder (which
 window), and blocks of p tokens that went to the host. A block is represented, for every query head,
 by the mean of its keys with the largest local scores. A chunk of queries (one token in a step)
 looks up its top-k blocks by its mean query, all heads together; they pass through a cache of blocks
-on the device (the least recently used leaves) into the attention buffer. Scores of window, first
-tokens, blocks and remainder share one softmax (thunlp/InfLLM merges them with running maxima, and
-computes local scores a second time). A step starts the copies of its missing blocks, whole pieces
-of pinned memory on a stream of their own, and waits for them behind the scores of everything else.
-Where a cache leaves plain attention during decoding no scores are known yet: keys of its blocks are
-averaged as they come.
+on the device (the least recently used leaves) into the attention buffer: ``infllm_blocks``. Scores
+of window, first tokens, blocks and remainder share one softmax (thunlp/InfLLM merges them with
+running maxima, and computes local scores a second time). A step asks for its blocks first and for
+their scores last. Where a cache leaves plain attention during decoding no scores are known yet:
+keys of its blocks are averaged as they come.
 
 ``reference`` is ``infllm_published``; its window holds keys unturned.
 """
@@ -26,33 +25,22 @@ from costmodel.methods.base import AbstractMethod
 from costmodel.methods.infllm import InfLLM
 from measure.methods.base import AbstractLayerCache, Realisation
 from measure.methods.buffers import GrowingBuffer
-from measure.methods.host_copies import Wait, start_copies
+from measure.methods.infllm_blocks import BlockStore, Places, room_for
 from measure.methods.infllm_published import published_prompt, published_step
-from measure.methods.kept_tokens import attend_all, gather_tokens
+from measure.methods.kept_tokens import attend_all
 from measure.parts import QUERY_BLOCK
-
-#: Representatives there is room for at first; the room doubles.
-_FIRST_ROOM = 16
-
-
-class _Coming(NamedTuple):
-    """Blocks chosen for each sequence, and the wait for what is copied; None: nothing changed."""
-
-    chosen: list[list[int]]
-    wait: Wait | None
 
 
 class _Snapshot(NamedTuple):
     n_tokens: int
     n_blocks: int
     entries: list[Tensor]
-    places: list[dict[int, int]]
-    loaded: list[list[int]] | None
+    places: Places
 
 
 @final
 class InfLLMCache(AbstractLayerCache):
-    """One layer's window, first tokens, remainder, representatives, block cache and host blocks."""
+    """One layer's window, first tokens, remainder, and blocks."""
 
     NAME: ClassVar[str] = "infllm"
     REALISATIONS: ClassVar[frozenset[Realisation]] = frozenset({"best", "reference"})
@@ -75,40 +63,27 @@ class InfLLMCache(AbstractLayerCache):
             )
             return k, v
 
-        self.window, self.first, self.rest, self.buffer, self.cached = (
-            pair(self.device) for _ in range(5)
+        self.window, self.first, self.rest = (pair(self.device) for _ in range(3))
+        self.scores = GrowingBuffer(self.batch, m.n_heads, (), self.dtype, self.device)
+        self.blocks = BlockStore(
+            method,
+            (m.n_heads, m.n_kv_heads),
+            (m.head_dim, m.v_head_dim),
+            batch=self.batch,
+            dtype=self.dtype,
+            device=self.device,
         )
-        #: one entry a block, so that it is one piece of memory
-        self.host = tuple(
-            GrowingBuffer(
-                *(self.batch, 1, (m.n_kv_heads, method.block_tokens, size), self.dtype),
-                torch.device("cpu"),
-                pinned=self.device.type == "cuda",
-            )
-            for size in (m.head_dim, m.v_head_dim)
-        )
-        per_head = (self.batch, m.n_heads)
-        self.representatives = GrowingBuffer(*per_head, (m.head_dim,), self.dtype, self.device)
-        self.scores = GrowingBuffer(*per_head, (), self.dtype, self.device)
         self._reserved = False
         self._set_budget(0)
-        self._forget()
 
     def _buffers(self) -> Iterator[GrowingBuffer]:
-        for pair in (self.window, self.first, self.rest, self.buffer, self.cached):
-            yield from pair
-        yield from (self.representatives, self.scores)
-
-    def _forget(self) -> None:
-        self.n_blocks = 0
-        #: per sequence: block -> place in the block cache, least recently used first
-        self._places: list[dict[int, int]] = [{} for _ in range(self.batch)]
-        self._loaded: list[list[int]] | None = None  # blocks in the attention buffer
+        yield from (*self.window, *self.first, *self.rest, *self.blocks.buffers(), self.scores)
 
     def _set_budget(self, n_prompt: int) -> None:
         budget = self.method.budget(float(n_prompt))
         self.init, self.local = int(budget.init), int(budget.local)
-        self.topk, self.n_cached = int(budget.topk), int(budget.cached)
+        self.topk = int(budget.topk)
+        self.blocks.set_budget(self.topk, int(budget.cached))
         self.block, self.chunk = self.method.block_tokens, self.method.chunk_tokens
 
     @property
@@ -130,14 +105,14 @@ class InfLLMCache(AbstractLayerCache):
             self.window: n_tokens if plain else self._plain_tokens + 1,
             self.first: 0 if plain else self.init,
             self.rest: 0 if plain else self.local + self.block,
-            self.buffer: 0 if plain else self._buffer_tokens,
-            self.cached: 0 if plain else self.n_cached * self.block,
-            self.host: n_blocks,
+            self.blocks.buffer: 0 if plain else self._buffer_tokens,
+            self.blocks.cached: 0 if plain else self.blocks.n_cached * self.block,
+            self.blocks.host: n_blocks,
         }
         for pair, room in rooms.items():
             for buffer in pair:
                 buffer.reserve(room)
-        self.representatives.reserve(0 if plain else _room(n_blocks))
+        self.blocks.representatives.reserve(0 if plain else room_for(n_blocks))
         self.scores.reserve(0 if plain else self.local + self.block)
 
     @property
@@ -147,14 +122,12 @@ class InfLLMCache(AbstractLayerCache):
     @property
     def host_bytes(self) -> int:
         """Bytes of the blocks on the host."""
-        return sum(x.held_bytes for x in self.host)
+        return sum(x.held_bytes for x in self.blocks.host)
 
     def clear(self) -> None:
         """Empty everything."""
         super().clear()
-        for buffer in self.host:
-            buffer.clear()
-        self._forget()
+        self.blocks.forget()
 
     # Prompt ----------------------------------------------------------------------------------
 
@@ -172,7 +145,7 @@ class InfLLMCache(AbstractLayerCache):
         self._set_budget(k.shape[2])
         turned = k
         if not self.is_reference:
-            turned = self.turned(k, torch.arange(k.shape[2], device=k.device))
+            turned = self.turned(k, torch.arange(k.shape[2], device=k.device), k.shape[2])
         if k.shape[2] <= self._plain_tokens:
             self.window[0].append(turned)
             self.window[1].append(v)
@@ -187,19 +160,16 @@ class InfLLMCache(AbstractLayerCache):
 
     def take_full_size(self) -> None:
         """Block cache, attention buffer and representatives have their full size from now on."""
-        for pair, size in (
-            (self.buffer, self._buffer_tokens),
-            (self.cached, self.n_cached * self.block),
-        ):
-            for buffer in pair:
-                buffer.extend_to(size)
-        self.representatives.extend_to(_FIRST_ROOM)
+        self.blocks.make_room(self._buffer_tokens)
+
+    def fetched(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        """K and V of the blocks for queries [B, N, n, H], in the attention buffer."""
+        return self.blocks.arrived(self.blocks.look_up(q), self.init)
 
     def _prompt(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         s = k.shape[2]
         positions = torch.arange(s, device=k.device)
-        turned = self.turned(k, positions)
-        near = self.turned(q, positions)
+        turned, near = (self.turned(x, positions, s) for x in (k, q))
         far = self._at_fixed_distance(q)
         received = torch.zeros(self.batch, self.mixer.n_heads, s, device=k.device)
         out = torch.empty(*q.shape[:3], v.shape[-1], dtype=q.dtype, device=q.device)
@@ -230,7 +200,7 @@ class InfLLMCache(AbstractLayerCache):
         turned, k, v = kv
         left = max(0, low - self.local + 1)
         outside = max(0, high - self.local)  # tokens that some of the queries see from afar
-        first, rest = min(self.init, outside), self.init + self.n_blocks * self.block
+        first, rest = min(self.init, outside), self.init + self.blocks.n_blocks * self.block
         rest_end = max(rest, outside)
         rows = torch.arange(low, high, device=k.device)[:, None]
         window = torch.arange(left, high, device=k.device)
@@ -271,110 +241,27 @@ class InfLLMCache(AbstractLayerCache):
         return torch.matmul(queries, k.transpose(-1, -2)).unflatten(2, (-1, n))
 
     def _at_fixed_distance(self, q: Tensor) -> Tensor:
-        return self.turned(q, torch.tensor([self.local], device=q.device))
+        distance = torch.full((1,), self.local, dtype=torch.int64, device=q.device)
+        return self.turned(q, distance, self.local + 1)
 
     def send_blocks(self, k: Tensor, v: Tensor, received: Tensor, n_seen: int) -> None:
         """Cut what is too far behind ``n_seen`` tokens of a prompt into blocks on the host."""
         n_blocks = self._blocks_of(n_seen)
-        first = self.init + self.n_blocks * self.block
+        first = self.init + self.blocks.n_blocks * self.block
         last = self.init + n_blocks * self.block
-        if last == first:
-            return
-        for buffer, x in zip(self.host, (k, v), strict=True):
-            buffer.append(self._as_blocks(x[:, :, first:last]))
-        for start in range(first, last, self.block):
-            part = slice(start, start + self.block)
-            self._represent(k[:, :, part], received[:, :, part])
-
-    def _as_blocks(self, x: Tensor) -> Tensor:
-        """[B, K, n p, H] -> n blocks [B, 1, n, K, p, H]."""
-        return x.unflatten(2, (-1, self.block)).transpose(1, 2).unsqueeze(1)
-
-    def _represent(self, k: Tensor, scores: Tensor) -> None:
-        """Add the representative of a block of keys [B, K, p, H] with scores [B, N, p]."""
-        n_best = min(self.method.repr_topk, k.shape[2])
-        best = scores.topk(n_best, dim=-1).indices.unflatten(1, (k.shape[1], -1)).flatten(2)
-        keys = gather_tokens(k, best).unflatten(2, (-1, n_best))  # [B, K, G, n, H]
-        mean = keys.mean(dim=3).flatten(1, 2).unsqueeze(2)
-        if self.n_blocks == self.representatives.length:
-            self.representatives.extend_to(2 * self.n_blocks)
-        self.representatives.write(self.n_blocks, mean)
-        self.n_blocks += 1
+        if last > first:
+            self.blocks.send(*(x[:, :, first:last] for x in (k, v, received)))
 
     def settle(self, turned: Tensor, k: Tensor, v: Tensor, received: Tensor) -> None:
         """Keep window, first tokens and remainder of a prompt whose blocks are on the host."""
         self.n_tokens = s = k.shape[2]
-        rest = self.init + self.n_blocks * self.block
+        rest = self.init + self.blocks.n_blocks * self.block
         for buffer, x in zip(self.window, (turned, v), strict=True):
             buffer.append(x[:, :, s - self.local :].roll(s % self.local, dims=2))
         for pair, part in ((self.first, slice(0, self.init)), (self.rest, slice(rest, s))):
             pair[0].append(k[:, :, part])
             pair[1].append(v[:, :, part])
         self.scores.append(received[:, :, rest:])
-
-    # Lookup ----------------------------------------------------------------------------------
-
-    def fetched(self, q: Tensor) -> tuple[Tensor, Tensor]:
-        """K and V of the blocks for queries [B, N, n, H], in the attention buffer."""
-        return self._arrived(self._on_their_way(q))
-
-    def _on_their_way(self, q: Tensor) -> _Coming:
-        """Choose the blocks for queries [B, N, n, H], and start to copy those that are missing."""
-        if self.n_blocks <= self.topk:
-            chosen = [list(range(self.n_blocks)) for _ in range(self.batch)]
-        else:
-            chosen = self.chosen_blocks(q)
-        return _Coming(chosen, None if chosen == self._loaded else self._load(chosen))
-
-    def _arrived(self, coming: _Coming) -> tuple[Tensor, Tensor]:
-        """Wait for blocks, put them into the attention buffer; their K and V there."""
-        if coming.wait is not None:
-            coming.wait()
-            self._gather(coming.chosen)
-        start, n = self.init, len(coming.chosen[0]) * self.block
-        return self.buffer[0].entries(start, start + n), self.buffer[1].entries(start, start + n)
-
-    def chosen_blocks(self, q: Tensor) -> list[list[int]]:
-        """Top-k blocks of every sequence by its mean query over all heads."""
-        mean = q.mean(dim=2).flatten(1).unsqueeze(1)  # [B, 1, N H]
-        held = self.representatives.entries(0, self.n_blocks).transpose(1, 2).flatten(2)
-        scores = torch.matmul(mean, held.transpose(1, 2)).squeeze(1)
-        indices: list[list[int]] = scores.topk(self.topk, dim=-1).indices.tolist()
-        return [sorted(row) for row in indices]
-
-    def _load(self, chosen: list[list[int]]) -> Wait:
-        """Start to bring ``chosen`` blocks into the block cache."""
-        p = self.block
-        targets: list[Tensor] = []
-        sources: list[Tensor] = []
-        for b, wanted in enumerate(chosen):
-            places = self._places[b]
-            missing = [x for x in wanted if x not in places]
-            for block in wanted:
-                if block in places:
-                    places[block] = places.pop(block)  # now the most recently used
-            for block in missing:
-                place = len(places)
-                if place == self.n_cached:
-                    place = places.pop(next(iter(places)))
-                places[block] = place
-                for cache, host in zip(self.cached, self.host, strict=True):
-                    targets.append(cache.entries(place * p, place * p + p)[b])
-                    sources.append(host.entries(block, block + 1)[b, 0, 0])
-        return start_copies(targets, sources) if targets else lambda: None
-
-    def _gather(self, chosen: list[list[int]]) -> None:
-        """From the block cache into the buffer."""
-        p = self.block
-        inside = torch.arange(p, device=self.device)
-        places_of = [[self._places[b][x] for x in row] for b, row in enumerate(chosen)]
-        index = torch.tensor(places_of, dtype=torch.int64, device=self.device).view(self.batch, -1)
-        index = (index.unsqueeze(-1) * p + inside).flatten(1)
-        index = index.unsqueeze(1).expand(-1, self.mixer.n_kv_heads, -1)
-        for buffer, cache in zip(self.buffer, self.cached, strict=True):
-            target = buffer.entries(self.init, self.init + index.shape[-1])
-            target.copy_(gather_tokens(cache.entries(), index))
-        self._loaded = chosen
 
     # Step ------------------------------------------------------------------------------------
 
@@ -383,8 +270,7 @@ class InfLLMCache(AbstractLayerCache):
         t = self.n_tokens
         if self.is_reference and t > self._plain_tokens:
             return published_step(self, q, k, v)
-        position = torch.tensor([t], device=q.device)
-        turned, near = self.turned(k, position), self.turned(q, position)
+        turned, near = (self.turned(x, self.now(), t + 1) for x in (k, q))
         if t <= self._plain_tokens:
             self.window[0].append(k if self.is_reference else turned)
             self.window[1].append(v)
@@ -397,7 +283,7 @@ class InfLLMCache(AbstractLayerCache):
                 self._leave_plain()
             return out
         far = self._at_fixed_distance(q)
-        coming = self._on_their_way(far)
+        found = self.blocks.look_up(far)
         slot, n_away = t % self.local, self.rest[0].length - self.local + 1
         # the window from its oldest token on, without the one whose place the new one takes
         ranges = ((slot + 1, self.local), (0, slot))
@@ -407,7 +293,7 @@ class InfLLMCache(AbstractLayerCache):
             self._scores(far, self.first[0].entries()),
             self._scores(far, self.rest[0].entries(0, n_away)),
         ]
-        blocks = self._arrived(coming)
+        blocks = self.blocks.arrived(found, self.init)
         parts_of_scores.append(self._scores(far, blocks[0]))
         scores = torch.cat(parts_of_scores, dim=-1).squeeze(3)
         weights = scores.softmax(dim=-1, dtype=torch.float32)
@@ -436,15 +322,13 @@ class InfLLMCache(AbstractLayerCache):
         for buffer, x in zip(self.window, (in_window, v), strict=True):
             buffer.write(self.n_tokens % self.local, x)
         self.n_tokens += 1
-        if self._blocks_of(self.n_tokens) > self.n_blocks:
+        if self._blocks_of(self.n_tokens) > self.blocks.n_blocks:
             self._send_oldest()
 
     def _send_oldest(self) -> None:
         """The first p tokens of the remainder become a block."""
         p = self.block
-        self._represent(self.rest[0].entries(0, p), self.scores.entries(0, p))
-        for buffer, host in zip(self.rest, self.host, strict=True):
-            host.append(self._as_blocks(buffer.entries(0, p)))
+        self.blocks.send(*(x.entries(0, p) for x in (*self.rest, self.scores)))
         for buffer in (*self.rest, self.scores):
             buffer.drop_oldest(p, release=self._is_exact)
 
@@ -458,7 +342,8 @@ class InfLLMCache(AbstractLayerCache):
         keys, values = (x.entries().clone() for x in self.window)
         unturned = keys
         if not self.is_reference:
-            unturned = self.turned_back(keys, torch.arange(self.n_tokens, device=keys.device))
+            positions = torch.arange(self.n_tokens, device=keys.device)
+            unturned = self.turned_back(keys, positions, self.n_tokens)
         for buffer in self.window:
             buffer.clear(release=self._is_exact)
         received = torch.zeros(
@@ -468,32 +353,25 @@ class InfLLMCache(AbstractLayerCache):
         self.send_blocks(unturned, values, received, self.n_tokens)
         self.settle(keys, unturned, values, received)
 
+    def _why_shapes_change(self) -> str:
+        return "the host reads which blocks were chosen and starts the copies of the missing ones"
+
     # Undo ------------------------------------------------------------------------------------
 
     def snapshot(self) -> Any:
         """Copies of everything on the device; blocks on the host only grow."""
         return _Snapshot(
             self.n_tokens,
-            self.n_blocks,
+            self.blocks.n_blocks,
             [x.entries().clone() for x in self._buffers()],
-            [dict(x) for x in self._places],
-            self._loaded,
+            self.blocks.places.copy(),
         )
 
     def restore(self, snapshot: Any) -> None:
         """Put the copies back."""
-        self.n_tokens, self.n_blocks, entries, places, self._loaded = snapshot
-        self._places = [dict(x) for x in places]
+        self.n_tokens, self.blocks.n_blocks, entries, places = snapshot
+        self.blocks.places = places.copy()
         for buffer, kept in zip(self._buffers(), entries, strict=True):
-            buffer.clear()
-            buffer.append(kept)
-        for buffer in self.host:
-            buffer.length = self.n_blocks
-
-
-def _room(n_blocks: int) -> int:
-    """Representatives there is room for with ``n_blocks``."""
-    room = _FIRST_ROOM
-    while room < n_blocks:
-        room *= 2
-    return room
+            buffer.restore(kept)
+        for buffer in self.blocks.host:
+            buffer.length = self.blocks.n_blocks

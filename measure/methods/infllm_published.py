@@ -34,10 +34,12 @@ def published_prompt(cache: "InfLLMCache", q: Tensor, k: Tensor, v: Tensor) -> T
         _append_window(cache, stages, q[:, :, queries], k[:, :, window], v[:, :, window])
         n_blocks = cache.fetched(far[:, :, queries])[0].shape[2]
         first = min(init, outside)
-        rest = slice(init + cache.n_blocks * p, max(init + cache.n_blocks * p, outside))
+        rest = slice(
+            init + cache.blocks.n_blocks * p, max(init + cache.blocks.n_blocks * p, outside)
+        )
         kv = [
             _in_buffer(buffer, init, x[:, :, :first], n_blocks, x[:, :, rest])
-            for buffer, x in zip(cache.buffer, (k, v), strict=True)
+            for buffer, x in zip(cache.blocks.buffer, (k, v), strict=True)
         ]
         rows = torch.arange(start, stop, device=k.device)[:, None]
         away = torch.cat(
@@ -68,7 +70,7 @@ def published_step(cache: "InfLLMCache", q: Tensor, k: Tensor, v: Tensor) -> Ten
     n_blocks = cache.fetched(far)[0].shape[2]
     kv = [
         _in_buffer(buffer, cache.init, first.entries(), n_blocks, rest.entries(0, n_away))
-        for buffer, first, rest in zip(cache.buffer, cache.first, cache.rest, strict=True)
+        for buffer, first, rest in zip(cache.blocks.buffer, cache.first, cache.rest, strict=True)
     ]
     seen = torch.ones(1, kv[0].shape[2], dtype=torch.bool, device=q.device)
     stages.append(far, kv[0], kv[1], seen)

@@ -42,8 +42,13 @@ class KeptTokensCache(AbstractLayerCache):
     def clear(self) -> None:
         """Empty the cache; the room stays."""
         super().clear()
+
+    def reset_steps(self) -> None:
+        """Also the count of a step by kernels, now: a replay asks for nothing on the host."""
+        super().reset_steps()
         if self.step_room is not None:
             self.step_room.forget()
+            self.step_room.set(self.n_tokens)
 
     def snapshot(self) -> Any:
         """Copies of everything kept: a step may overwrite any of it."""
@@ -57,8 +62,7 @@ class KeptTokensCache(AbstractLayerCache):
             buffer.clear()
             buffer.fit(capacity)
             buffer.append(entries)
-        if self.step_room is not None:
-            self.step_room.forget()
+        self.reset_steps()
 
     def attend_with_new(
         self, q: Tensor, keys: Tensor, values: Tensor, k: Tensor, v: Tensor

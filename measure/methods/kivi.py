@@ -25,6 +25,7 @@ from measure.kernels._steps import fits, kivi_step, sizes_fit
 from measure.methods.base import AbstractLayerCache, Realisation
 from measure.methods.buffers import GrowingBuffer
 from measure.methods.eager import repeat_kv, softmax_fp32
+from measure.methods.fixed_steps import NO_ROOM
 from measure.methods.packing import dequantise, quantise
 
 #: Elements unpacked at once: half a megabyte in bf16, so the copy stays in a core's L2 cache.
@@ -190,6 +191,11 @@ class KiviCache(AbstractLayerCache):
             left = self.keys.length - self._blocks(self.n_tokens)
             self.keys.drop_oldest(left, release=self._exact)
         return self.unfold(out)
+
+    def _why_shapes_change(self) -> str:
+        if not (self.fused and fits(self.mixer)):
+            return "every R steps the host packs a block of keys (the kernels decide on the device)"
+        return "" if self.keys.words.capacity else NO_ROOM
 
     @property
     def oldest(self) -> int:

@@ -207,6 +207,9 @@ class KvOffloadCache(KeptTokensCache):
         _put(host, entry, x)
         return device
 
+    def _why_shapes_change(self) -> str:
+        return "the host names the place in its memory that the new token goes to"
+
     def snapshot(self) -> Any:
         """Remember the number of tokens, and what the next one overwrites in a full ring."""
         entry = self._overwritten

@@ -22,6 +22,7 @@ from measure.kernels._dropping import heads_fit, quest_step
 from measure.methods.base import Realisation
 from measure.methods.buffers import GrowingBuffer
 from measure.methods.eager import repeat_kv
+from measure.methods.fixed_steps import NO_ROOM, add_token, has_room, still_grows
 from measure.methods.kept_tokens import KeptTokensCache, attend_all, gather_tokens
 
 _DENSE_LAYERS = 2
@@ -80,31 +81,66 @@ class QuestCache(KeptTokensCache):
         """Estimate, choose, attend; then the new token joins its page."""
         t = self.n_tokens
         if t <= self.keep or self.layer < _DENSE_LAYERS:
+            if self.fixed_shapes:
+                out = add_token(self, q, (k, v), (self.keys, self.values))
+                self._join_page(k)
+                return out
             self._append(k, v)
             return attend_all(self, q, self.keys.entries(), self.values.entries())
         if self.fused and heads_fit(self.mixer):
-            return quest_step(self, q, k, v, max(_MIN_PAGES, self.keep // self.page))
+            return quest_step(self, q, k, v, self._n_chosen)
         if self.is_reference:
             return self._reference_step(q, k, v)
         chosen, hidden = self._chosen_tokens(self.fold(q))
-        keys, values = (gather_tokens(x.entries(), chosen) for x in (self.keys, self.values))
+        keys, values = (gather_tokens(x.whole, chosen) for x in (self.keys, self.values))
         queries = self.fold(q) * q.shape[-1] ** -0.5
         scores = torch.cat([torch.matmul(queries, x.transpose(-1, -2)) for x in (keys, k)], dim=-1)
         scores[..., :-1].masked_fill_(hidden.unsqueeze(2), float("-inf"))
         weights = scores.softmax(dim=-1)
         out = torch.matmul(weights[..., :-1], values) + torch.matmul(weights[..., -1:], v)
-        self._append(k, v)
+        if self.fixed_shapes:
+            for buffer, x in ((self.keys, k), (self.values, v)):
+                buffer.put(self.now(), x)
+                buffer.length += 1
+            self._join_page(k)
+        else:
+            self._append(k, v)
         return self.unfold(out)
+
+    def _join_page(self, k: Tensor) -> None:
+        """The new token's page begins with it, or widens; the device knows which."""
+        now = self.now()
+        page, is_first = now // self.page, now % self.page == 0
+        for buffer, wider in ((self.low, torch.minimum), (self.high, torch.maximum)):
+            joined = wider(buffer.whole.index_select(2, page), k)
+            buffer.put(page, torch.where(is_first, k, joined))
+            buffer.length = -(-(self.n_tokens + 1) // self.page)
+        self.n_tokens += 1
+
+    def _why_shapes_change(self) -> str:
+        grows = still_grows(self.n_tokens, self.keep + 1)
+        if grows or self._n_chosen * self.page >= self.n_tokens:
+            return grows or "the chosen pages hold all tokens: what a step reads still grows"
+        return "" if has_room(self.keys) and self.low.length else NO_ROOM
+
+    @property
+    def _n_chosen(self) -> int:
+        """Pages a step reads, where there are so many."""
+        return max(_MIN_PAGES, self.keep // self.page)
 
     def chosen_pages(self, queries: Tensor, *, each_head: bool = False) -> Tensor:
         """Pages [B, K, n] to read for queries [B, K, G, H]; ``each_head`` chooses once for every
         query head, [B, N, n].
         """
         n_pages = self.low.length
-        low, high = (x.entries().unsqueeze(2) for x in (self.low, self.high))
+        n_bounded = self.low.capacity if self.fixed_shapes else n_pages
+        low, high = (x.entries(0, n_bounded).unsqueeze(2) for x in (self.low, self.high))
         one = queries.unsqueeze(3)
         bounds = torch.maximum(one * low, one * high).sum(dim=-1, dtype=torch.float32)
-        n_chosen = min(max(_MIN_PAGES, self.keep // self.page), n_pages)
+        if self.fixed_shapes:  # pages without a token yet
+            begins = torch.arange(n_bounded, device=queries.device) * self.page
+            bounds.masked_fill_(begins >= self.now(), -torch.inf)
+        n_chosen = min(self._n_chosen, n_pages)
         best = bounds.amax(dim=2)
         if each_head:
             best = repeat_kv(best, self.mixer.n_heads)
@@ -139,7 +175,8 @@ class QuestCache(KeptTokensCache):
             return everything, torch.zeros_like(everything, dtype=torch.bool)
         inside = torch.arange(self.page, device=queries.device)
         positions = (pages.unsqueeze(-1) * self.page + inside).flatten(-2)
-        return positions.clamp(max=t - 1), positions >= t
+        now = self.now()
+        return torch.minimum(positions, now - 1), positions >= now
 
     def _append(self, k: Tensor, v: Tensor) -> None:
         t = self.n_tokens

@@ -23,6 +23,7 @@ from measure.kernels._dropping import heads_fit, ring_step
 from measure.methods.base import Realisation
 from measure.methods.buffers import GrowingBuffer
 from measure.methods.eager import eager_prompt, eager_step
+from measure.methods.fixed_steps import still_grows
 from measure.methods.kept_tokens import KeptTokensCache, attend_all
 from measure.methods.two_stages import TwoStages, turned_in_fp32, within_window
 from measure.numerics import Rope
@@ -133,7 +134,7 @@ class StreamingCache(KeptTokensCache):
 
     def decode(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend sinks, window and the new token, which takes the oldest one's place."""
-        t, keys, values = self.n_tokens, self.keys, self.values
+        t, now, keys, values = self.n_tokens, self.now(), self.keys, self.values
         self.n_tokens += 1
         if self.is_reference:
             return self._reference_step(q, k, v, t)
@@ -146,9 +147,10 @@ class StreamingCache(KeptTokensCache):
             out = ring_step(self, q, k, v, self._oldest)
             self.n_tokens, self._oldest = t + 1, (self._oldest + 1) % self.window
             return out
-        position = torch.tensor([t], device=q.device)
+        # the ring turns with the position, which a captured step reads on the device
+        slot = (now - (t - self._oldest)) % self.window + self.sinks
         queries = self.fold(q) * q.shape[-1] ** -0.5
-        turned = self.fold(self._turned_back(q, position)) * q.shape[-1] ** -0.5
+        turned = self.fold(self._turned_back(q, now)) * q.shape[-1] ** -0.5
         scores = torch.cat(
             (
                 torch.matmul(turned, keys.entries(0, self.sinks).transpose(-1, -2)),
@@ -158,14 +160,17 @@ class StreamingCache(KeptTokensCache):
             dim=-1,
         )
         if self.method.positions == "fixed":
-            scores[..., self.sinks + self._oldest] = -torch.inf
+            scores.index_fill_(-1, slot, -torch.inf)
         weights = scores.softmax(dim=-1)
         out = torch.matmul(weights[..., :-1], values.entries())
         out += torch.matmul(weights[..., -1:], v)
         for buffer, new in ((keys, k), (values, v)):
-            buffer.write(self.sinks + self._oldest, new)
+            buffer.put(slot, new)
         self._oldest = (self._oldest + 1) % self.window
         return self.unfold(out)
+
+    def _why_shapes_change(self) -> str:
+        return still_grows(self.n_tokens, self.sinks + self.window)
 
     # Published operations ----------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ from costmodel.methods.base import AbstractMethod
 from measure.kernels._steps import fits, token_step
 from measure.methods.base import AbstractLayerCache
 from measure.methods.buffers import GrowingBuffer
+from measure.methods.fixed_steps import NO_ROOM, has_room
 
 #: Elements unpacked at once: half a megabyte in bf16, so the copy stays in a core's L2 cache.
 PIECE_ELEMENTS = 2**18
@@ -38,6 +39,8 @@ class TokenPackedCache(AbstractLayerCache):
     #: bits and group that ``measure.kernels.token_decode`` knows; 0 bits: it has no such form
     kernel_bits = 0
     kernel_group = 0
+    #: tokens there is room for, counted from the first
+    _last_token = 0
 
     def _build(self, method: AbstractMethod) -> None:
         if self.mixer.chunk_tokens:
@@ -85,6 +88,7 @@ class TokenPackedCache(AbstractLayerCache):
 
     def reserve(self, n_tokens: int) -> None:
         """Room for ``n_tokens`` packed tokens, or for the window."""
+        self._last_token = n_tokens
         for buffer in self._token_buffers():
             buffer.reserve(self._held(n_tokens))
 
@@ -115,15 +119,19 @@ class TokenPackedCache(AbstractLayerCache):
                 bits=self.kernel_bits,
                 group=self.kernel_group,
             )
-        position = torch.tensor([self.n_tokens], device=q.device)
-        new_key = self.turned(k, position) if self.ROTATES else k
-        queries = self.fold(self.turned(q, position) if self.ROTATES else q) * q.shape[-1] ** -0.5
+        now, queries, new_key = self.now(), q, k
+        if self.ROTATES:
+            queries, new_key = (self.turned(x, now, self._longest) for x in (q, k))
+        queries = self.fold(queries) * q.shape[-1] ** -0.5
         scores = [
             torch.matmul(queries, self._positioned_keys(start, stop).transpose(-1, -2))
             for start, stop in self._attended()
         ]
         scores.append(torch.matmul(queries, new_key.transpose(-1, -2)))
-        weights = torch.cat(scores, dim=-1).softmax(dim=-1)
+        joined = torch.cat(scores, dim=-1)
+        if self.fixed_shapes:
+            joined[..., :-1].masked_fill_(self._unseen(now), -torch.inf)
+        weights = joined.softmax(dim=-1)
         out = torch.matmul(weights[..., -1:], v)
         first = 0
         for start, stop in self._attended():
@@ -147,8 +155,37 @@ class TokenPackedCache(AbstractLayerCache):
         """Attend unpacked copies [B, K, T + 1, H] as the published code does."""
         raise AssertionError(f"{self.NAME} has no reference form")
 
-    def _add(self, k: Tensor, v: Tensor) -> None:
+    def _unseen(self, now: Tensor) -> Tensor:
+        """Entries [room] that the new token does not attend: what is not held yet, or leaves."""
+        entries = torch.arange(self._room, device=now.device)
+        if not self._is_full_ring:
+            return entries >= now
+        return entries == now % self._ring
+
+    @property
+    def _room(self) -> int:
+        return self.keys.parts[0].capacity
+
+    @property
+    def _longest(self) -> int:
+        """No position of this or a later step with the same shapes reaches it."""
+        return max(self.n_tokens + 1, self._last_token)
+
+    def _why_shapes_change(self) -> str:
         if self._is_full_ring:
+            return ""
+        if self.limit is not None and self._room >= self.limit:
+            return f"a window of {self.limit} tokens is not full yet: a step's reads still grow"
+        return "" if has_room(self.keys.parts[0]) else NO_ROOM
+
+    def _add(self, k: Tensor, v: Tensor) -> None:
+        if self.fixed_shapes:
+            now = self.now()
+            slot = now % self._ring if self._is_full_ring else now
+            for buffer, part in self._packed_parts(k, v):
+                buffer.put(slot, part)
+                buffer.length = min(self.n_tokens + 1, buffer.capacity)
+        elif self._is_full_ring:
             self._overwrite(self.n_tokens % self._ring, k, v)
         else:
             self._append(k, v)
@@ -156,6 +193,8 @@ class TokenPackedCache(AbstractLayerCache):
 
     def _entries(self) -> tuple[tuple[int, int], ...]:
         """Ranges of entries that the next token attends, none of them empty."""
+        if self.fixed_shapes:  # what does not count is masked
+            return ((0, self._room),)
         if not self._is_full_ring:
             return ((0, self.n_tokens),)
         leaving = self.n_tokens % self._ring
@@ -176,14 +215,16 @@ class TokenPackedCache(AbstractLayerCache):
 
     def _positioned_keys(self, start: int, stop: int) -> Tensor:
         keys = self.unpacked(self.keys, start, stop)
-        return self.turned(keys, self._positions(start, stop)) if self.ROTATES else keys
+        if not self.ROTATES:
+            return keys
+        return self.turned(keys, self._positions(start, stop), self._longest)
 
     def _positions(self, start: int, stop: int) -> Tensor:
         """Positions [n] of the tokens in a range of entries."""
         entries = torch.arange(start, stop, device=self.device)
         if not self._is_full_ring:
             return entries
-        last = self.n_tokens - 1
+        last = self.now() - 1
         return last - (last - entries) % self._ring
 
     def unpacked(self, side: Side, start: int, stop: int) -> Tensor:
@@ -191,14 +232,16 @@ class TokenPackedCache(AbstractLayerCache):
         return self._unpack(tuple(x.entries(start, stop) for x in side.parts), side)
 
     def _append(self, k: Tensor, v: Tensor) -> None:
-        for x, side in ((k, self.keys), (v, self.values)):
-            for buffer, part in zip(side.parts, self._pack(x, side), strict=True):
-                buffer.append(part)
+        for buffer, part in self._packed_parts(k, v):
+            buffer.append(part)
 
     def _overwrite(self, entry: int, k: Tensor, v: Tensor) -> None:
+        for buffer, part in self._packed_parts(k, v):
+            buffer.write(entry, part)
+
+    def _packed_parts(self, k: Tensor, v: Tensor) -> Iterator[tuple[GrowingBuffer, Tensor]]:
         for x, side in ((k, self.keys), (v, self.values)):
-            for buffer, part in zip(side.parts, self._pack(x, side), strict=True):
-                buffer.write(entry, part)
+            yield from zip(side.parts, self._pack(x, side), strict=True)
 
     def _pieces(self, first: int, last: int) -> Iterator[tuple[int, int]]:
         per_token = self.batch * self.mixer.n_kv_heads * self.mixer.head_dim

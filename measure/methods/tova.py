@@ -21,6 +21,7 @@ from measure.kernels._dropping import heads_fit, tova_step
 from measure.methods.base import Realisation
 from measure.methods.buffers import GrowingBuffer
 from measure.methods.eager import eager_prompt, eager_step
+from measure.methods.fixed_steps import still_grows
 from measure.methods.kept_tokens import KeptTokensCache, attend_all, gather_tokens
 
 
@@ -101,6 +102,9 @@ class TovaCache(KeptTokensCache):
             # not by scatter_, see ``kept_tokens.overwrite``
             held[rows, :, slots] = torch.where(stays.view(-1, 1, 1), old, new.squeeze(2))
         return out
+
+    def _why_shapes_change(self) -> str:
+        return still_grows(self.n_tokens, self.keep)
 
     def _reference_prefill(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """``llama_custom.py``, then ``reduce`` of ``tova_cache.py``."""

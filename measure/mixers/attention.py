@@ -3,6 +3,7 @@
 The cache attends (``measure.methods``); the plain one knows windows, chunks, sinks and soft caps.
 """
 
+import torch
 from torch import Tensor
 
 from costmodel.errors import NotApplicableError
@@ -85,8 +86,8 @@ class AttentionRunner(AbstractRunner):
         elif self._unit_norm:  # turning keeps the length of a head: before it is as good as after
             q, k = (rms(x, None, numerics.norm_eps) for x in (q, k))
         if self._temperature is not None:
-            position = 0 if first else cache.n_tokens
-            q = (q * self._temperature.factors(position, s, q.device)).to(x.dtype)
+            start = q.new_zeros(1, dtype=torch.int64) if first else cache.now()
+            q = (q * self._temperature.factors(start, s)).to(x.dtype)
         if cache.ROTATES:
             cache.rope = None if self.rope is None else self.rope[0]
         elif table is not None:

@@ -17,6 +17,7 @@ from torch.nn.functional import conv1d
 from costmodel.mixers import Linear
 from measure.numerics import Numerics, Rope
 from measure.parts import Rotary, Tensors
+from measure.step_clock import StepClock
 
 #: Elements, and fewest tokens, that an associative scan takes at once: 160 to 256 KiB in fp32. The
 #: whole of 2,048 tokens x 1,280 channels took three times as long (Xeon with 2 MiB of L2).
@@ -56,6 +57,15 @@ class LayerState(Protocol):
     @property
     def held_bytes(self) -> int:
         """Bytes of what is in use."""
+
+    def keep_time(self, clock: StepClock) -> None:
+        """Read the position of a step from ``clock``."""
+
+    def hold_shapes(self) -> str:
+        """Give all steps one shape, for a capture; say why that cannot be, else ""."""
+
+    def reset_steps(self) -> None:
+        """Have the device's counts be the host's again, whatever graphs were replayed."""
 
     def clear(self) -> None:
         """Empty it; the room stays."""
@@ -101,6 +111,16 @@ class FixedState:
     def held_bytes(self) -> int:
         """All of it, always."""
         return self.storage_bytes
+
+    def keep_time(self, clock: StepClock) -> None:
+        """Nothing depends on the position."""
+
+    def hold_shapes(self) -> str:
+        """It has only one."""
+        return ""
+
+    def reset_steps(self) -> None:
+        """There are no counts on the device."""
 
     def clear(self) -> None:
         """Back to the state before the first token."""

@@ -13,9 +13,11 @@ from torch.nn.functional import scaled_dot_product_attention
 from costmodel.errors import NotApplicableError
 from costmodel.mixers.mla import MLA
 from measure.methods.buffers import GrowingBuffer
+from measure.methods.fixed_steps import NO_ROOM, has_room
 from measure.mixers.base import AbstractRunner, Shape, Shapes
 from measure.numerics import Numerics
 from measure.parts import Rotary, Tensors, rms, rotate
+from measure.step_clock import StepClock
 from measure.weight_formats import dense, linear
 
 
@@ -34,8 +36,37 @@ class LatentCache:
         self.latents = GrowingBuffer(batch, 1, (mixer.latent_elements,), dtype, device)
         self._entry = (batch, 1, mixer.latent_elements)
         self._options = {"dtype": dtype, "device": device}
+        self.clock: StepClock | None = None
+        self.fixed_shapes = False
         if reserve_tokens:
             self.latents.reserve(reserve_tokens)
+
+    def keep_time(self, clock: StepClock) -> None:
+        """Read the place of a new latent from ``clock`` where shapes are held."""
+        self.clock = clock
+
+    def hold_shapes(self) -> str:
+        """A step attends the whole room from here on."""
+        self.fixed_shapes = self.clock is not None and has_room(self.latents)
+        self.latents.zero_room()
+        return "" if self.fixed_shapes else NO_ROOM
+
+    def reset_steps(self) -> None:
+        """The clock is the model's."""
+
+    def add(self, latent: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Keep one token's latent; (what a step attends [B, 1, n, r + p], entries [n] it must not
+        see, where shapes are held).
+        """
+        if not self.fixed_shapes:
+            self.latents.append(latent)
+            return self.latents.entries(), None
+        assert self.clock is not None
+        now = self.clock.position
+        self.latents.put(now, latent)
+        self.latents.length += 1
+        held = self.latents.whole
+        return held, torch.arange(held.shape[2], device=held.device) > now
 
     def _buffers(self) -> Iterator[GrowingBuffer]:
         yield self.latents
@@ -123,11 +154,12 @@ class MLARunner(AbstractRunner):
         if table is not None:
             q_turned = rotate(q_turned, table, interleaved=self.interleaved)
             turned = rotate(turned, table, interleaved=self.interleaved)
-        cache.latents.append(torch.cat((latent, turned), dim=-1))
+        kept = torch.cat((latent, turned), dim=-1)
         if first:
+            cache.latents.append(kept)
             out = self._expanded(q, q_turned, latent, turned, w)
         else:
-            out = self._absorbed(q, q_turned, cache.latents.entries(), w)
+            out = self._absorbed(q, q_turned, *cache.add(kept), w)
         return linear(out.transpose(1, 2).flatten(2), w["o_proj"], w.get("o_proj_bias"))
 
     def _expanded(
@@ -144,7 +176,9 @@ class MLARunner(AbstractRunner):
             scale=self.scale,
         )
 
-    def _absorbed(self, q: Tensor, q_turned: Tensor, held: Tensor, w: Tensors) -> Tensor:
+    def _absorbed(
+        self, q: Tensor, q_turned: Tensor, held: Tensor, unseen: Tensor | None, w: Tensors
+    ) -> Tensor:
         m = self.mixer
         up = dense(w["kv_b_proj"], q.dtype).view(
             m.n_heads, m.qk_nope_head_dim + m.v_head_dim, m.kv_lora_rank
@@ -153,6 +187,8 @@ class MLARunner(AbstractRunner):
         queries = torch.cat((torch.matmul(q, k_up), q_turned), dim=-1)  # [B, N, 1, r + p]
         keys = held.squeeze(1)  # [B, T, r + p]: one KV head, the heads are its queries
         scores = torch.matmul(queries.squeeze(2) * self.scale, keys.transpose(1, 2))
+        if unseen is not None:
+            scores = scores.masked_fill(unseen, -torch.inf)
         weights = scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype)
         mixed = torch.matmul(weights, keys[..., : m.kv_lora_rank]).unsqueeze(2)
         return torch.matmul(mixed, v_up.transpose(1, 2))

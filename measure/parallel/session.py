@@ -16,6 +16,10 @@ class ParallelSession(TorchSession):
     for one device never exists whole.
     """
 
+    def hold_shapes(self) -> str:
+        """Ranks would have to replay together."""
+        return "steps of several processes are not captured here"
+
     def _model(self) -> Architecture:
         return share_of(self.point.executed, self.point.tp)
 

@@ -131,6 +131,14 @@ class TransformersSession:
         for snapshot in self.snapshots:
             snapshot.restore()
 
+    def hold_shapes(self) -> str:
+        """Its caches count tokens on the host."""
+        return "transformers' own step runs eagerly"
+
+    def rewind(self) -> None:
+        """As ``reset``: the count cannot be put back alone."""
+        self.reset()
+
     def details(self) -> dict[str, Any]:
         """Class of the cache."""
         return {"cache_class": type(self.cache).__name__}

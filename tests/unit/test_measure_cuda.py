@@ -25,7 +25,7 @@ class FakeCuda:
         self.available = available
         self.gpu_s = self.host_s = 0.0
         self.synchronised = 0
-        self.fails_capture = None
+        self.fails_capture = self.current = None
         self.replays = 0
         fake = self
 
@@ -90,16 +90,22 @@ class FakeCuda:
     def Stream(self):
         return SimpleNamespace(wait_stream=lambda other: None)
 
-    current_stream = Stream
+    def current_stream(self):
+        return self.current or SimpleNamespace(wait_stream=lambda other: None, usual=True)
 
     def stream(self, _):
         return contextlib.nullcontext()
 
+    def set_stream(self, stream):
+        self.current = stream
+
     @contextlib.contextmanager
     def graph(self, graph, stream):
+        self.current = stream
         yield
-        if self.fails_capture:
+        if self.fails_capture:  # as torch 2.13: the stream stays current
             raise RuntimeError(self.fails_capture)
+        self.current = None
 
 
 @pytest.fixture
@@ -164,6 +170,7 @@ def test_a_graph_is_replayed_or_says_why_not(fake):
     captured = opened.capture(lambda: None, lambda: None)
     assert captured.replay is None
     assert captured.reason == "operation not permitted when stream is capturing"
+    assert fake.current.usual  # the next point does not run on the capture's stream
 
 
 def test_throttling_and_other_users_are_warnings(fake):

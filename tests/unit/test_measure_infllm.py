@@ -1,9 +1,12 @@
 """InfLLM against a slow form that walks query by query; its block cache and host blocks."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from twin_cases import BATCH, HEADS, KV_HEADS, SIZE, cache, part, tokens
 
+from measure.methods import infllm_blocks
 from measure.numerics import Rope
 from measure.parts import rope_table, rotate
 
@@ -91,9 +94,9 @@ def test_prompt_and_steps_equal_the_slow_form(n, chunk, reserve):
             torch.testing.assert_close(found[b, :, 0], expected, atol=1e-5, rtol=1e-4)
             sequence.cut(t + 1)
     n_blocks = (total - INIT - LOCAL) // BLOCK
-    assert twin.n_blocks == n_blocks
+    assert twin.blocks.n_blocks == n_blocks
     whole = slice(INIT, INIT + n_blocks * BLOCK)
-    for host, x in zip(twin.host, qkv[1:], strict=True):
+    for host, x in zip(twin.blocks.host, qkv[1:], strict=True):
         assert torch.equal(host_tokens(host), x[:, :, whole])
 
 
@@ -104,13 +107,11 @@ def host_tokens(host):
 
 def test_missing_blocks_are_copied_as_whole_pieces_and_awaited_behind_other_scores(monkeypatch):
     """A stream of its own takes contiguous sources; nothing reads them before the wait."""
-    from measure.methods import infllm
-
     twin, qkv = cache(SPEC + "8"), tokens(PLAIN + 40)
     twin.prefill(*part(qkv, 0, PLAIN + 30))
     made = []
 
-    def late(targets, sources):
+    def late(targets, sources, after):
         assert all(s.is_contiguous() for s in sources)
         made.append(len(sources))
 
@@ -124,12 +125,10 @@ def test_missing_blocks_are_copied_as_whole_pieces_and_awaited_behind_other_scor
     for t in range(PLAIN + 30, PLAIN + 40):
         expected.append(twin.decode(*part(qkv, t, t + 1)))
     twin.restore(mark)
-    for host in twin.host:
-        host.length = twin.n_blocks
     # the copies are made at the latest moment the twin allows
-    monkeypatch.setattr(infllm, "start_copies", late)
-    twin._places, twin._loaded = [{} for _ in range(twin.batch)], None
-    for buffer in twin.cached:
+    monkeypatch.setattr(infllm_blocks, "start_copies", late)
+    twin.blocks.places = infllm_blocks.Places([{} for _ in range(twin.batch)], None)
+    for buffer in twin.blocks.cached:
         buffer.entries().fill_(float("nan"))
     for t, one in enumerate(expected, PLAIN + 30):
         assert torch.equal(twin.decode(*part(qkv, t, t + 1)), one)
@@ -155,7 +154,8 @@ def test_leaving_plain_attention_keeps_every_token_where_it_belongs():
     twin.decode(*part(qkv, PLAIN, PLAIN + 1))
     for i, x in enumerate(qkv[1:]):
         held = torch.cat(
-            (twin.first[i].entries(), host_tokens(twin.host[i]), twin.rest[i].entries()), dim=2
+            (twin.first[i].entries(), host_tokens(twin.blocks.host[i]), twin.rest[i].entries()),
+            dim=2,
         )
         torch.testing.assert_close(held, x, atol=1e-5, rtol=1e-4)
 
@@ -164,13 +164,57 @@ def test_the_least_recently_used_block_leaves_the_device():
     twin, qkv = cache(SPEC + "8"), tokens(60)
     twin.prefill(*part(qkv, 0, 60))
     for wanted in ([0, 1], [1, 2], [3, 4], [0, 4]):
-        twin._load([wanted] * BATCH)()
-        twin._gather([wanted] * BATCH)
+        twin.blocks.bring([wanted] * BATCH)
+        twin.blocks.gather([wanted] * BATCH, INIT)
         for b in range(BATCH):
-            assert sorted(list(twin._places[b])[-2:]) == wanted
-            assert len(twin._places[b]) <= 3
-        for buffer, x in zip(twin.buffer, qkv[1:], strict=True):
+            assert sorted(list(twin.blocks.places.of[b])[-2:]) == wanted
+            assert len(twin.blocks.places.of[b]) <= 3
+        for buffer, x in zip(twin.blocks.buffer, qkv[1:], strict=True):
             expected = [x[:, :, INIT + w * BLOCK : INIT + (w + 1) * BLOCK] for w in wanted]
             assert torch.equal(
                 buffer.entries(INIT, INIT + TOPK * BLOCK), torch.cat(expected, dim=2)
             )
+
+
+class Stream:
+    """A stand-in for the current stream: its events say when they are waited for."""
+
+    def __init__(self):
+        self.recorded, self.waited = 0, []
+
+    def record_event(self):
+        self.recorded += 1
+        number = self.recorded
+        return SimpleNamespace(synchronize=lambda: self.waited.append(number))
+
+
+def test_on_a_gpu_the_host_waits_once_a_step_for_what_it_asked_first(monkeypatch):
+    """The path a GPU takes: ids through pinned memory, one event, copies that begin behind it."""
+    n, total = PLAIN + 30, PLAIN + 40
+    qkv, stream, began = tokens(total), Stream(), []
+    plain, twin = (cache(SPEC + "8", reserve=total) for _ in range(2))
+    twin.blocks._on_gpu = True
+    twin.blocks._ids, twin.blocks._places_up = (  # page-locked on a GPU
+        torch.empty(BATCH, TOPK, dtype=torch.int64) for _ in range(2)
+    )
+    start_copies = infllm_blocks.start_copies
+    expected = [plain.prefill(*part(qkv, 0, n))]
+    expected += [plain.decode(*part(qkv, t, t + 1)) for t in range(n, total)]
+
+    def started(targets, sources, after):
+        began.append((stream.recorded, list(stream.waited), after))
+        return start_copies(targets, sources)
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(infllm_blocks, "start_copies", started)
+    assert torch.equal(twin.prefill(*part(qkv, 0, n)), expected[0])
+    began.clear()
+    for t, one in enumerate(expected[1:], n):
+        before = stream.recorded
+        assert torch.equal(twin.decode(*part(qkv, t, t + 1)), one)
+        assert (stream.recorded, stream.waited[-1]) == (before + 1, before + 1)
+    assert stream.waited == list(range(1, stream.recorded + 1))
+    assert began
+    for recorded, waited, after in began:  # behind the ids' event, which the host has seen
+        assert after is not None
+        assert waited[-1] == recorded
