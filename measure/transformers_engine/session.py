@@ -140,8 +140,14 @@ class TransformersSession:
         self.reset()
 
     def details(self) -> dict[str, Any]:
-        """Class of the cache."""
-        return {"cache_class": type(self.cache).__name__}
+        """Class of the cache, and where executed FLOPs are not those predicted."""
+        found = {"cache_class": type(self.cache).__name__}
+        if self.point.realisation == "reference" and any(not m.owns_cache for m in self._mixers):
+            found["executed_note"] = (
+                "transformers runs the layers that share a cache for the last prompt token only: "
+                "executed_prefill_flops are fewer than predicted"
+            )
+        return found
 
     @torch.inference_mode()
     def _forward(self, tokens: torch.Tensor) -> None:
