@@ -120,7 +120,7 @@ def _anchor(records: Path, profile: str, output: Path) -> None:
 
 def _measure(device: str, quick: bool, threads: int, gpu: str | None, output: Path) -> None:
     from costmodel.files import require_writable
-    from lccost.measuring import require_torch
+    from lccost.preflight import require_torch
     from measure.calibrate import calibrate as run
 
     require_torch()

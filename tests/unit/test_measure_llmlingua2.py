@@ -16,7 +16,8 @@ from costmodel.methods.parse import parse_method
 from costmodel.mixers import Attention
 from costmodel.mlps import DenseMLP
 from costmodel.registry import load_architecture
-from lccost.measuring import Request, require_encoder
+from lccost.measuring import Request
+from lccost.preflight import require_encoder
 from measure.encoder_files import shapes, theirs
 from measure.flops import count_flops
 from measure.methods.llmlingua2 import LLMLingua2Compressor
@@ -172,7 +173,7 @@ def test_what_is_no_encoder_fails_up_front(tmp_path, monkeypatch, capsys):
         require_encoder(request("llmlingua2", write_encoder(tmp_path / "c", vocab_size=91)))
     with pytest.raises(ConfigError, match=r"no tensor roberta\.encoder\.layer\.2"):
         require_encoder(request("llmlingua2", write_encoder(tmp_path / "d", num_hidden_layers=3)))
-    monkeypatch.setattr("lccost.measuring.installed", lambda module: False)
+    monkeypatch.setattr("lccost.preflight.installed", lambda module: False)
     with pytest.raises(MissingExtraError, match="pip install llmlingua"):
         require_encoder(request("llmlingua2", f"llmlingua:{folder}"))
 
