@@ -7,7 +7,8 @@ K = I). Each hit expert with L tokens needs ceil(L / R) tiles of R rows and 128 
     per CTA   K max(2 R 128 S / (e_c peak), 128 a / r) + t_tile
     compute   waves(tiles * N / 128 / S) per CTA
     memory    (hit experts' weights + activations) / (e_b bw)
-    time      t0 + sum over both of (longer + u shorter) + t_expert hit + t_row assigned
+    after     what the kernel after a product (activation, weighted sum) passes, / (e_b bw)
+    time      t0 + sum over both of (longer + u shorter + after) + t_expert hit + t_row assigned
 
 R is the best of 16, 32, 64, ... up to ``tile_rows`` rows, as a tuned library picks it: with any one
 of them more tokens never take less time, so neither do they with the best.
@@ -38,6 +39,9 @@ from costmodel.kernels.physics import (
 from costmodel.kernels.routing import loads
 from costmodel.operation import Array
 
+#: Passes over a product's outputs by the kernel after it: the activation reads them all and writes
+#: half, the weighted sum reads them all and writes one of k.
+AFTER_PASSES = 1.25
 #: Columns of a tile; fewest rows of a tile.
 TILE_COLUMNS = 128.0
 MIN_TILE_ROWS = 16.0
@@ -166,7 +170,8 @@ def grouped_product_time_s(
     moved = weights + passed * (n + k) * 2.0
     memory = moved / (p.bandwidth_fraction * device.hbm_bytes_per_s)
     shared = 0.5 * (p.launch_s + p.expert_s * hit + p.row_s * passed)
-    seconds = shared + overlapped(compute, memory, p.unhidden_fraction)
+    after = passed * n * (AFTER_PASSES * 2.0 / (p.bandwidth_fraction * device.hbm_bytes_per_s))
+    seconds = shared + after + overlapped(compute, memory, p.unhidden_fraction)
     return limited(seconds, 2.0 * n * k * assigned, peak, weights, device, cold)
 
 
