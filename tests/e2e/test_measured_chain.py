@@ -21,7 +21,7 @@ from measure.isolation import run_isolated
 from measure.microbenchmarks.plan import QUICK
 from measure.observation_options import How
 from measure.points import MeasurePoint
-from measure.runner import Rules, measure
+from measure.runner import Prediction, Rules, measure
 from measure.timing import Budget
 
 pytest.importorskip("torch")
@@ -98,7 +98,7 @@ def test_predictions_of_an_unseen_model_hold(tmp_path):
         )
         record = measure(
             point,
-            (predict_record(point.fields, hardware, MODEL), ""),
+            Prediction(row=predict_record(point.fields, hardware, MODEL)),
             rules=Rules(how=How(budget=Budget(seconds=0.5, min_samples=5))),
         )
         assert record["status"] in ("ok", "noisy"), record["message"]
