@@ -121,7 +121,10 @@ def decode_kept(mixer: Attention, point: Point, tokens: Array, *, source: str) -
     ``torch.cat``.
     """
     if point.level == "ideal":
-        return mixer.decode(point.at(tokens))
+        room = tokens + (point.reserved_tokens - point.cached_tokens)
+        after = replace(point, cached_tokens=tokens, reserved_tokens=room)
+        first, *others = mixer.decode(after)
+        return (*fused_step(after, "attention16", first), *others)
     ratio = mixer.n_heads / mixer.n_kv_heads
     size = layer_bytes(mixer, point, tokens)
     attention = decode_attention(

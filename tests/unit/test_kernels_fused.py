@@ -209,3 +209,12 @@ def test_our_kernels_are_between_the_roofline_and_the_published_chain(gpu: str) 
             assert np.all(own[f"roofline_{name}_s"] <= own[f"{name}_low_s"]), spec
             # first tokens differ by what surrounds the same attention: less than a hundredth
             assert np.all(own[f"{name}_s"] <= published[f"{name}_s"] * 1.01), (spec, name)
+
+
+def test_what_snapkv_keeps_is_attended_as_a_plain_cache_with_its_own_room() -> None:
+    for spec in ("snapkv", "pyramidkv"):
+        (op,) = operations(spec, "decode", MIXER, 32_768.0, 8.0)
+        assert op.kernel == "attention16"
+        assert float(op.shape["room_tokens"]) == float(op.shape["kv_len"]) + 256
+    (op,) = operations("snapkv+kivi", "decode", MIXER, 32_768.0, 8.0)
+    assert op.kernel == "kivi2"
