@@ -49,9 +49,8 @@ def test_twins(device, spec, reserve):
     step = new(N_KV * GROUP), new(N_KV), new(N_KV)
     kept = fused.snapshot()
     once = fused.decode(*step)
+    fused.step_room.n_tokens.fill_(10_000)  # as replays of a captured step do
     fused.restore(kept)
-    # as after the replay of a captured step
-    fused.step_room.n_tokens.fill_(10_000)
     assert torch.equal(fused.decode(*step), once)
     torch.testing.assert_close(once, plain.decode(*step), rtol=2e-5, atol=2e-5)
     for _ in range(2):
