@@ -116,7 +116,7 @@ def test_ceilings_worked_by_hand() -> None:
     assert memory == pytest.approx(elements / 4.8e12, rel=0.01)
     assert arithmetic == pytest.approx(elements * 1.75 / (64 * rate), rel=1e-3)
     assert arithmetic < memory
-    # 16 rows of tf32 an element, under a fifth of the bytes' time (scored_decode's docstring)
+    # 16 rows of tf32 an element, under a fifth of the bytes' time (h2o_decode's docstring)
     memory, arithmetic = ceiling("h2o")
     assert arithmetic < 0.2 * memory
     # 28 bytes a kept token and KV head over K and V's 512: 5.5 %, less the positions, which
