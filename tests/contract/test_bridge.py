@@ -272,15 +272,15 @@ def test_every_runnable_method_has_both_forms():
 
 
 @pytest.mark.parametrize("spec", REFERENCES, ids=str)
-@pytest.mark.parametrize("kind", ["mha", "gqa", "window"])
+@pytest.mark.parametrize("kind", ["gqa", "window"])
 def test_the_published_operations_hold_and_multiply_what_level_reference_predicts(spec, kind):
     """Bytes and FLOPs of the reference form, and the same logits as the best one; also while a
-    cache outgrows the budgets.
+    cache outgrows the budgets. (Without groups, and at other shapes: test_bridge_found.)
     """
     model, batch, stack = decoder_architecture(kind), 2, parse_method(spec)
     weights = random_weights(model, torch.float32, torch.device("cpu"))
     decoder = Decoder(model, weights, n_positions=150)
-    for context in (21, 29, 141) if kind == "gqa" else (141,):
+    for context in (29, 141) if kind == "gqa" else (141,):
         prompt = torch.arange(batch * context).view(batch, context) % V
         caches, best = (
             build_caches(model, spec, batch, "fp32", realisation=x) for x in ("reference", "best")
