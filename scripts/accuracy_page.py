@@ -56,8 +56,9 @@ token and head, not one for 32 elements, reads no 16-bit residual, quantises not
 decodes, and its 4-bit unpacking, as published, returns a constant. It takes 0.94 of the time of
 16-bit attention, 64 lane cycles an element on that GPU (84 SMs of 128 lanes at 1.8 GHz): KIVI-4's
 bytes would take 16 of them at full bandwidth, and a loop of that form compiled for it by Triton
-issues 8 instructions an element. Neither bytes nor arithmetic bind it, but the waits between them;
-so the factor is fitted, and it is this kernel's, not KIVI's.
+issues 8 instructions an element. Neither accounts for it; what is left, and inferred, are waits
+between loads, shared memory and products. So the factor is fitted, and it is this kernel's, not
+KIVI's.
 
 Upstream H2O, GEAR and StreamingLLM do what an engine's own kernels do not (scores twice, a
 decomposition every few steps, prompts re-rotated token by token), so their chains are far slower
