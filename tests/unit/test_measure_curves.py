@@ -147,3 +147,16 @@ def test_the_interval_is_never_narrower_than_the_noise():
     # 2,000 FLOPs at 1e12/s against 2,000 bytes at 1e10/s: memory binds and takes the whole time.
     assert found.memory_s == pytest.approx(found.mid_s)
     assert found.compute_s == pytest.approx(found.mid_s / 100)
+
+
+def test_small_operations_of_a_layer_count_activations_by_its_blocks():
+    curves = {
+        "norm_rope_activation__bf16__blocks=1": Curve(x=(1e3,), y=(1e-8,), spread=0.1),
+        "norm_rope_activation__bf16__blocks=2": Curve(x=(1e3,), y=(4e-8,), spread=0.1),
+    }
+    layer = Operation(
+        name="norm_rope_activation", kind="elementwise", activation_bytes=1e3, weight_bytes=1e9,
+        shape={"blocks": 2**0.5},
+    )  # fmt: skip
+    found = curve_time_s(layer, profile(**curves))
+    assert float(found.seconds) == pytest.approx(2e-5)  # half an octave from both: their mean
