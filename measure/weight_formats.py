@@ -17,11 +17,10 @@ from torch.nn.functional import pad
 
 from costmodel.errors import NotApplicableError
 from measure.methods.packing import pack_nibbles, unpack_nibbles
+from measure.parts import piece_elements
 from measure.points import PACKED_WEIGHT_DTYPES
 
 GROUP = 128
-#: Elements unpacked at once: half a megabyte in bf16, so the copy stays in a core's L2 cache.
-_PIECE_ELEMENTS = 2**18
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -100,7 +99,7 @@ def linear(x: Tensor, w: Any, bias: Tensor | None = None) -> Tensor:
     """``x W^T + bias`` for a tensor, or for a packed matrix a few rows at a time."""
     if not isinstance(w, PackedMatrix):
         return functional.linear(x, w, bias)
-    step = max(1, _PIECE_ELEMENTS // w.n_in)
+    step = max(1, piece_elements(x.device) // w.n_in)
     pieces = [
         functional.linear(x, w.dense(x.dtype, start, min(start + step, w.n_out)))
         for start in range(0, w.n_out, step)

@@ -270,7 +270,7 @@ def of_elements(operation: Operation, point: Point, elements: Array, bits: float
 _PACKED = "no table of measured kernels holds a cache packed like this one"
 
 
-#: Elements that twins unpack at once (``PIECE_ELEMENTS`` of ``measure.methods``).
+#: Elements that twins unpack at once (``piece_elements`` of ``measure.parts``; more on a GPU).
 _PIECE_ELEMENTS = 2.0**18
 
 

@@ -27,9 +27,7 @@ from measure.methods.buffers import GrowingBuffer
 from measure.methods.eager import repeat_kv, softmax_fp32
 from measure.methods.fixed_steps import NO_ROOM
 from measure.methods.packing import dequantise, quantise
-
-#: Elements unpacked at once: half a megabyte in bf16, so the copy stays in a core's L2 cache.
-PIECE_ELEMENTS = 2**18
+from measure.parts import piece_elements
 
 
 class _Packed(NamedTuple):
@@ -193,7 +191,8 @@ class KiviCache(AbstractLayerCache):
         return self.unfold(out)
 
     def _why_shapes_change(self) -> str:
-        if not (self.fused and fits(self.mixer)):
+        kernels = self.fused and fits(self.mixer) and sizes_fit(self.residual, self.group)
+        if not kernels:
             return "every R steps the host packs a block of keys (the kernels decide on the device)"
         return "" if self.keys.words.capacity else NO_ROOM
 
@@ -323,9 +322,9 @@ class KiviCache(AbstractLayerCache):
         self.recent_keys.clear(release=self._exact)
 
     def _pieces(self, n_entries: int, tokens_per_entry: int) -> Iterator[tuple[int, int]]:
-        """Ranges of entries of about ``PIECE_ELEMENTS`` elements over the whole batch."""
+        """Ranges of entries of about ``piece_elements`` over the whole batch."""
         per_token = self.batch * self.mixer.n_kv_heads * self.mixer.head_dim
-        step = max(1, PIECE_ELEMENTS // (per_token * tokens_per_entry))
+        step = max(1, piece_elements(self.device) // (per_token * tokens_per_entry))
         for start in range(0, n_entries, step):
             yield start, min(start + step, n_entries)
 

@@ -19,9 +19,7 @@ from measure.kernels._steps import fits, token_step
 from measure.methods.base import AbstractLayerCache
 from measure.methods.buffers import GrowingBuffer
 from measure.methods.fixed_steps import NO_ROOM, has_room
-
-#: Elements unpacked at once: half a megabyte in bf16, so the copy stays in a core's L2 cache.
-PIECE_ELEMENTS = 2**18
+from measure.parts import piece_elements
 
 
 class Side(NamedTuple):
@@ -245,7 +243,7 @@ class TokenPackedCache(AbstractLayerCache):
 
     def _pieces(self, first: int, last: int) -> Iterator[tuple[int, int]]:
         per_token = self.batch * self.mixer.n_kv_heads * self.mixer.head_dim
-        step = max(1, PIECE_ELEMENTS // per_token)
+        step = max(1, piece_elements(self.device) // per_token)
         for start in range(first, last, step):
             yield start, min(start + step, last)
 

@@ -17,6 +17,7 @@ from costmodel.mixers.mla import MLA
 from costmodel.mixers.rglru import RGLRU
 from costmodel.mlps import DenseMLP, MoE
 from measure.capture import captured_step, rewinding
+from measure.devices.open import open_device
 from measure.methods import fixed_steps
 from measure.methods.base import AbstractLayerCache
 from measure.points import MeasurePoint
@@ -69,12 +70,12 @@ def model(*mixers, mlp=None):
     )  # fmt: skip
 
 
-def session_of(spec, whole, *, batch=2, output=STEPS, dtype="fp32"):
+def session_of(spec, whole, *, output=STEPS, device="cpu", **options):
     point = MeasurePoint(
-        architecture=whole, stack=parse_method(spec), context_tokens=T, batch=batch,
-        output_tokens=output, dtype=dtype,
+        architecture=whole, stack=parse_method(spec), context_tokens=T, batch=2,
+        output_tokens=output, device=device, **{"dtype": "fp32", **options},
     )  # fmt: skip
-    session = TorchSession(point, torch.device("cpu"))
+    session = TorchSession(point, torch.device(device))
     session.prepare()
     session.fill()
     session.mark()
@@ -227,3 +228,17 @@ def test_flash_attention_is_given_the_cache_where_it_is(monkeypatch):
         session.decode()
         eager.decode()
         torch.testing.assert_close(session.logits, eager.logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("engine", ["torch", "lccost"])
+@pytest.mark.parametrize("spec", [*WHOLE, "kivi:bits=2,group=32,residual_tokens=32"])
+def test_real_graphs_are_whole(spec, engine):
+    """On the device ``captured_step`` itself compares replays with eager steps."""
+    if engine == "torch" and spec.startswith("kivi"):
+        pytest.skip("only its kernels pack a block without the host")
+    heads = replace(GQA, head_dim=64, v_head_dim=64)
+    options = {"device": "cuda:0", "dtype": "bf16", "engine": engine}
+    session = session_of(spec, model(heads, heads, heads), **options)
+    captured = captured_step(session, open_device("cuda:0"))
+    assert captured.replay is not None, captured.reason
