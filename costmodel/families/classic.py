@@ -1,5 +1,7 @@
 """OPT, GPT-2, GPT-J and GPT-NeoX: biases, layer norms with bias, plain (ungated) MLPs."""
 
+from dataclasses import replace
+
 from costmodel.architecture import Layer
 from costmodel.families.common import Model, read_basics, read_tied
 from costmodel.hf_config import ConfigReader
@@ -84,9 +86,9 @@ def _gptj(c: ConfigReader) -> Model:
     basics = read_basics(c)
     d = basics.d_model
     mlp = DenseMLP(d_ff=c.integer("n_inner", default=4 * d), gated=False, bias=True)
-    layer = Layer(
-        mixers=(_heads(c, d, qkv_bias=False, o_bias=False),), mlps=(mlp,), other_parameters=2 * d
-    )
+    # transformers has no fused attention for this family
+    attention = replace(_heads(c, d, qkv_bias=False, o_bias=False), eager=True)
+    layer = Layer(mixers=(attention,), mlps=(mlp,), other_parameters=2 * d)
     return Model(
         d_model=d,
         vocab_size=basics.vocab_size,

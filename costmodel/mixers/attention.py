@@ -41,7 +41,7 @@ class Attention(AbstractMixer):
     owns_cache     False for layers that read another layer's cache and have no k and v matrices
     output_gate    q is projected to twice its width; the second half gates the output
     o_dim          width the output projection writes when it is not d_model
-    eager          a soft cap or sinks: transformers has no fused attention for them
+    eager          transformers has no fused attention for it (a soft cap, sinks, an old model)
     extra_parameters  inner norms, sinks and the like, in elements
     """
 

@@ -21,7 +21,12 @@ Maker = Callable[[MeasurePoint, AbstractMethod, Any, torch.device], Any]
 def _plain(point: MeasurePoint, _: AbstractMethod, config: Any, device: torch.device) -> Any:
     if point.realisation == "best":
         room = point.context_tokens + point.output_tokens
-        return StaticCache(config=config, max_cache_len=room)
+        try:
+            return StaticCache(config=config, max_cache_len=room)
+        except KeyError as error:  # a kind of layer it has no class for
+            raise NotApplicableError(
+                f"transformers has no static cache for layers of {error.args[0]}"
+            ) from None
     return DynamicCache(config=config)
 
 

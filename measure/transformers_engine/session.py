@@ -8,6 +8,7 @@ import torch
 
 from costmodel.errors import ConfigError, NotApplicableError
 from costmodel.mixers import Attention
+from costmodel.mixers.mla import MLA
 from costmodel.registry import load_config
 from measure.engine import TORCH_DTYPES
 from measure.points import MeasurePoint
@@ -142,10 +143,17 @@ class TransformersSession:
     def details(self) -> dict[str, Any]:
         """Class of the cache, and where executed FLOPs are not those predicted."""
         found = {"cache_class": type(self.cache).__name__}
-        if self.point.realisation == "reference" and any(not m.owns_cache for m in self._mixers):
+        is_best = self.point.realisation == "best"
+        mixers = [m for layer in self.point.executed.layers for m in layer.mixers]
+        if not is_best and any(not m.owns_cache for m in self._mixers):
             found["executed_note"] = (
                 "transformers runs the layers that share a cache for the last prompt token only: "
                 "executed_prefill_flops are fewer than predicted"
+            )
+        if is_best and any(isinstance(m, MLA) and m.index is not None for m in mixers):
+            found["executed_note"] = (
+                "the index scores all the room of the static cache: executed FLOPs are more than "
+                "predicted"
             )
         return found
 
