@@ -101,6 +101,7 @@ def steps() -> list[Step]:
         grid("recurrent", "full", "8k,32k,128k", "32", models="mamba2-2.7b,recurrentgemma-9b"),
         grid("kernels-in-place", everything, "8k,128k", "1,8", engine="lccost"),
         grid("energy", "full,kivi:bits=2,h2o,streaming_llm", "32k", "1,8", energy_s=5.0),
+        Step(kind="kernels", name="kernels"),  # it goes on where it stopped
         grid("llama-3.1-8b", everything, "8k,16k,32k,64k,128k", "1,8,32"),
     ]
 
