@@ -9,10 +9,12 @@ and bias per group, beside the noise floor: how far the two measurements of a po
 that are in the file already are not measured again, so a killed run goes on where it was;
 ``--report`` only prints. One thread; needs a quiet machine: foreign load is printed.
 
-Shared machines change their own speed. A fixed piece of work (``measure.canary``) is timed before
-and after every measurement, which is repeated where the two differ by more than a tenth; the
-steadiest of three tries is kept. No point is left out: figures over all of them come first, those
-over points whose two measurements agree within a tenth are printed beside them, with their number.
+Shared machines change their own speed. Given two profiles, the first is calibrated before anything
+is measured and the second afterwards (where the files do not exist); a prediction is then the mean
+of both. A fixed piece of work (``measure.canary``) is timed before and after every measurement,
+which is repeated where the two differ by more than a tenth; the steadiest of three tries is kept.
+No point is left out: figures over all of them come first, those over points whose two measurements
+agree within a tenth are printed beside them, with their number.
 
 The full grid takes 30 to 60 minutes: prefill of 512 to 8k tokens, decode at 1k to 32k, batch 1 and
 4, bf16 and fp32, all methods of ``METHODS`` for the Llama-like model. ``--quick`` takes less than
@@ -275,26 +277,25 @@ class Compared(NamedTuple):
         return self.noise <= AGREED_PERCENT
 
 
-def compared(store: RecordStore, hardware: HardwareProfile) -> list[Compared]:
+def compared(store: RecordStore, profiles: Sequence[HardwareProfile]) -> list[Compared]:
     """Join measurements with predictions."""
     by_cell: dict[Cell, dict[int, dict[str, Any]]] = defaultdict(dict)
     for record in store.records():
         by_cell[Cell(*record["cell"])][record["round"]] = record
     out = []
     for cell, rounds in by_cell.items():
-        prediction = predict(
-            architecture_from_config(MODELS[cell.model], cell.model),
-            cell.method,
-            Workload.of(cell.batch, cell.tokens, 8),
-            hardware,
-            dtype=cell.dtype,
-            solve=False,
-        )
+        architecture = architecture_from_config(MODELS[cell.model], cell.model)
+        workload = Workload.of(cell.batch, cell.tokens, 8)
+        metric = "ttft_s" if cell.phase == "prefill" else "tpot_s"
+        predicted = [
+            predict(architecture, cell.method, workload, x, dtype=cell.dtype, solve=False)[metric]
+            for x in profiles
+        ]
         out.append(
             Compared(
                 cell,
                 tuple(r["seconds"] for _, r in sorted(rounds.items())),
-                float(prediction["ttft_s" if cell.phase == "prefill" else "tpot_s"]),
+                float(np.mean(predicted)),
                 max(r["foreign_cores"] for r in rounds.values()),
                 float(np.mean([r["canary_s"] for r in rounds.values()])),
                 max(r["canary_change"] for r in rounds.values()),
@@ -315,10 +316,10 @@ def line(name: str, rows: Sequence[Compared]) -> str:
     )
 
 
-def show(rows: Sequence[Compared], hardware: HardwareProfile, worst: int) -> bool:
+def show(rows: Sequence[Compared], profiles: Sequence[HardwareProfile], worst: int) -> bool:
     """Print everything; whether both bars are met."""
-    calibration = hardware.calibration
-    print(f"profile {hardware.title}, {calibration.get('kind')} of {calibration.get('date')}")
+    for x in profiles:
+        print(f"profile {x.title}, {x.calibration.get('kind')} of {x.calibration.get('date')}")
     print(
         f"{'% per group':44} {'n':>4} {'MAPE':>6} {'median':>6} {'p90':>6} {'bias':>6} noise, max"
     )
@@ -345,9 +346,11 @@ def show(rows: Sequence[Compared], hardware: HardwareProfile, worst: int) -> boo
             f"{1e3 * r.predicted:.2f} ms, observed {observed} ms"
         )
     print(f"\nother work used up to {max(r.foreign_cores for r in rows):.2f} cores meanwhile")
-    then, now = float(calibration["canary_s"]), [r.canary_s for r in rows]
+    names = ("canary_s", "canary_after_s")
+    then = ", ".join(f"{1e3 * float(x.calibration[n]):.1f}" for x in profiles for n in names)
+    now = [r.canary_s for r in rows]
     print(
-        f"canary {1e3 * then:.1f} ms when calibrated; when measured median "
+        f"canary {then} ms before and after calibrating; when measured median "
         f"{1e3 * float(np.median(now)):.1f} ms, {1e3 * min(now):.1f} to {1e3 * max(now):.1f}; "
         f"it moved by up to {max(r.canary_change for r in rows):.0%} in a measurement that was kept"
     )
@@ -356,7 +359,7 @@ def show(rows: Sequence[Compared], hardware: HardwareProfile, worst: int) -> boo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--profile", type=Path, default=Path("out/this-cpu.toml"))
+    parser.add_argument("--profile", type=Path, nargs="+", default=[Path("out/this-cpu.toml")])
     parser.add_argument("--output", type=Path, default=Path("out/cpu_accuracy.jsonl"))
     parser.add_argument("--quick", action="store_true", help="a coarse grid")
     parser.add_argument("--only", default="", help="cells whose model/method/... contain this")
@@ -367,16 +370,22 @@ def main() -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
     store = RecordStore(options.output)
     if not options.report:
-        if not options.profile.exists():
-            from measure.calibrate import calibrate
-
-            calibrate("cpu", output=options.profile, threads=THREADS)
+        _calibrate_missing(options.profile[:1])
         measure(QUICK if options.quick else FULL, store, options.only)
-    hardware = load_hardware(options.profile)
-    rows = compared(store, hardware)
+        _calibrate_missing(options.profile[1:])
+    profiles = [load_hardware(x) for x in options.profile]
+    rows = compared(store, profiles)
     if not rows:
         sys.exit(f"{options.output} holds no measurement")
-    sys.exit(0 if show(rows, hardware, options.worst) else 5)
+    sys.exit(0 if show(rows, profiles, options.worst) else 5)
+
+
+def _calibrate_missing(paths: Sequence[Path]) -> None:
+    from measure.calibrate import calibrate
+
+    for path in paths:
+        if not path.exists():
+            calibrate("cpu", output=path, threads=THREADS)
 
 
 if __name__ == "__main__":
