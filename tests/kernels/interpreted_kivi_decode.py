@@ -99,7 +99,8 @@ def test_anything(n_tokens, batch, heads, group, r, bits, splits, ring_start, se
         n_tokens, batch=batch, heads=heads[0], kv_heads=heads[1], group=group, r=r, bits=bits,
         splits=splits, ring_start=ring_start if n_tokens >= r else 0, seed=seed,
     )  # fmt: skip
-    close(found, expected, 2e-5)
+    # What the 1 of a fraction adds is taken off again: fp32 rounds sums up to 2^6 times as large.
+    close(found, expected, 2e-4)
 
 
 def test_sequences_of_different_lengths():

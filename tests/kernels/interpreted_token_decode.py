@@ -113,4 +113,4 @@ def test_anything(n_tokens, bits, batch, heads, group, splits, seed):
         n_tokens, bits, batch=batch, heads=heads[0], kv_heads=heads[1], group=group,
         splits=splits, seed=seed,
     )  # fmt: skip
-    close(found, expected, 2e-5)
+    close(found, expected, 2e-4)  # as for KIVI
