@@ -9,6 +9,7 @@ the replays must give the logits that as many eager steps give.
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from measure.devices.base import AbstractDevice, Captured
@@ -24,8 +25,16 @@ TOLERANCE = 0.02
 def captured_step(session: Session, device: AbstractDevice) -> Captured:
     """Capture one step of ``session`` and compare replays with eager steps.
 
-    The caches hold random tokens afterwards, and stand at T.
+    The caches hold random tokens afterwards, and stand at T. Without a graph steps are the usual
+    ones again: what is read of them later is of the steps that were timed.
     """
+    captured = _captured(session, device)
+    if captured.replay is None:
+        session.release_shapes()
+    return captured
+
+
+def _captured(session: Session, device: AbstractDevice) -> Captured:
     reason = session.hold_shapes()
     if reason:
         return Captured(replay=None, reason=reason)
@@ -39,12 +48,12 @@ def captured_step(session: Session, device: AbstractDevice) -> Captured:
         _start(session)
         session.logits = held
         found = _logits_of(captured.replay, session, n)
-        difference = _difference(found, expected)
-        if not difference <= TOLERANCE:
+        apart = difference(found, expected)
+        if not apart <= TOLERANCE:
             captured = Captured(
                 replay=None,
                 reason=f"{n} replays gave other logits than {n} eager steps: they differ by "
-                f"{difference:.2g} of the largest",
+                f"{apart:.2g} of the largest",
             )
     session.reset()
     return captured
@@ -65,13 +74,13 @@ def _logits_of(step: Callable[[], object], session: Session, n: int) -> list[Ten
     return found
 
 
-def _difference(found: list[Tensor], expected: list[Tensor]) -> float:
+def difference(found: list[Tensor], expected: list[Tensor]) -> float:
     """Largest difference over the largest logit; not a number where one is not."""
-    pairs = zip(found, expected, strict=True)
-    return max(
-        float((a.float() - b.float()).abs().max() / b.float().abs().max().clamp(min=1e-30))
-        for a, b in pairs
-    )
+    shares = [
+        (a.float() - b.float()).abs().max() / b.float().abs().max().clamp(min=1e-30)
+        for a, b in zip(found, expected, strict=True)
+    ]
+    return float(torch.stack(shares).max())  # built-in ``max`` would drop what is not a number
 
 
 def rewinding(replay: Callable[[], object], session: Session) -> Callable[[], object]:

@@ -16,7 +16,7 @@ import torch
 
 from measure.available_memory import Available
 from measure.capture import captured_step, rewinding
-from measure.devices.base import AbstractDevice, Call
+from measure.devices.base import AbstractDevice, Call, Captured
 from measure.devices.energy import EnergyReading, Unavailable, measure_energy
 from measure.devices.open import open_device
 from measure.flops import count_flops
@@ -67,9 +67,9 @@ def observe(point: MeasurePoint, how: How | None = None) -> dict[str, Any]:
     decode = _phase(session, device, session.decode, session.reset, how.budget)
     assert decode.timing is not None
     session.reset()
-    captured, graph, reason = _captured(session, device, point, how.budget)
+    captured, graph = _captured(session, device, point, how.budget)
     best = captured or decode.timing
-    energy = _energy(session, device, source, graph, best, how.energy_s, idle_w)
+    energy = _energy(session, device, source, graph.replay, best, how.energy_s, idle_w)
     timings = {} if prefill.timing is None else {"ttft_s": prefill.timing}
     timings["tpot_s"] = best
     if captured is not None:
@@ -92,7 +92,8 @@ def observe(point: MeasurePoint, how: How | None = None) -> dict[str, Any]:
         "energy": energy.as_record(),
         "memory": {"prefill": prefill.memory, "decode": decode.memory},
         "graph_captured": captured is not None,
-        "graph_reason": reason,
+        "graph_reason": graph.reason,
+        "graph_failed": graph.failed,
         "message": _message(how),
         **memory,
         **session.details(),
@@ -162,18 +163,18 @@ def _sampler(device: AbstractDevice, session: Session) -> Sampler:
 
 def _captured(
     session: Session, device: AbstractDevice, point: MeasurePoint, budget: Budget | None
-) -> tuple[Timing | None, Call | None, str]:
+) -> tuple[Timing | None, Captured]:
     """Time a decode step as a replayed graph, where the best form is asked for and can be captured.
 
     Nothing of the point comes after it but the energy: a failed capture can disturb nothing else.
     """
     if not device.has_graphs:
-        return None, None, "a CPU has no launches to capture"
+        return None, Captured(replay=None, reason="a CPU has no launches to capture")
     if point.realisation != "best":
-        return None, None, "the reference form runs eagerly"
+        return None, Captured(replay=None, reason="the reference form runs eagerly")
     captured = captured_step(session, device)
     if captured.replay is None:
-        return None, None, captured.reason
+        return None, captured
     flush = device.flush(session.weights_bytes + session.allocated_bytes)
 
     def put_back() -> None:
@@ -182,7 +183,7 @@ def _captured(
             flush()
 
     timing = device.sampler().time(captured.replay, before=put_back, budget=budget)
-    return timing, captured.replay, ""
+    return timing, captured
 
 
 def _energy(

@@ -81,6 +81,9 @@ class Session(Protocol):
         next; say why that cannot be, else "".
         """
 
+    def release_shapes(self) -> None:
+        """Undo ``hold_shapes``."""
+
     def rewind(self) -> None:
         """Back to T tokens in count alone: what the steps since then stored may stay."""
 
@@ -250,7 +253,6 @@ class TorchSession:
         """Put the snapshots back."""
         for cache, snapshot in zip(self.caches, self.snapshots, strict=True):
             cache.restore(snapshot)
-
         self.rewind()
 
     def hold_shapes(self) -> str:
@@ -258,6 +260,11 @@ class TorchSession:
         reasons = [self.decoder.why_not_captured()]
         reasons += [cache.hold_shapes() for cache in self.caches]
         return next(filter(None, reasons), "")
+
+    def release_shapes(self) -> None:
+        """In every cache."""
+        for cache in self.caches:
+            cache.release_shapes()
 
     @torch.inference_mode()
     def rewind(self) -> None:

@@ -31,10 +31,14 @@ class Peaks:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Captured:
-    """A captured graph to replay, or why there is none."""
+    """A captured graph to replay, or why there is none.
+
+    failed  an error was the reason, which may have left something behind in the process
+    """
 
     replay: Call | None
     reason: str
+    failed: bool = False
 
 
 class AbstractDevice(ABC):

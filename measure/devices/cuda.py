@@ -165,7 +165,7 @@ class CudaDevice(AbstractDevice):
         except RuntimeError as error:
             # a capture that fails leaves its stream current (torch.cuda.graph.__exit__)
             self._cuda.set_stream(usual)
-            return Captured(replay=None, reason=str(error).splitlines()[0][:300])
+            return Captured(replay=None, reason=_first_line(error), failed=True)
         return Captured(replay=graph.replay, reason="")
 
     def energy_source(self) -> EnergySource | Unavailable:
@@ -197,6 +197,10 @@ class CudaDevice(AbstractDevice):
 
     def _state(self) -> dict[str, Any]:
         return self.nvml.facts(CHANGING) if isinstance(self.nvml, Nvml) else {}
+
+
+def _first_line(error: RuntimeError) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]
 
 
 def _others(processes: list[dict[str, Any]] | None) -> int | None:

@@ -155,6 +155,10 @@ class AbstractLayerCache(ABC):
             buffer.zero_room()
         return reason
 
+    def release_shapes(self) -> None:
+        """Steps have the shapes of what is held again."""
+        self.fixed_shapes = False
+
     @abstractmethod
     def _why_shapes_change(self) -> str:
         """Say what of a step here only the host can decide; "" where nothing is."""

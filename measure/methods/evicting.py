@@ -78,6 +78,10 @@ class EvictingCache(AbstractLayerCache):
         """As the inner cache can: the choice was made with the prompt."""
         return self.inner.hold_shapes()
 
+    def release_shapes(self) -> None:
+        """In the inner cache."""
+        self.inner.release_shapes()
+
     def _why_shapes_change(self) -> str:
         return self.inner._why_shapes_change()
 

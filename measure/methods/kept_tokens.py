@@ -39,10 +39,6 @@ class KeptTokensCache(AbstractLayerCache):
     def _buffer(self, entry: tuple[int, ...], dtype: torch.dtype) -> GrowingBuffer:
         return GrowingBuffer(self.batch, self.mixer.n_kv_heads, entry, dtype, self.device)
 
-    def clear(self) -> None:
-        """Empty the cache; the room stays."""
-        super().clear()
-
     def reset_steps(self) -> None:
         """Also the count of a step by kernels, now: a replay asks for nothing on the host."""
         super().reset_steps()

@@ -64,6 +64,9 @@ class LayerState(Protocol):
     def hold_shapes(self) -> str:
         """Give all steps one shape, for a capture; say why that cannot be, else ""."""
 
+    def release_shapes(self) -> None:
+        """Undo ``hold_shapes``."""
+
     def reset_steps(self) -> None:
         """Have the device's counts be the host's again, whatever graphs were replayed."""
 
@@ -118,6 +121,9 @@ class FixedState:
     def hold_shapes(self) -> str:
         """It has only one."""
         return ""
+
+    def release_shapes(self) -> None:
+        """There is nothing to undo."""
 
     def reset_steps(self) -> None:
         """There are no counts on the device."""

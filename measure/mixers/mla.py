@@ -51,6 +51,10 @@ class LatentCache:
         self.latents.zero_room()
         return "" if self.fixed_shapes else NO_ROOM
 
+    def release_shapes(self) -> None:
+        """A step attends what is held."""
+        self.fixed_shapes = False
+
     def reset_steps(self) -> None:
         """The clock is the model's."""
 

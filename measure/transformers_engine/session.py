@@ -136,6 +136,9 @@ class TransformersSession:
         """Its caches count tokens on the host."""
         return "transformers' own step runs eagerly"
 
+    def release_shapes(self) -> None:
+        """Nothing was held."""
+
     def rewind(self) -> None:
         """As ``reset``: the count cannot be put back alone."""
         self.reset()

@@ -16,8 +16,9 @@ from costmodel.mixers.mamba2 import Mamba2
 from costmodel.mixers.mla import MLA
 from costmodel.mixers.rglru import RGLRU
 from costmodel.mlps import DenseMLP, MoE
-from measure.capture import captured_step, rewinding
+from measure.capture import TOLERANCE, captured_step, difference, rewinding
 from measure.devices.open import open_device
+from measure.flops import count_flops
 from measure.methods import fixed_steps
 from measure.methods.base import AbstractLayerCache
 from measure.points import MeasurePoint
@@ -186,6 +187,23 @@ def test_what_a_graph_cannot_hold_is_the_reason(monkeypatch):
     captured = captured_step(session_of("full", model(GQA)), RecordingDevice())
     assert captured.replay is None
     assert REFUSED in captured.reason
+
+
+def test_a_later_replay_that_is_not_a_number_is_seen():
+    one, lost = torch.ones(2, 3), torch.full((2, 3), torch.nan)
+    assert difference([one, one * 1.5], [one, one]) == 0.5
+    for found in ([one, lost], [lost, one]):
+        assert not difference(found, [one, one]) <= TOLERANCE
+
+
+def test_without_a_graph_steps_are_the_usual_ones_again():
+    """The energy of a record is read after the capture, from the steps that its time is of."""
+    session = session_of("full", model(GQA, mlp=MoE(n_experts=4, top_k=2, d_ff=8)))
+    flops = count_flops(session.decode)
+    session.reset()
+    assert captured_step(session, RecordingDevice()).replay is None
+    session.reset()
+    assert count_flops(session.decode) == flops
 
 
 def test_replays_without_end_stay_inside_the_room():
