@@ -88,12 +88,7 @@ class MeasurePoint:
             )
         if not is_device_name(self.device):
             raise ConfigError(f"device: expected cpu or cuda:N, got {self.device!r}")
-        if self.engine not in ENGINES:
-            raise NotApplicableError(
-                f"engine: points run on {', '.join(ENGINES)}, got {self.engine!r}"
-            )
-        if self.engine == "transformers":
-            self._check_transformers()
+        self._check_engine()
         if self.tp > 1 and self.device != "cpu" and cuda_index(self.device) != 0:
             raise ConfigError(
                 f"device: with tp {self.tp} ranks take cuda:0 to cuda:{self.tp - 1}, "
@@ -106,7 +101,26 @@ class MeasurePoint:
                 f"weights in {self.dtype}"
             )
 
+    def _check_engine(self) -> None:
+        if self.engine not in ENGINES:
+            raise NotApplicableError(
+                f"engine: points run on {', '.join(ENGINES)}, got {self.engine!r}"
+            )
+        if self.engine == "lccost" and self.realisation == "reference":
+            raise NotApplicableError(
+                "the kernels of --engine lccost are the best form; --engine torch runs the "
+                "published operations"
+            )
+        if self.engine == "transformers":
+            self._check_transformers()
+
     def _check_transformers(self) -> None:
+        names = {method.NAME for method in self.stack.methods}
+        if self.realisation == "best" and names != {"full"}:
+            raise NotApplicableError(
+                f"{self.stack.spec}: transformers has one form of this cache: --realisation "
+                "reference"
+            )
         if self.tp > 1:
             raise NotApplicableError("tensor parallel points run on --engine torch or lccost")
         if self.weights is not None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from measure.statistics import INVALID_FRACTION, NOISY_FRACTION, warnings_of
+from measure.statistics import INVALID_FRACTION, JUDGED, NOISY_FRACTION, warnings_of
 from measure.timing import Timing
 
 #: Canary after over canary before: beyond this the machine changed speed during the point.
@@ -24,10 +24,10 @@ def judged(
 ) -> dict[str, Any]:
     """Keys of a record: status, is_valid, invalid_reason, samples, statistics, quality.
 
-    ``noisy`` says that times spread, that blocks were kept although others used the machine, or
-    that the machine changed speed; the figures stand, and are worth a second look.
+    ``noisy`` says that the times of a metric spread, that blocks were kept although others used the
+    machine, or that the machine changed speed; the figures stand, and are worth a second look.
     """
-    spread = max(t.statistics.iqr_fraction for t in timings.values())
+    spread = max(t.statistics.iqr_fraction for name, t in timings.items() if name in JUDGED)
     change = canary[1] / canary[0] - 1.0
     doubts = [
         f"{name}: {text}"

@@ -22,13 +22,13 @@ from typing import Any, Literal, Self
 
 from costmodel.errors import LccostError
 from costmodel.executors import Task, open_executor
-from costmodel.units import format_seconds
 from measure.environment import fingerprint, worker_variables
 from measure.isolation import Outcome, Worker
-from measure.memory_check import host_check, needed_bytes
+from measure.memory_check import SKIPPED, host_check, needed_bytes
 from measure.observation_options import How
 from measure.points import MeasurePoint, record_key
 from measure.progress import Report, progress
+from measure.record_figures import describe, result_line, shares_of_peak, whole_model, widest_spread
 from measure.store import RecordStore
 
 SCHEMA_VERSION = "1"
@@ -63,7 +63,7 @@ class Rules:
     """How a sweep goes about its points.
 
     timeout_s   seconds a point may take
-    force       also start points that are predicted not to fit
+    force       also start points that are predicted not to fit, and were skipped for it before
     retries     how often a noisy point is run again; the steadier run stands
     isolation   "point": every point in a process of its own; "model": points of one model share
                 one until a point crashes, hangs or runs out of memory
@@ -137,7 +137,7 @@ def run_sweep(
         rows of what was refused.
     """
     points, rules = list(points), rules or Rules()
-    store = RecordStore(output, fresh=not resume)
+    store = RecordStore(output, fresh=not resume, repeats={SKIPPED} if rules.force else ())
 
     def predicted(point: MeasurePoint) -> Prediction:
         return predicted_of(point, predict_point, predict_memory)
@@ -254,8 +254,9 @@ class Workers:
             "measure.observation:observe" if point.tp == 1 else "measure.parallel.ranks:observe"
         )
         outcome = worker.call(function, (point, how), timeout_s=self.rules.timeout_s)
-        # a point that was refused leaves the process as it was
-        if self.rules.isolation == "point" or outcome.value is None:
+        # a point that was refused leaves the process as it was; a capture that failed may not
+        ended = outcome.value is None or outcome.value.get("graph_failed")
+        if self.rules.isolation == "point" or ended:
             self._end()
         return outcome
 
@@ -308,8 +309,8 @@ def _record(
         **dict.fromkeys(_METRICS),
         "message": "",
         **observed,
-        **_shares_of_peak(observed, predicted),
-        **_whole_model(point, observed, predicted),
+        **shares_of_peak(observed, predicted),
+        **whole_model(point, observed, predicted),
         "attempts": attempts,
         "isolation": rules.isolation,
         "environment": dict(environment),
@@ -333,61 +334,11 @@ def _steadiest(point: MeasurePoint, workers: Workers, how: How) -> tuple[dict[st
     best: dict[str, Any] = {}
     for attempt in range(1, workers.rules.retries + 2):
         observed = _as_row(workers.observe(point, how))
-        if not best or _spread(observed) < _spread(best):
+        if not best or widest_spread(observed) < widest_spread(best):
             best = observed
         if observed["status"] != "noisy":
             return (observed if observed["status"] == "ok" else best), attempt
     return best, workers.rules.retries + 1
-
-
-def _spread(observed: Mapping[str, Any]) -> float:
-    """Widest relative spread of a result's times; infinite without any."""
-    found = [s["iqr_fraction"] for s in (observed.get("statistics") or {}).values()]
-    return max(found, default=float("inf"))
-
-
-def _shares_of_peak(
-    observed: Mapping[str, Any], predicted: Mapping[str, Any] | None
-) -> dict[str, float | None]:
-    """MFU of prefill and MBU of decode: useful work over what the profile's peaks would do in the
-    time measured. Null without a profile.
-    """
-    p, ttft, tpot = predicted or {}, observed.get("ttft_s"), observed.get("tpot_s")
-
-    def share(amount: str, rate: str, seconds: float | None) -> float | None:
-        if not (seconds and p.get(amount) and p.get(rate)):
-            return None
-        return float(p[amount]) / (float(p[rate]) * seconds)
-
-    return {
-        "mfu": share("prefill_flops", "peak_flops_per_s", ttft),
-        "mbu": share("decode_hbm_bytes", "hbm_bytes_per_s", tpot),
-    }
-
-
-def _whole_model(
-    point: MeasurePoint, observed: Mapping[str, Any], predicted: Mapping[str, Any] | None
-) -> dict[str, Any]:
-    """What the whole model would show where only some layers ran: what was measured, times the
-    prediction of the whole over that of the part. Always extrapolated, and says so.
-    """
-    if point.executed.n_layers == point.architecture.n_layers:
-        return {"extrapolated": False, "whole_model": None}
-    whole = (predicted or {}).get("whole_model") or {}
-    found = {
-        name: observed[name] * value / predicted[name]
-        for name, value in whole.items()
-        if predicted and predicted.get(name) and observed.get(name) and value is not None
-    }
-    return {"extrapolated": True, "whole_model": {**found, "extrapolated": True} if found else None}
-
-
-def describe(point: MeasurePoint) -> str:
-    """Name a point in a line of progress."""
-    return (
-        f"{point.architecture.name} {point.stack.spec} {point.dtype} batch {point.batch} "
-        f"context {point.context_tokens}"
-    )
 
 
 def predicted_of(
@@ -412,14 +363,3 @@ def _as_row(outcome: Outcome) -> dict[str, Any]:
         return dict(outcome.value)
     more = outcome.value if isinstance(outcome.value, dict) else {}
     return {"status": outcome.status, "message": outcome.message, **more}
-
-
-def result_line(record: Mapping[str, Any]) -> str:
-    """Say in one line how a point went."""
-    if record["tpot_s"] is None:
-        return f"{record['status']}: {record['message']}"
-    ttft = record["ttft_s"]
-    line = f"TTFT {'not run' if ttft is None else format_seconds(ttft)}, "
-    line += f"TPOT {format_seconds(record['tpot_s'])}"
-    warnings = (record.get("quality") or {}).get("warnings")
-    return f"{line} ({'; '.join(warnings)})" if warnings else line

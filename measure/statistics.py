@@ -14,6 +14,8 @@ import numpy as np
 #: IQR / median above these: a measurement is called noisy, or not used at all (the thresholds of
 #: torch.utils.benchmark).
 NOISY_FRACTION, INVALID_FRACTION = 0.10, 0.25
+#: Timings that are the metrics of a record; what is timed beside them only warns.
+JUDGED = ("ttft_s", "tpot_s")
 #: A first timed sample above this many medians says that warm-up was too short.
 SLOW_FIRST_FACTOR = 2.0
 

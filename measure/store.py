@@ -8,7 +8,7 @@ newline) is cut off before the next append; readers skip it.
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,18 @@ class RecordStore:
     """One records file; nothing is written until the first record.
 
     ``fresh`` starts over: what the file held is kept beside it, with ``.bak`` behind its name.
+    ``repeats`` are statuses that are no results this time.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, fresh: bool = False) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        fresh: bool = False,
+        repeats: Collection[str] = (),
+    ) -> None:
         self.path = Path(path)
+        self._results = FINISHED - frozenset(repeats)
         #: how far the file was read for ``finished_keys``, and what was finished there
         self._read_bytes = 0
         self._finished: set[tuple[str, str | None]] = set()
@@ -83,7 +91,7 @@ class RecordStore:
             self._finished.clear()
         for record, end in self._from(self._read_bytes):
             self._read_bytes = end
-            if record.get("status") in FINISHED and "record_key" in record:
+            if record.get("status") in self._results and "record_key" in record:
                 environment = (record.get("environment") or {}).get("id")
                 self._finished.add((record["record_key"], environment))
         return {

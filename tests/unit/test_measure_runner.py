@@ -127,10 +127,12 @@ def test_points_predicted_not_to_fit_are_rows_without_a_run(tmp_path, outcomes):
     path = tmp_path / "r.jsonl"
     (found,) = runner.run_sweep(points(1), output=path, predict_point=predict)
     assert (found["status"], run) == ("skipped_oom_predicted", [])
-    (found,) = runner.run_sweep(
-        points(1), output=path, predict_point=predict, rules=Rules(force=True)
-    )
-    assert (found["status"], run) == ("ok", [1])
+    again = {"output": path, "predict_point": predict, "resume": True}
+    (found,) = runner.run_sweep(points(1), **again)
+    assert (found["status"], run) == ("skipped_oom_predicted", [])
+    for _ in range(2):  # the row's message names --force: what was skipped is run then, once
+        (found,) = runner.run_sweep(points(1), rules=Rules(force=True), **again)
+        assert (found["status"], run) == ("ok", [1])
 
 
 def test_the_key_is_of_what_runs_and_not_of_what_predicts():
@@ -152,6 +154,8 @@ def test_the_key_is_of_what_runs_and_not_of_what_predicts():
         ({"device": "tpu"}, ConfigError, "tpu"),
         ({"engine": "vllm"}, NotApplicableError, "vllm"),
         ({"tp": 3}, NotApplicableError, "heads"),
+        ({"engine": "lccost", "realisation": "reference"}, NotApplicableError, "--engine torch"),
+        ({"engine": "transformers", "method": "kv_offload"}, NotApplicableError, "one form"),
         ({"tp": 2, "engine": "transformers"}, NotApplicableError, "tensor parallel"),
         ({"tp": 2, "device": "cuda:1"}, ConfigError, "cuda:0 to cuda:1"),
     ],
@@ -159,6 +163,39 @@ def test_the_key_is_of_what_runs_and_not_of_what_predicts():
 def test_impossible_points_say_what_was_expected(changes, error, words):
     with pytest.raises(error, match=words):
         points(8, **changes)
+
+
+def test_points_of_a_model_share_a_process_until_one_leaves_it_doubtful(tmp_path, monkeypatch):
+    started = []
+    endings = {
+        2: Outcome(status="error", value={}, message="refused"),
+        3: Outcome(status="error", message="RuntimeError: x"),
+        4: Outcome(status="ok", value={"status": "ok", "tpot_s": 1.0, "graph_failed": True}),
+    }
+
+    class Process:
+        alive = True
+
+        def __init__(self, **_):
+            started.append([])
+
+        def call(self, _, arguments, *, timeout_s):
+            context = arguments[0].context_tokens
+            started[-1].append(context)
+            value = {"status": "ok", "tpot_s": 1.0, "graph_failed": False}
+            return endings.get(context, Outcome(status="ok", value=value))
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(runner, "Worker", Process)
+    rules = Rules(isolation="model")
+    todo = [*points(1, 2, 3, 4, 5), *points(6, dtype="fp32")]
+    runner.run_sweep(todo, output=tmp_path / "r.jsonl", rules=rules)
+    assert started == [[1, 2, 3], [4], [5], [6]]
+    started.clear()
+    runner.run_sweep(points(1, 5), output=tmp_path / "r.jsonl")
+    assert started == [[1], [5]]
 
 
 _SWEEP = """
