@@ -16,16 +16,23 @@ from typing import Any
 import tomli_w
 
 from costmodel.calibration.profile import device_fields
-from costmodel.errors import MeasurementError, MissingExtraError, NotApplicableError
+from costmodel.errors import (
+    ConfigError,
+    MeasurementError,
+    MissingExtraError,
+    NotApplicableError,
+    UnknownNameError,
+)
 from costmodel.files import write_atomic
 from costmodel.hardware import HardwareProfile, load_hardware
 from measure.available_memory import available_memory_bytes
 from measure.devices.names import cuda_index, is_device_name
 from measure.environment import fingerprint, worker_variables
-from measure.isolation import run_isolated
+from measure.isolation import Worker, run_isolated
 
 #: Memory a calibration must find free: the rotating pool, twice while it is made, and libraries.
 _MIN_FREE_BYTES = 3 * 2**30
+_PROBE_S = 120.0
 
 
 def calibrate(
@@ -51,12 +58,12 @@ def calibrate(
         The profile that a GPU's datasheet figures come from; None: the one of its name.
 
     Raises ``MeasurementError`` when it could not be done, ``MissingExtraError`` without such a GPU,
-    ``NotApplicableError`` for other devices, ``UnknownNameError`` for a GPU without a profile.
+    ``NotApplicableError`` for other devices, ``ConfigError`` for a GPU without a profile,
+    ``UnknownNameError`` for a ``gpu`` there is not: all but the first before anything is measured.
     """
     if not is_device_name(device):
         raise NotApplicableError(f"device: calibration runs on cpu or cuda:N, got {device!r}")
-    if device != "cpu":
-        _require_gpu(device)
+    base = None if device == "cpu" else _datasheet(device, gpu)
     free = available_memory_bytes()
     if free is not None and free < _MIN_FREE_BYTES:
         raise MeasurementError(
@@ -77,7 +84,7 @@ def calibrate(
     path = Path(output)
     today = datetime.now(UTC).date().isoformat()
     environment = fingerprint(variables, device)
-    if device == "cpu":
+    if base is None:
         table = profile_table(
             outcome.value,
             environment,
@@ -87,7 +94,6 @@ def calibrate(
             date=today,
         )
     else:
-        base = load_hardware(gpu or outcome.value["device_title"])
         table = gpu_profile_table(
             outcome.value, environment, base, name=_profile_name(path), quick=quick, date=today
         )
@@ -174,14 +180,28 @@ def _facts(
     }
 
 
-def _require_gpu(device: str) -> None:
-    found = run_isolated(
-        "measure.devices.probe:missing", (1, cuda_index(device)), timeout_s=120.0,
-        limit_memory=False,
-    )  # fmt: skip
-    reason = found.value if found.status == "ok" else found.message
-    if reason:
-        raise MissingExtraError(f"device {device}: {reason}")
+def _datasheet(device: str, gpu: str | None) -> HardwareProfile:
+    """The profile that describes ``device``, asked for before minutes of it are used."""
+    base = None if gpu is None else load_hardware(gpu)
+    if base is not None and base.is_cpu:
+        raise ConfigError(f"--gpu: expected a profile of a GPU for {device}, got {base.name}")
+    index = cuda_index(device)
+    with Worker(limit_memory=False) as probe:
+        found = probe.call("measure.devices.probe:missing", (1, index), timeout_s=_PROBE_S)
+        reason = found.value if found.status == "ok" else found.message
+        if reason:
+            raise MissingExtraError(f"device {device}: {reason}")
+        if base is not None:
+            return base
+        title = probe.call("measure.devices.probe:title", (index,), timeout_s=_PROBE_S)
+    if title.status != "ok":
+        raise MeasurementError(f"device {device}: {title.message}")
+    try:
+        return load_hardware(title.value)
+    except UnknownNameError as error:
+        raise ConfigError(
+            f"{device} has no profile: {error} The one that is nearest can be named: --gpu PROFILE"
+        ) from None
 
 
 def write_atomically(path: Path, text: str) -> None:

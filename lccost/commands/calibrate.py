@@ -82,7 +82,8 @@ def calibrate(
     sizes near them (basis anchored). Do not judge it by the same runs.
     """
     if anchor is not None:
-        if gpu is None or table is not None or device is not None or quick:
+        others = (table, device, kind)
+        if gpu is None or quick or threads != 1 or any(x is not None for x in others):
             raise CommandError(
                 "--anchor takes --gpu PROFILE and --output, and nothing else", EXIT_USAGE
             )
@@ -95,8 +96,10 @@ def calibrate(
             raise CommandError("--gpu goes with --table, or with --device cuda:N", EXIT_USAGE)
         _measure(device or "cpu", quick, threads, gpu, output)
         return
-    if device is not None or quick:
-        raise CommandError("--table goes without --device and --quick: nothing runs", EXIT_USAGE)
+    if device is not None or quick or threads != 1:
+        raise CommandError(
+            "--table goes without --device, --quick and --threads: nothing runs", EXIT_USAGE
+        )
     from costmodel.calibration.profile import calibrate_table
     from costmodel.calibration.tables import only_device
     from costmodel.hardware import load_hardware

@@ -16,6 +16,12 @@ def missing(n_gpus: int, index: int) -> str:
     return ""
 
 
+def title(index: int) -> str:
+    """Name of cuda:``index``, which is there."""
+    name: str = torch.cuda.get_device_name(index)
+    return name
+
+
 def cuda_facts() -> dict[str, Any]:
     """Versions and devices as PyTorch sees them; nothing of CUDA is called where it finds none."""
     facts: dict[str, Any] = {

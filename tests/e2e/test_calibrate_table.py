@@ -203,6 +203,10 @@ def test_options_of_the_other_form_are_refused(folder: Path) -> None:
     out = ("--output", str(folder / "never.toml"))
     assert run("calibrate", "--gpu", "h100-sxm", *out).exit_code == 2
     assert run("calibrate", "--table", "x.csv", "--device", "cpu", *out).exit_code == 2
+    assert run("calibrate", "--table", "x.csv", "--threads", "2", *out).exit_code == 2
+    anchor = ("calibrate", "--anchor", "r.jsonl", "--gpu", "h100-sxm", *out)
+    for more in (("--kind", "gemm"), ("--threads", "2"), ("--quick",)):
+        assert "and nothing else" in run(*anchor, *more).stderr
 
 
 def test_a_profile_that_cannot_be_written_is_said_before_anything_runs(

@@ -9,7 +9,13 @@ import tomli_w
 import torch
 from torch.nn.functional import linear
 
-from costmodel.errors import MeasurementError, MissingExtraError, NotApplicableError
+from costmodel.errors import (
+    ConfigError,
+    MeasurementError,
+    MissingExtraError,
+    NotApplicableError,
+    UnknownNameError,
+)
 from costmodel.hardware import load_hardware
 from costmodel.model import Model
 from costmodel.options import Options
@@ -165,3 +171,30 @@ def test_a_gpu_that_is_not_here_is_said_before_anything_runs(tmp_path):
         pytest.skip("there is one")
     with pytest.raises(MissingExtraError, match="cuda:0: PyTorch"):
         calibrate("cuda:0", output=tmp_path / "x.toml")
+
+
+def test_a_gpu_without_a_profile_is_said_before_anything_is_measured(tmp_path, monkeypatch):
+    class Probe:
+        """A machine whose GPU nobody knows."""
+
+        def __init__(self, **_):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def call(self, function, *_, **__):
+            return Outcome(status="ok", value="GPU X" if function.endswith("title") else "")
+
+    monkeypatch.setattr(module, "Worker", Probe)
+    monkeypatch.setattr(module, "run_isolated", lambda *a, **k: pytest.fail("it ran"))
+    for gpu, error, words in (
+        (None, ConfigError, "GPU X.*--gpu PROFILE"),
+        ("no-such-gpu", UnknownNameError, "no-such-gpu"),
+        ("xeon-8480plus", ConfigError, "profile of a GPU"),
+    ):
+        with pytest.raises(error, match=words):
+            calibrate("cuda:0", gpu=gpu, output=tmp_path / "x.toml")
