@@ -23,13 +23,17 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 class CpuDevice(AbstractDevice):
-    """``threads`` compute threads, kept on as many processors where the system lets us."""
+    """``threads`` compute threads, kept on as many processors where the system lets us.
+
+    Not ``pinned`` is one of several processes of a point: what the others do is no foreign load,
+    and cannot be told from it.
+    """
 
     name = "cpu"
     device = torch.device("cpu")
 
     def __init__(self, threads: int, *, pinned: bool = True) -> None:
-        self.threads = threads
+        self.threads, self._alone = threads, pinned
         self.processors = pin(threads) if pinned else None
         torch.set_num_threads(threads)
         self._load = ForeignLoad()
@@ -79,10 +83,10 @@ class CpuDevice(AbstractDevice):
         self._load.start()
 
     def watched(self) -> tuple[dict[str, Any], list[str]]:
-        """Cores that others used, and how often the processor was taken away."""
-        foreign = self._load.foreign_cores()
+        """Cores that others used (None: unknown), and how often the processor was taken away."""
+        foreign = self._load.foreign_cores() if self._alone else None
         warnings = []
-        if foreign > FOREIGN_CORES:
+        if foreign is not None and foreign > FOREIGN_CORES:
             warnings.append(f"other work used {foreign:.2f} cores meanwhile")
         return {
             "foreign_cores": foreign,

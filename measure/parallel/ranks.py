@@ -17,7 +17,7 @@ from torch import distributed
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from costmodel.errors import MeasurementError
+from costmodel.errors import MeasurementError, MissingExtraError, NotApplicableError
 from measure.observation_options import How
 from measure.points import MeasurePoint
 from measure.worker import call, die_with_parent
@@ -59,7 +59,8 @@ def observe_rank(point: MeasurePoint, how: How | None) -> dict[str, Any]:
 def launch(n_ranks: int, function: str, arguments: tuple[Any, ...], device: str) -> list[Any]:
     """Call ``"package.module:function"`` in every rank; values by rank.
 
-    Raises ``MemoryError`` where a rank ran out of memory, else ``MeasurementError``.
+    Raises ``MemoryError`` where a rank ran out of memory, ``NotApplicableError`` and
+    ``MissingExtraError`` as a rank did, else ``MeasurementError``.
     """
     config = LaunchConfig(
         min_nodes=1,
@@ -78,9 +79,20 @@ def launch(n_ranks: int, function: str, arguments: tuple[Any, ...], device: str)
         rank, failure = error.get_first_failure()
         raise MeasurementError(f"rank {rank} ended: {failure.message}"[:1000]) from None
     failed = [(rank, found[rank]) for rank in sorted(found) if found[rank][0] != "ok"]
-    for rank, (status, _, message) in sorted(failed, key=lambda x: x[1][0] != "oom"):
-        raise (MemoryError if status == "oom" else MeasurementError)(f"rank {rank}: {message}")
+    for rank, ending in sorted(failed, key=lambda x: x[1][0] != "oom"):
+        raise _failure(rank, *ending)
     return [found[rank][1] for rank in range(n_ranks)]
+
+
+def _failure(rank: int, status: str, value: object, message: str) -> Exception:
+    """What a rank could not do (values as of ``measure.worker.call``)."""
+    text = f"rank {rank}: {message}"
+    said = value if isinstance(value, dict) else {}
+    if status == "oom":
+        return MemoryError(text)
+    if said.get("status") == "not_applicable":
+        return NotApplicableError(message)  # of the point, whichever rank says so
+    return (MissingExtraError if said.get("is_missing") else MeasurementError)(text)
 
 
 def _rank(function: str, arguments: tuple[Any, ...], device: str) -> tuple[str, Any, str]:

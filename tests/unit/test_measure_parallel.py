@@ -53,11 +53,24 @@ def test_a_point_over_two_ranks_holds_what_is_predicted():
     assert (found["tp"], predicted["tp"]) == (2, 2)
     assert found["statistics"]["tpot_s"]["n"] == 7
     assert found["energy"]["reason"] == "not asked for"
+    # one rank's work is not others' use of the machine to the other
+    assert found["quality"]["foreign_cores"] is None
+    assert not any("other work" in x for x in found["quality"]["warnings"])
 
 
 def test_a_rank_that_runs_out_of_memory_is_the_points_ending():
     with pytest.raises(MemoryError, match="rank 1: no room"):
         launch(2, "parallel_cases:fails_in_one_rank", (), "cpu")
+
+
+def test_a_point_that_does_not_exist_is_said_by_its_ranks():
+    layer = MODELS["gqa"].layers[0]
+    mixer = Mamba2(n_heads=4, head_dim=16, d_state=16, n_groups=1, conv_kernel=4)
+    hybrid = replace(MODELS["gqa"], layers=(replace(layer, mixers=(mixer,)),))
+    point = MeasurePoint(architecture=hybrid, stack=parse_method("full"), context_tokens=8, tp=2)
+    found = measure_point(point)
+    assert (found["status"], found["applicable"]) == ("not_applicable", False)
+    assert "mamba2 mixer" in found["reason"]
 
 
 def test_what_cannot_be_divided_is_refused():
