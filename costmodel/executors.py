@@ -4,6 +4,7 @@ All three take the same tasks and give the same answers. A worker that dies lose
 was doing runs again elsewhere. Every process is set up once, by a call of its own.
 """
 
+import importlib.util
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -20,6 +21,7 @@ Progress = Callable[[int], None]
 Done = Callable[[int, Any], None]
 #: How often tasks are started again after workers died.
 _RESTARTS = 3
+_NO_RAY = "a Ray cluster needs Ray: pip install 'lccost[ray]'"
 
 
 class Inline:
@@ -122,7 +124,7 @@ class RayCluster:
         try:
             import ray
         except ModuleNotFoundError as error:
-            raise MissingExtraError("a Ray cluster needs Ray: pip install 'lccost[ray]'") from error
+            raise MissingExtraError(_NO_RAY) from error
         self.ray = ray
         self.started_here = not ray.is_initialized()
         if self.started_here:
@@ -171,6 +173,18 @@ def _on_ray(setup: Task, token: str, function: Callable[..., Any], arguments: An
 Executor = Inline | Processes | RayCluster
 
 
+def check_executor(kind: str) -> None:
+    """Raise ``ConfigError`` for a kind there is not, ``MissingExtraError`` where Ray is asked for
+    and not installed; nothing is started.
+    """
+    if kind == "local":
+        return
+    if kind != "ray" and not kind.startswith("ray://"):
+        raise ConfigError(f"executor: expected local, ray or ray://HOST:PORT, got {kind!r}")
+    if importlib.util.find_spec("ray") is None:
+        raise MissingExtraError(_NO_RAY)
+
+
 def open_executor(
     kind: str,
     setup: Task,
@@ -183,7 +197,6 @@ def open_executor(
     if kind == "local":
         n = workers or os.cpu_count() or 1
         return Inline(setup) if n == 1 else Processes(setup, n)
-    if kind == "ray" or kind.startswith("ray://"):
-        address = os.environ.get("RAY_ADDRESS") if kind == "ray" else kind
-        return RayCluster(setup, address, num_cpus=num_cpus, num_gpus=num_gpus)
-    raise ConfigError(f"executor: expected local, ray or ray://HOST:PORT, got {kind!r}")
+    check_executor(kind)
+    address = os.environ.get("RAY_ADDRESS") if kind == "ray" else kind
+    return RayCluster(setup, address, num_cpus=num_cpus, num_gpus=num_gpus)

@@ -1,7 +1,7 @@
 """From the options of ``lccost measure`` to points, and each point's own prediction."""
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,11 +9,8 @@ from typing import Any
 import click
 
 from costmodel.architecture import Architecture
-from costmodel.errors import (
-    ConfigError,
-    MeasurementError,
-    NotApplicableError,
-)
+from costmodel.errors import ConfigError, MeasurementError, NotApplicableError
+from costmodel.executors import check_executor
 from costmodel.hardware import HardwareProfile, load_hardware
 from costmodel.methods.parse import parse_methods
 from costmodel.methods.stack import MethodStack
@@ -71,6 +68,7 @@ def points(request: Request, gpu: str) -> tuple[list[MeasurePoint], list[Refusal
     refused: list[Refusal] = []
     stacks = parse_methods(request.methods)
     loaded = [(name, load_architecture(name)) for name in request.models]
+    _require_one_name_each(loaded)
     for (source, architecture), stack, context, batch in itertools.product(
         loaded, stacks, request.contexts, request.batches
     ):
@@ -82,6 +80,18 @@ def points(request: Request, gpu: str) -> tuple[list[MeasurePoint], list[Refusal
     if not found:
         raise NotApplicableError(refused[0].reason)
     return found, refused
+
+
+def _require_one_name_each(loaded: Sequence[tuple[str, Architecture]]) -> None:
+    """Raise ``ConfigError`` where two models have one name: records would not tell them apart."""
+    found: dict[str, tuple[str, Architecture]] = {}
+    for source, architecture in loaded:
+        first, known = found.setdefault(architecture.name, (source, architecture))
+        if replace(known, hub_id="") != replace(architecture, hub_id=""):
+            raise ConfigError(
+                f"{first} and {source} are different models with one name, {architecture.name}: "
+                "rename a file, or measure them into files of their own"
+            )
 
 
 def _point(
@@ -157,6 +167,9 @@ def run(
 ) -> list[dict[str, Any]]:
     """Measure everything; each record carries the prediction of its own point."""
     require_torch()
+    check_executor(executor)
+    if rules.how.max_prefill_s is not None and not request.gpu:
+        raise ConfigError("--max-prefill compares a prediction: give --gpu PROFILE, which makes it")
     if executor == "local":  # otherwise the nodes have the devices and packages
         require_device(request)
         require_engine(request)
@@ -169,7 +182,11 @@ def run(
     require_weights(todo)
     require_encoder(request)
     by_name = {p.architecture.name: p.architecture for p in todo}
-    note = _no_profile(request) if hardware is None else other_device(hardware, request.device)
+    note = (
+        _no_profile(request)
+        if hardware is None
+        else other_device(hardware, request.device, request.threads)
+    )
     if note:
         click.echo(note, err=True)
     try:

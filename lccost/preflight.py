@@ -104,9 +104,9 @@ def require_device(request: "Request") -> None:
         raise MissingExtraError(f"device {request.device}: {reason}")
 
 
-def other_device(hardware: HardwareProfile, device: str) -> str:
-    """Say so where a profile is not of the device that runs the points; empty: it is, or nobody
-    can tell.
+def other_device(hardware: HardwareProfile, device: str, threads: int = 1) -> str:
+    """Say so where a profile is not of the device that runs the points, or of as many threads;
+    empty: it is, or nobody can tell.
     """
     runs_on, title = "a CPU", hardware.title
     if cuda_index(device) is not None:
@@ -119,11 +119,22 @@ def other_device(hardware: HardwareProfile, device: str) -> str:
         own = fingerprint(device=device)["cpu"]
         runs_on = own or runs_on
         if own is None or title.startswith(own):
-            return ""
+            return _other_threads(hardware, threads)
     return (
         f"--gpu {hardware.name} is not the device that runs: predictions are of {hardware.title}, "
         f"measurements of {runs_on}, and their errors say nothing. lccost calibrate --device "
         f"{device} --output my.toml makes a profile of this one."
+    )
+
+
+def _other_threads(hardware: HardwareProfile, threads: int) -> str:
+    calibrated = hardware.calibration.get("threads", str(threads))
+    if calibrated == str(threads):
+        return ""
+    return (
+        f"--gpu {hardware.name} was calibrated with --threads {calibrated}, points run with "
+        f"{threads}: their errors say nothing. lccost calibrate --device cpu --threads {threads} "
+        "--output my.toml makes a profile that fits."
     )
 
 

@@ -28,6 +28,8 @@ Status = Literal["ok", "oom", "crashed", "timeout", "error"]
 _TAIL = 400
 #: Seconds a child that closed its socket, or was asked to end, has to do so.
 _GRACE_S = 10.0
+#: Longest wait: the system counts its milliseconds in 32 bits.
+_LONGEST_S = 2e6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +97,7 @@ class Worker:
         """Call ``"package.module:function"``; a crash or a timeout ends the worker."""
         try:
             self._connection.send((function, tuple(arguments), self._limit_memory))
-            if not self._connection.poll(timeout_s):
+            if not self._connection.poll(min(timeout_s, _LONGEST_S)):
                 self.close()
                 return Outcome(status="timeout", message=f"no result after {timeout_s:g} s")
             status, value, message = self._connection.recv()

@@ -168,7 +168,7 @@ Examples:
     type=FiniteRange(0),
     default=None,
     metavar="SECONDS",
-    help="Longer prompts (as predicted) are not run: caches hold random tokens, TTFT is null.",
+    help="Longer prompts (as --gpu predicts) are not run: caches hold random tokens, TTFT is null.",
 )
 @click.option(
     "--retries",
@@ -184,7 +184,7 @@ Examples:
     show_default=True,
     help="A process for every point, or one for a model's points until one fails.",
 )
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True)
 @click.option("--force", is_flag=True, help="Also start points that are predicted not to fit.")
 @handle_errors
 def measure(

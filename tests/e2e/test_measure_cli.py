@@ -81,6 +81,7 @@ def test_resuming_finds_everything_done(model, tmp_path):
         (("--context", "16", "--layers", "9"), 2, "expected 1 to 3"),
         (("--context", "16", "--timeout", "0.01"), 1, "timeout"),
         (("--context", "16", "--timeout", "nan"), 2, "finite"),
+        (("--context", "16", "--seed", str(2**64)), 2, "--seed"),
         (("--context", "16", "--timeout", "inf"), 2, "finite"),
         (("--context", "16", "--seconds", "nan"), 2, "finite"),
         (("--context", "16", "--tp", "4"), 2, "heads"),
@@ -120,6 +121,8 @@ LLAMA_TENSORS = {
         (("--engine", "transformers", "--method", "kivi"), 2, "transformers has caches for"),
         (("--engine", "transformers", "--method", "kv_offload"), 2, "on a CUDA device only"),
         (("--method", "hf_quanto"), 2, "priced but cannot be run"),
+        (("--executor", "slurm"), 2, "expected local, ray"),
+        (("--max-prefill", "1"), 2, "--gpu PROFILE"),
     ],
 )
 def test_what_cannot_run_fails_before_anything_starts(model, tmp_path, arguments, code, words):

@@ -18,6 +18,10 @@ def test_a_value_comes_back():
     assert (found.status, found.value) == ("ok", 5)
 
 
+def test_a_timeout_may_be_longer_than_the_system_waits():
+    assert run_isolated("operator:add", (2, 3), timeout_s=1e12).value == 5
+
+
 def test_a_value_larger_than_a_pipe_comes_back():
     found = run_isolated("operator:mul", ("x", 300_000), timeout_s=30)
     assert len(found.value) == 300_000
