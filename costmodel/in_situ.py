@@ -62,14 +62,13 @@ class InSitu:
         """The factor on the memory side of an operation kind."""
         return self.attention_memory_factor if kind in _ATTENTION else self.matmul_memory_factor
 
-    def interval(self, low_spread: float = 0.0, high_spread: float = 0.0) -> tuple[float, float]:
+    def interval(self, spread: float = 0.0) -> tuple[float, float]:
         """(low, high) factors on a kernel in a pass whose family was transferred with so much
-        spread (logarithms): transfers err by themselves, which adds to the scatter of passes as
-        squares.
+        ``spread`` (of the logarithm): transfers err by themselves, which adds to the scatter of
+        passes as squares.
         """
-        low = math.hypot(REACH * self.scatter, low_spread)
-        high = math.hypot(REACH * self.scatter, high_spread)
-        return math.exp(-low), math.exp(high)
+        reach = math.hypot(REACH * self.scatter, spread)
+        return math.exp(-reach), math.exp(reach)
 
 
 def _pooled() -> dict[str, Any]:

@@ -15,6 +15,10 @@ from costmodel.hardware import HardwareProfile, normalised, resolve_gpu
 Record = Mapping[str, str]
 #: Longest name of an engine or kernel.
 MAX_NAME = 100
+#: Most of anything that a row can count, of experts, and the steepest power law of routing.
+MOST_COUNT = 1e12
+MOST_EXPERTS = 65_536
+MOST_SKEW = 10.0
 #: (kind, variant, hardware, engine, kernel), shape, seconds
 Row = tuple[tuple[str, str, str, str, str], dict[str, float], float]
 #: (kind, variant), shape
@@ -73,17 +77,20 @@ def number(record: Record, column: str, default: float | None = None) -> float:
     try:
         value = float(cell)
     except ValueError:
-        raise ConfigError(f"{column}: expected a number, got {cell!r}") from None
+        raise ConfigError(f"{column}: expected a number, got {cell[:40]!r}") from None
     if not math.isfinite(value):
-        raise ConfigError(f"{column}: expected a finite number, got {cell!r}")
+        raise ConfigError(f"{column}: expected a finite number, got {cell[:40]!r}")
     return value
 
 
 def count(record: Record, column: str, default: float | None = None) -> float:
     """Read a whole number of at least 1."""
     value = number(record, column, default)
-    if value < 1 or value != int(value):
-        raise ConfigError(f"{column}: expected a whole number of at least 1, got {value:g}")
+    if not 1 <= value <= MOST_COUNT or value != int(value):
+        raise ConfigError(
+            f"{column}: expected a whole number of at least 1 and at most {MOST_COUNT:g}, "
+            f"got {value:g}"
+        )
     return value
 
 
@@ -115,16 +122,18 @@ def hardware_of(record: Record, profile: HardwareProfile | None) -> str:
 
 _DTYPES = {
     "bfloat16": "bf16", "bf16": "bf16", "float16": "fp16", "fp16": "fp16", "half": "fp16",
-    "fp8": "fp8", "float8_e4m3fn": "fp8", "fp8_e4m3": "fp8", "fp8_block": "fp8_block",
+    "fp8": "fp8", "fp8_static": "fp8", "fp8_e4m3": "fp8", "fp8_e4m3fn": "fp8", "fp8_e5m2": "fp8",
+    "e4m3": "fp8", "e5m2": "fp8", "float8_e4m3fn": "fp8", "float8_e4m3fnuz": "fp8",
+    "float8_e5m2": "fp8", "fp8_block": "fp8_block", "mxfp8": "fp8_block",
 }  # fmt: skip
 
 
 def dtype(record: Record, column: str) -> str:
     """Read a data type into this project's spelling; ``ConfigError`` for one without a model."""
-    cell = text(record, column).lower()
+    cell = text(record, column).lower().removeprefix("torch.")
     if cell not in _DTYPES:
         known = ", ".join(sorted(set(_DTYPES.values())))
-        raise ConfigError(f"{column}: no kernel model for {cell!r}; known: {known}")
+        raise ConfigError(f"{column}: no kernel model for {cell[:40]!r}; known: {known}")
     return _DTYPES[cell]
 
 
@@ -139,7 +148,11 @@ def _attention(record: Record) -> Read:
     if heads % kv_heads:
         raise ConfigError(f"Hq: expected a multiple of Hkv {kv_heads:g}, got {heads:g}")
     op = text(record, "op")
-    element_bytes = 1.0 if dtype(record, "kv_dtype").startswith("fp8") else 2.0
+    # A cache is kept as the queries come where nothing else is said ("auto", as engines say).
+    kept = {"kv_dtype": text(record, "kv_dtype")}
+    if kept["kv_dtype"].lower() in ("", "auto"):
+        kept["kv_dtype"] = text(record, "q_dtype") or "bf16"
+    element_bytes = 1.0 if dtype(kept, "kv_dtype").startswith("fp8") else 2.0
     shape = {
         "batch": count(record, "batch"),
         "n_heads": heads,
@@ -153,7 +166,7 @@ def _attention(record: Record) -> Read:
     if op in ("prefill_attn", "encoder_attn"):
         more = {"q_len": count(record, "q_len"), "causal": float(op == "prefill_attn")}
         return "prefill_attention", "", shape | more
-    raise ConfigError(f"op: expected decode_attn, prefill_attn or encoder_attn, got {op!r}")
+    raise ConfigError(f"op: expected decode_attn, prefill_attn or encoder_attn, got {op[:40]!r}")
 
 
 def _mla(record: Record) -> Read:
@@ -168,7 +181,7 @@ def _mla(record: Record) -> Read:
         return "mla_decode_attention", variant, shape | {"kv_len": count(record, "kv_len")}
     if phase == "prefill":
         return "mla_prefill_attention", variant, shape | {"q_len": count(record, "kv_len")}
-    raise ConfigError(f"phase: expected decode or prefill, got {phase!r}")
+    raise ConfigError(f"phase: expected decode or prefill, got {phase[:40]!r}")
 
 
 #: Published rows whose columns cannot describe what ran: GPU, engine, its version and kernel.
@@ -214,18 +227,30 @@ def _linear(record: Record) -> Read:
 
 def _moe(record: Record) -> Read:
     variant = dtype(record, "moe_dtype")
-    experts = count(record, "num_experts")
-    routing = text(record, "distribution") or "balanced"
+    variant = "bf16" if variant == "fp16" else variant
+    experts, groups = count(record, "num_experts"), count(record, "moe_ep_size")
+    if not groups <= experts <= MOST_EXPERTS:
+        raise ConfigError(
+            f"num_experts: expected from moe_ep_size {groups:g} to {MOST_EXPERTS}, got {experts:g}"
+        )
+    routing = text(record, "distribution").lower() or "balanced"
     dealt = routing == "balanced"
-    routing = "0" if dealt else routing
+    if dealt or routing in ("uniform", "random"):
+        routing = "0"
+    skew = number({"distribution": routing.removeprefix("power_law_")}, "distribution")
+    if not 0.0 <= skew <= MOST_SKEW:
+        raise ConfigError(
+            "distribution: expected balanced, uniform or power_law_A with A from 0 to "
+            f"{MOST_SKEW:g}, got {routing[:40]!r}"
+        )
     shape = {
         "tokens": count(record, "num_tokens"),
         "hidden": count(record, "hidden_size"),
         "inner": count(record, "inter_size") / count(record, "moe_tp_size"),
         "top_k": count(record, "topk"),
         "n_experts": experts,
-        "local_experts": experts / count(record, "moe_ep_size"),
-        "skew": number({"exponent": routing.removeprefix("power_law_")}, "exponent", 0.0),
+        "local_experts": experts / groups,
+        "skew": skew,
         "dealt": float(dealt),
         # Rows of this kernel were made before the benchmark changed its rule (see kernels.routing).
         "leftovers_first": float(text(record, "kernel_source").lower() == "vllm_fused_moe"),
@@ -233,14 +258,20 @@ def _moe(record: Record) -> Read:
     return "moe_gemm", variant, shape
 
 
+#: Bytes of an element of a message.
+_MESSAGE_BYTES = dict.fromkeys(("int8", "uint8", "fp8", "float8_e4m3fn", "float8_e5m2"), 1.0)
+_MESSAGE_BYTES |= dict.fromkeys(("half", "float16", "fp16", "bfloat16", "bf16"), 2.0)
+_MESSAGE_BYTES |= dict.fromkeys(("float", "float32", "fp32", "int32"), 4.0)
+
+
 def _collective(record: Record) -> Read:
     operation = text(record, "op_name")
     if operation not in ("all_reduce", "all_gather"):
-        raise ConfigError(f"op_name: expected all_reduce or all_gather, got {operation!r}")
+        raise ConfigError(f"op_name: expected all_reduce or all_gather, got {operation[:40]!r}")
     cell = text(record, "nccl_dtype") or text(record, "allreduce_dtype")
-    width = {"int8": 1.0, "half": 2.0, "float16": 2.0, "bfloat16": 2.0, "float32": 4.0}.get(cell)
+    width = _MESSAGE_BYTES.get(cell.lower().removeprefix("torch."))
     if width is None:
-        raise ConfigError(f"nccl_dtype, allreduce_dtype: no element size known for {cell!r}")
+        raise ConfigError(f"nccl_dtype, allreduce_dtype: no element size known for {cell[:40]!r}")
     shape = {
         "message_bytes": count(record, "message_size") * width,
         "n_gpus": count(record, "num_gpus"),
@@ -260,7 +291,9 @@ def _sparse(record: Record) -> Read:
     architecture = text(record, "architecture").lower()
     if architecture not in _DSA_DIMENSIONS:
         known = ", ".join(_DSA_DIMENSIONS)
-        raise ConfigError(f"architecture: no dimensions known for {architecture!r}; known: {known}")
+        raise ConfigError(
+            f"architecture: no dimensions known for {architecture[:40]!r}; known: {known}"
+        )
     hidden, q_rank, nope, value, index_heads = _DSA_DIMENSIONS[architecture]
     module = text(record, "op_name")
     decode = "generation" in module

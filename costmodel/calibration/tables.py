@@ -6,7 +6,6 @@ tables (see ``SCHEMAS``); a few other spellings are understood. Rows are never r
 cannot be read, or is faster than the device can be, is reported with its line and left out.
 """
 
-import csv
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from costmodel.calibration import kernel_records
-from costmodel.calibration.schemas import SCHEMAS, Schema
+from costmodel.calibration.schemas import SCHEMAS, Record, Schema
 from costmodel.errors import ConfigError
 from costmodel.hardware import HardwareProfile, load_hardware
 from costmodel.kernels.kinds import kernel_kind
 from costmodel.kernels.physics import cache_bytes, cache_bytes_per_s
+from costmodel.validation.table import MAX_FILE_BYTES
+from costmodel.validation.table import read_table as read_csv
 
 _SCHEMAS = (*SCHEMAS, kernel_records.SCHEMA)
 #: A call can be this much faster than the physical limit before its row is called impossible
@@ -33,8 +34,6 @@ USUAL_START_S = 2e-5
 SHORTEST_S = 5e-7
 #: A family of which more rows than this share are impossible or doubtful is left out as a whole.
 MOST_IMPOSSIBLE = 0.2
-#: Larger files are no tables of kernels.
-MAX_FILE_BYTES = 200_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,14 +96,11 @@ def read_table(
     profiles). Raises ``ConfigError`` when the file cannot be read at all or no schema fits its
     columns; bad rows are in ``rejected``.
     """
-    header, records = _records(path)
-    schema = find_schema(header, kind, str(path))
+    columns, records, ragged = _records(Path(path))
+    schema = find_schema(columns, kind, str(path))
     grouped: dict[FamilyKey, list[tuple[int, dict[str, float], float]]] = {}
-    rejected: list[Rejected] = []
+    rejected = [Rejected(line, f"expected {len(columns)} cells, got more") for line in ragged]
     for line, record in records:
-        if None in record:
-            rejected.append(Rejected(line, f"expected {len(header)} cells, got more"))
-            continue
         try:
             key, shape, seconds = schema.read(record, profile)
         except ConfigError as error:
@@ -137,28 +133,18 @@ def only_device(path: str | Path, kind: str | None = None) -> str:
     return names[0]
 
 
-def _records(path: str | Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
-    """(columns, rows with the line they end on); cells that a row lacks are empty."""
+def _records(path: Path) -> tuple[Sequence[str], list[tuple[int, Record]], Sequence[int]]:
+    """(columns, rows with the line they end on, lines with more cells than columns)."""
+    if path.suffix != ".jsonl":
+        table = read_csv(path)
+        rows = list(zip(table.lines, table.records, strict=True))
+        return sorted(table.columns), rows, table.ragged
     try:
-        if Path(path).stat().st_size > MAX_FILE_BYTES:
+        if path.stat().st_size > MAX_FILE_BYTES:
             raise ConfigError(f"{path}: expected a table of at most {MAX_FILE_BYTES:,} bytes")
-        if Path(path).suffix == ".jsonl":
-            return kernel_records.json_lines(Path(path))
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, restval="")
-            header = [name.strip() for name in reader.fieldnames or []]
-            twice = sorted({name for name in header if header.count(name) > 1})
-            if twice:
-                raise ConfigError(
-                    f"{path}: expected every column once, got twice: {', '.join(twice)[:200]}"
-                )
-            reader.fieldnames = header
-            records = [(reader.line_num, record) for record in reader]
-    except (OSError, UnicodeDecodeError, csv.Error, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read as a CSV table: {error}") from error
-    if not records:
-        raise ConfigError(f"{path}: the table has no rows")
-    return header, records
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    return (*kernel_records.json_lines(path), ())
 
 
 def find_schema(columns: Iterable[str], kind: str | None, where: str) -> Schema:

@@ -120,13 +120,6 @@ class Family:
             least = np.maximum(least, self.kind.roofline_s(device, shape, self.variant))
         return np.minimum(least, mid), mid, mid * high
 
-    def transfer_spread(self) -> tuple[float, float]:
-        """Logarithms of (low, high) that transferring the family adds to its interval, as squares.
-
-        None for the GPU and engine it was fitted on.
-        """
-        return -self.spread, self.spread
-
     def extrapolated(self, shape: Mapping[str, Array]) -> Array:
         """1.0 where a shape lies ``far`` times or more outside what the rows covered, else 0.0."""
         outside: Any = False

@@ -173,7 +173,7 @@ def _factors(family: Family, mid: Array, in_situ: InSitu | None) -> tuple[Array,
     """
     if in_situ is None:
         return family.interval.factors(mid)
-    return in_situ.interval(*family.transfer_spread())
+    return in_situ.interval(family.spread)
 
 
 def _close(a: Array, b: Array) -> Mask:

@@ -55,7 +55,7 @@ def fused_time(
     if not middle_only:
         less, more = family.interval.factors(mid)
         if fitted and in_situ is not None:
-            less, more = in_situ.interval(*family.transfer_spread())
+            less, more = in_situ.interval(family.spread)
         low, high = np.minimum(np.maximum(mid * less, floor), mid), mid * more
     return KernelTime(
         low_s=low,

@@ -26,7 +26,6 @@ from costmodel.kernels import time_operation
 from costmodel.layout import Execution, decode_operations, prefill_operations, total
 from costmodel.memory import state_of
 from costmodel.methods.parse import parse_method
-from costmodel.mixers.mla import MLA
 from costmodel.operation import Array, Operation, Operations
 from costmodel.phase import hbm_bytes, peak_s
 from costmodel.serving.deployment import Deployment
@@ -135,11 +134,6 @@ class Served:
     def n_expert_layers(self) -> int:
         """Blocks with routed experts."""
         return sum(n for _, n, _ in self.whole.experts)
-
-    @property
-    def has_latent_attention(self) -> bool:
-        """Whether attention is over a shared latent (MLA)."""
-        return any(isinstance(g.mixer, MLA) for g in self.run.mixer_groups)
 
     @property
     def weights_bytes(self) -> float:

@@ -3,9 +3,12 @@
 from costmodel.errors import ConfigError
 from costmodel.validation.table import Record
 
+#: What is measured, and what describes it, lies between these in any unit of the tables.
+LEAST, MOST = 1e-15, 1e15
+
 
 def number(record: Record, column: str, default: float | None = None) -> float:
-    """A positive finite number; ``default`` where the cell is empty, else ``ConfigError``."""
+    """A number from ``LEAST`` to ``MOST``; ``default`` where the cell is empty, else an error."""
     cell = record.get(column, "")
     if not cell and default is not None:
         return default
@@ -13,7 +16,7 @@ def number(record: Record, column: str, default: float | None = None) -> float:
         value = float(cell)
     except ValueError:
         value = float("nan")
-    if not 0.0 < value < float("inf"):
+    if not LEAST <= value <= MOST:
         raise ConfigError(f"{column}: expected a number above 0, got {cell[:40]!r}")
     return value
 
@@ -27,7 +30,7 @@ def whole(record: Record, column: str, default: int | None = None) -> int:
         value = float(cell)
     except ValueError:
         value = -1.0
-    if not 0.0 <= value < 1e15 or value != int(value):
+    if not 0.0 <= value < MOST or value != int(value):
         raise ConfigError(f"{column}: expected a whole number, got {cell[:40]!r}")
     return int(value)
 

@@ -1,5 +1,6 @@
 """GPUs of a table by their spelling in it, each resolved and loaded once."""
 
+import contextlib
 from collections.abc import Mapping, Sequence
 
 from costmodel.errors import ConfigError, UnknownNameError
@@ -34,13 +35,13 @@ class Devices:
 
 
 def _resolved(columns: Sequence[str], spellings: Sequence[str]) -> str:
-    for spelling in spellings:
-        if spelling:
-            try:
-                return resolve_gpu(spelling)
-            except UnknownNameError:
-                assumed = gpu_assumed(spelling)
-                if assumed is not None:
-                    return assumed
-    given = ", ".join(f"{c}={s[:60]!r}" for c, s in zip(columns, spellings, strict=True) if s)
-    raise ConfigError(f"no profile of the GPU {given or 'of the row: it is not named'}")
+    given = [s for s in spellings if s]
+    for spelling in given:
+        with contextlib.suppress(UnknownNameError):
+            return resolve_gpu(spelling)
+    for spelling in given:
+        assumed = gpu_assumed(spelling)
+        if assumed is not None:
+            return assumed
+    shown = ", ".join(f"{c}={s[:60]!r}" for c, s in zip(columns, spellings, strict=True) if s)
+    raise ConfigError(f"no profile of the GPU {shown or 'of the row: it is not named'}")

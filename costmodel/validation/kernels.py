@@ -5,14 +5,14 @@ step is priced cold.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from costmodel.calibration.schemas import SCHEMAS, Read, Schema
 from costmodel.errors import ConfigError, NotApplicableError
 from costmodel.hardware import HardwareProfile
-from costmodel.kernels.families import load_family
+from costmodel.kernels.families import ENGINE_SPREAD, load_family
 from costmodel.kernels.kinds import kernel_kind
 from costmodel.kernels.physics import cache_bytes, cache_bytes_per_s
 from costmodel.operation import Array
@@ -35,10 +35,14 @@ _MORE = {
     "collectives": ("op_name",),
 }
 
+#: Collectives that move as many bytes as a gather does: a reduction of which each GPU keeps its
+#: part, an exchange of parts.
+_LIKE_GATHER = frozenset({"reduce_scatter", "reducescatter", "alltoall", "all_to_all", "all2all"})
+
 
 @dataclass(frozen=True, slots=True)
 class _Key:
-    """What rows predicted in one call share."""
+    """What rows predicted in one call share; ``borrowed``: another operation's family answers."""
 
     kind: str
     variant: str
@@ -46,6 +50,7 @@ class _Key:
     engine: str
     kernel: str
     more: tuple[str, ...]
+    borrowed: bool
 
 
 def predict(records: Sequence[Record], options: Options) -> Predictions:
@@ -65,6 +70,7 @@ def predict(records: Sequence[Record], options: Options) -> Predictions:
                 record.get("framework", "").lower() or "unknown",
                 record.get(schema.kernel, "").lower(),
                 tuple(record.get(c, "").lower() for c in more),
+                _is_like_gather(schema, record),
             )
         except ConfigError as error:
             unsupported.append((i, str(error)))
@@ -92,13 +98,19 @@ def schema_of(kind: str) -> Schema:
 
 
 def _shape(schema: Schema, record: Record) -> Read:
+    if _is_like_gather(schema, record):
+        record = {**record, "op_name": "all_gather"}
     try:
         return schema.shape_of(record)
     except ConfigError:
-        prior = prior_row(schema.name, record)
+        prior = prior_row(schema, record)
         if prior is None:
             raise
         return prior
+
+
+def _is_like_gather(schema: Schema, record: Record) -> bool:
+    return schema.name == "collectives" and record.get("op_name", "").lower() in _LIKE_GATHER
 
 
 def _block(
@@ -146,6 +158,9 @@ def _block(
         work = kernel_kind(key.kind).work(device, columns, key.variant)
         times: Sequence[Array] = work_interval(key.kind, key.variant, work, device, rows.shape)
     else:
+        if key.borrowed:
+            wider = family.interval.wider(ENGINE_SPREAD)
+            family = replace(family, basis="transferred", interval=wider)
         times = family.time_s(device, columns, cold=False)
     low, mid, high = (np.broadcast_to(np.asarray(t, dtype=np.float64), rows.shape) for t in times)
     basis = "prior" if family is None else family.basis

@@ -13,19 +13,13 @@ from costmodel.validation.cases import Case, Row
 from costmodel.validation.cells import number, observed_value, whole
 from costmodel.validation.end_to_end import grouped_rows, predicted_blocks
 from costmodel.validation.kinds import Options
-from costmodel.validation.names import engine_named, method_named
+from costmodel.validation.names import engine_named, method_named, precision_named
 from costmodel.validation.result import Block, Predictions
 from costmodel.validation.table import Record
 
 #: A prompt this long is judged apart.
 LONG_PROMPT_TOKENS = 10_000
 LONG_PART = "ttft_from_10000_tokens"
-_PRECISIONS = {
-    "bf16": "bf16", "fp16": "fp16", "fp8": "fp8", "fp4": "fp4", "nvfp4": "fp4",
-    "int8": "int8", "w8a16": "int8", "int4": "int4", "int4g32": "int4", "int4g64": "int4",
-    "int4g128": "int4", "w4a16": "int4", "awq": "int4", "gptq": "int4", "mxfp4": "fp4",
-    "unknown": "", "": "",
-}  # fmt: skip
 #: metric column -> (metric, label, seconds per unit; None: a rate of tokens per second).
 _METRICS: dict[str, tuple[str, str, float | None]] = {
     "decode_tok_s": ("step", "decode", None),
@@ -75,7 +69,7 @@ def read_rows(record: Record, index: int) -> tuple[Case, list[Row]]:
     if kind == "ttft" and not record.get("isl"):
         raise ConfigError("isl: expected the prompt's tokens, got an empty cell")
     prompt = number(record, "isl")
-    output = max(float(record.get("osl") or 0.0), 1.0) if kind == "ttft" else _output(record)
+    output = max(float(whole(record, "osl", 0)), 1.0) if kind == "ttft" else _output(record)
     primary = label in ("decode", "ttft")
     if closed_loop and kind == "step":
         kind = "tpot"
@@ -128,8 +122,6 @@ def case_of(record: Record) -> Case:
     shown = record.get("engine", "").strip().lower()
     tp = whole(record, "tp", 1) or 1
     given = record.get("weight_prec", "").lower()
-    if given not in _PRECISIONS:
-        raise ConfigError(f"weight_prec: no storage format for {given[:40]!r}")
     cache = record.get("kv_prec", "").lower()
     method = method_named(_method_of(shown), 1.0)
     model = record.get("model", "")
@@ -138,7 +130,7 @@ def case_of(record: Record) -> Case:
         system=record.get("hw", ""),
         engine=engine_named(shown),
         shown=shown,
-        precision=_PRECISIONS[given],
+        precision=precision_named(given, "weight_prec"),
         deployment=Deployment(tp=tp, moe_tp=tp),
         method=method,
         dtype="fp16" if given == "fp16" else "bf16",

@@ -7,7 +7,7 @@ the rows' notes; formats of caches in ``kv_prec``.
 import re
 from collections.abc import Sequence
 
-from costmodel.errors import ConfigError, NotApplicableError
+from costmodel.errors import NotApplicableError
 from costmodel.validation.cells import number, observed_value, whole
 from costmodel.validation.kinds import Options
 from costmodel.validation.memory_blocks import MemoryCase, MemoryRow, memory_blocks
@@ -32,6 +32,8 @@ _METRICS = {
 }
 #: quantity -> part of the table; only these are in the overall figures.
 _PARTS = {"peak_torch": "peak", "peak_profile": "peak", "state": "state"}
+#: Quantities of engines that serve, where a row does not say which; others are of published code.
+_SERVED = frozenset({"kv_pool", "pool_tokens", "peak_profile", "activations", "non_torch"})
 #: Tokens generated in rows that measure a generation.
 _GENERATED = 100.0
 _WEIGHTS = {"fp8": "fp8", "int8": "int8", "int4": "int4"}
@@ -97,7 +99,8 @@ def _engine(record: Record) -> str:
         for pattern in ("sglang", "vllm", "kvpress", "gpt-fast", "pytorch/ao"):
             if pattern in text:
                 return engine_named("torchao" if pattern == "pytorch/ao" else pattern)
-    raise ConfigError("neither note nor source says which engine ran")
+    quantity = _METRICS[record.get("metric", "").lower()][0]
+    return "vllm" if quantity in _SERVED else "transformers"
 
 
 def _method(cache: str, record: Record, engine: str) -> tuple[str, Level]:

@@ -7,8 +7,13 @@ from collections.abc import Mapping
 from importlib import resources
 from typing import Any
 
-from costmodel.errors import ConfigError, NotApplicableError
+from costmodel.errors import ConfigError, LccostError, NotApplicableError
+from costmodel.hardware import normalised
+from costmodel.methods.parse import parse_method
 from costmodel.serving.engine_times import POOLED
+
+#: GPUs of a server, before or after their name.
+_HOW_MANY = re.compile(r"^\d{1,4}-?x-?|(?:-x-?|(?<=\d)x)\d{1,2}$")
 
 
 @functools.cache
@@ -23,23 +28,37 @@ def _table() -> dict[str, list[tuple[re.Pattern[str], Mapping[str, Any]]]]:
 @functools.lru_cache(maxsize=4096)
 def engine_named(spelling: str) -> str:
     """The engine a table means: one with runs of its own, else "any", whose parameters were fitted
-    on the runs of all. ``ConfigError`` where the cell is empty.
+    on the runs of all.
     """
     text = spelling.strip().lower()[:200]
-    if not text:
-        raise ConfigError("the row does not name an engine")
     for pattern, row in _table()["engine"]:
         if pattern.search(text):
             return str(row["engine"])
     return POOLED
 
 
-def gpu_assumed(spelling: str) -> str | None:
-    """The bundled GPU that a table means by a name without form factor; None for any other."""
-    text = spelling.strip().lower()[:200]
-    for pattern, row in _table()["gpu"]:
+@functools.lru_cache(maxsize=4096)
+def precision_named(spelling: str, column: str) -> str:
+    """How weights are stored, as ``serving.stored`` names it; "" is the checkpoint's own way.
+
+    Raises ``ConfigError``, naming the column, where no pattern fits.
+    """
+    text = normalised(spelling[:200])
+    for pattern, row in _table()["precision"]:
         if pattern.search(text):
-            return str(row["gpu"])
+            return str(row["precision"])
+    raise ConfigError(f"{column}: no storage format for {spelling[:40]!r}")
+
+
+def gpu_assumed(spelling: str) -> str | None:
+    """The bundled GPU that a table means by a name without form factor or with remarks; None for
+    any other.
+    """
+    text = re.sub(_HOW_MANY, "", normalised(spelling[:200]))
+    for pattern, row in _table()["gpu"]:
+        found = pattern.search(text)
+        if found:
+            return _filled(row["gpu"], found)
     return None
 
 
@@ -47,8 +66,9 @@ def gpu_assumed(spelling: str) -> str | None:
 def method_named(spelling: str, prompt_tokens: float) -> str:
     """The method a table means, in the grammar of ``--method``.
 
-    Budgets that a table gives in tokens become shares of the prompt. Raises ``ConfigError`` where
-    no pattern fits, ``NotApplicableError`` where the method cannot be priced from the row.
+    A name in that grammar stands for itself. Budgets that a table gives in tokens become shares of
+    the prompt. Raises ``ConfigError`` where no pattern fits, ``NotApplicableError`` where what ran
+    cannot be priced from the row.
     """
     text = spelling.strip().lower()[:200]
     for pattern, row in _table()["method"]:
@@ -66,7 +86,11 @@ def method_named(spelling: str, prompt_tokens: float) -> str:
             for name, value in row.get("complement", {}).items()
         }
         return _with(method, shares)
-    raise ConfigError(f"no method is known by the name {spelling[:60]!r}")
+    try:
+        parse_method(text)
+    except LccostError:
+        raise ConfigError(f"no method is known by the name {spelling[:60]!r}") from None
+    return text
 
 
 def _filled(template: str, found: re.Match[str]) -> str:

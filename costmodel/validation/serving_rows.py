@@ -10,19 +10,15 @@ at 1. A concurrency that is a multiple of batch_size means ranks with a batch ea
 import math
 import re
 
-from costmodel.errors import ConfigError, NotApplicableError
+from costmodel.errors import NotApplicableError
 from costmodel.serving import Deployment
 from costmodel.validation.cases import Case, Row
 from costmodel.validation.cells import number, whole
+from costmodel.validation.names import engine_named, precision_named
 from costmodel.validation.table import Record
 
 #: Larger replicas in these tables are multi-node or disaggregated, and the row does not say how.
 MOST_GPUS = 8
-_PRECISIONS = {
-    "": "", "bf16": "bf16", "bfloat16": "bf16", "fp16": "fp16", "float16": "fp16",
-    "fp8": "fp8", "fp8_block": "fp8", "fp8_static": "fp8", "fp4": "fp4", "nvfp4": "fp4",
-    "mxfp4": "fp4", "int4": "int4", "int4_wo": "int4", "int8": "int8", "int8_wo": "int8",
-}  # fmt: skip
 
 
 def read_rows(record: Record, index: int) -> tuple[Case, list[Row]]:
@@ -39,16 +35,13 @@ def read_rows(record: Record, index: int) -> tuple[Case, list[Row]]:
     if whole(record, "pp_size", 1) > 1:
         raise NotApplicableError("pipeline parallelism in serving has no model here")
     given = record.get("precision", "") or record.get("gemm_quant_mode", "")
-    if given.lower() not in _PRECISIONS:
-        known = ", ".join(sorted(set(_PRECISIONS.values()) - {""}))
-        raise ConfigError(f"precision: no storage format for {given[:40]!r}; known: {known}")
-    engine = record.get("backend", "").lower()
+    shown = record.get("backend", "").lower()
     case = Case(
         model=record.get("model_path", ""),
         system=record.get("system", ""),
-        engine=engine,
-        shown=engine,
-        precision=_PRECISIONS[given.lower()],
+        engine=engine_named(shown),
+        shown=shown,
+        precision=precision_named(given, "precision"),
         deployment=deployment,
     )
     if record.get("concurrency"):

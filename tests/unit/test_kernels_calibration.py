@@ -102,7 +102,7 @@ def test_missing_columns_are_named(tmp_path: Path) -> None:
 def test_an_empty_file_and_a_missing_file_say_so(tmp_path: Path) -> None:
     empty = tmp_path / "empty.csv"
     empty.write_text("", encoding="utf-8")
-    with pytest.raises(ConfigError, match="no rows"):
+    with pytest.raises(ConfigError, match="column names"):
         read_table(empty)
     with pytest.raises(ConfigError, match="cannot be read"):
         read_table(tmp_path / "none.csv")

@@ -44,7 +44,7 @@ def test_another_generation_takes_the_nearest_and_the_widest_interval() -> None:
     old = family("gemm", "vllm", load_hardware("t4"), variant="bf16")
     assert (old.hardware, old.basis, old.distance) == ("a100-sxm-80gb", "transferred", 2)
     assert old.interval == own.interval.wider(TRANSFER_SPREAD[2])
-    assert old.transfer_spread() == (-TRANSFER_SPREAD[2], TRANSFER_SPREAD[2])
+    assert old.spread == TRANSFER_SPREAD[2]
 
 
 def test_fixed_times_of_a_transferred_kernel_are_cycles_and_its_host_s_are_not() -> None:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from costmodel.errors import ConfigError, UnknownNameError
 from costmodel.hardware import load_hardware, resolve_gpu
 from costmodel.validation import validate
+from costmodel.validation.devices import Devices
 from costmodel.validation.kinds import KINDS, Options, infer_kind, kind_named
 from costmodel.validation.result import figures
 from costmodel.validation.run import predict_rows
@@ -322,3 +323,80 @@ def test_another_makers_gpu_is_priced_by_the_prior(kind: str, tmp_path: Path) ->
     assert not out.unsupported
     for block in out.blocks:
         assert np.all((block.low <= block.mid) & (block.mid <= block.high))
+
+
+#: What a cell may hold in a file that was not made for this program.
+HOSTILE = ("", "0", "-1", "nan", "inf", "1e300", "1e-320", "abc" * 40, "\x00", "1.5", "½",
+           "power_law_200", "999999999999")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_cell_breaks_a_kind(name: str, tmp_path: Path) -> None:
+    """Every column of a published row with every hostile value: predicted, or said why not."""
+    read = read_table(measured(name, tmp_path))
+    kind = infer_kind(read)
+    row = read.records[len(read.records) // 2]
+    records = [{**row, column: cell} for column in row for cell in HOSTILE]
+    out = predict_rows(records, kind, Options(kind=kind.name))
+    known = {int(i) for b in out.blocks for i in b.rows} | {i for i, _ in out.unsupported}
+    assert known == set(range(len(records)))
+    for block in out.blocks:
+        assert np.all((block.mid > 0) & np.isfinite(block.mid)), block.group
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "basis"),
+    [
+        ("gemm", {"dtype": "torch.float8_e4m3fn"}, {"calibrated", "transferred"}),
+        ("gemm", {"dtype": "W4A16"}, {"prior"}),
+        ("gemm", {"dtype": "float32"}, {"prior"}),
+        ("moe", {"moe_dtype": "float16"}, {"calibrated", "transferred"}),
+        ("moe", {"moe_dtype": "w4afp8"}, {"prior"}),
+        ("moe", {"distribution": "uniform"}, {"calibrated", "transferred"}),
+        ("decode_attention", {"kv_dtype": "auto"}, {"calibrated"}),
+        ("decode_attention", {"kv_dtype": "nvfp4"}, {"prior"}),
+        ("prefill_attention", {"kv_dtype": "int8"}, {"prior"}),
+        ("mla", {"kv_cache_dtype": "int8"}, {"prior"}),
+        ("collectives", {"op_name": "reduce_scatter"}, {"transferred"}),
+        ("collectives", {"allreduce_dtype": "BF16"}, {"calibrated"}),
+    ],
+)
+def test_types_and_operations_without_rows_are_predicted_and_say_so(
+    kind: str, changes: dict[str, str], basis: set[str], tmp_path: Path
+) -> None:
+    read = read_table(measured(kind, tmp_path))
+    records = [{**r, **changes} for r in read.records[:40]]
+    out = predict_rows(records, kind_named(kind), Options(kind=kind))
+    assert not out.unsupported
+    assert {b.basis for b in out.blocks} <= basis
+    for block in out.blocks:
+        assert np.all((block.low <= block.mid) & (block.mid <= block.high))
+
+
+@pytest.mark.parametrize(
+    ("spelling", "gpu"),
+    [
+        ("NVIDIA H200 141GB HBM3e", "h200-sxm"),
+        ("NVIDIA GB200 NVL72", "gb200"),
+        ("8xH100", "h100-sxm"),
+        ("H100 PCIe 80GB", "h100-pcie"),
+        ("NVIDIA B300 SXM6 AC", "b300-sxm"),
+        ("2 x RTX 4090 24GB", "rtx-4090"),
+        ("NVIDIA RTX A6000 (48 GB)", "rtx-a6000"),
+        ("AMD Instinct MI300X VF", "mi300x"),
+        ("A100 40GB", "a100-sxm-40gb"),
+        ("NVIDIA L4 24GB", "l4"),
+    ],
+)
+def test_gpus_with_remarks_are_known(spelling: str, gpu: str) -> None:
+    assert Devices(None).name({"hw": spelling}) == gpu
+
+
+@pytest.mark.parametrize("spelling", ["NVIDIA L40", "RTX 6000 Ada", "RTX 3090 Ti", "H1000", ""])
+def test_other_gpus_are_not_taken_for_one_that_is_known(spelling: str) -> None:
+    with pytest.raises(ConfigError, match="no profile of the GPU"):
+        Devices(None).name({"hw": spelling})
+
+
+def test_the_column_that_says_more_decides() -> None:
+    assert Devices(None).name({"hw": "h100", "device": "NVIDIA H100 PCIe"}) == "h100-pcie"
