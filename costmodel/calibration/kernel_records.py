@@ -122,12 +122,12 @@ def _mixer(record: Record) -> AbstractMixer:
     return mixer
 
 
-def json_lines(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
+def json_lines(path: Path) -> tuple[list[str], list[tuple[int, Record]]]:
     """(columns, records with their line) of a file of JSON objects; those that hold no time are
     notes about others and left out.
     """
     columns: dict[str, None] = {}
-    records = []
+    records: list[tuple[int, Record]] = []
     try:
         for line, written in enumerate(path.read_text("utf-8").splitlines(), start=1):
             if not written.strip():

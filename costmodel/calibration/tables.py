@@ -144,7 +144,8 @@ def _records(path: Path) -> tuple[Sequence[str], list[tuple[int, Record]], Seque
             raise ConfigError(f"{path}: expected a table of at most {MAX_FILE_BYTES:,} bytes")
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
-    return (*kernel_records.json_lines(path), ())
+    columns, records = kernel_records.json_lines(path)
+    return columns, records, ()
 
 
 def find_schema(columns: Iterable[str], kind: str | None, where: str) -> Schema:
