@@ -108,7 +108,7 @@ def _left_out(tables: Sequence[Path]) -> list[str]:
     if kernels:
         parts += ["## Kernels on a GPU left out", ""]
         parts += [
-            "Predicted by the nearest family of another GPU, scaled by datasheet and clock.",
+            "Predicted by the nearest family of another GPU, scaled by datasheet, clock and power.",
             "",
         ]
         members = transferred_kernels(kernels)

@@ -7,8 +7,8 @@ they go first.
 
 Nearest wins: the same GPU before the same generation before another one, then the kernel asked
 for, its class of implementation, the engine. What is not a family of this GPU and engine is
-*transferred*: its rates scale with the datasheet, its fixed times with the clock, and its interval
-widens.
+*transferred*: its rates scale with the datasheet and the power there is for them, its fixed times
+with the clock, and its interval widens.
 """
 
 import functools
@@ -42,7 +42,7 @@ _PLACES = {
 #: A transfer errs by itself, however well a family fits its own GPU: spreads that add to an
 #: interval's logarithm as squares. By distance (the same GPU, the same generation, another):
 #: published for H100 to H200, mean errors of 7 to 15 %; leaving out each of the four GPUs in turn
-#: (``costmodel.calibration.transfer``), 20 to 27 % for GEMM, decode and prefill. Two engines'
+#: (``costmodel.calibration.transfer``), 18 to 27 % for GEMM, decode and prefill. Two engines'
 #: families of one kernel and GPU differ by a median of 13.5 %.
 TRANSFER_SPREAD = (0.0, 0.15, 0.4)
 ENGINE_SPREAD = 0.2
@@ -197,11 +197,11 @@ def load_family(
         With ``basis``, ``distance`` and an interval widened where it is transferred.
     """
     shape = tuple(sorted((within or {}).items()))
-    asked = (hardware.clock_hz or 0.0, engine.lower(), variant, kernel.lower(), shape)
+    asked = (_place(hardware), engine.lower(), kernel.lower(), shape)
     own = [f for f in _own_families(kind, hardware) if f.variant == variant]
     if own:
-        return _nearest(own, hardware.name, hardware.generation, *asked)
-    return _nearest_shipped(kind, hardware.name, hardware.generation, *asked)
+        return _nearest(own, *asked)
+    return _nearest_shipped(kind, variant, *asked)
 
 
 def family_without(
@@ -217,43 +217,57 @@ def family_without(
     families = [f for f in shipped_families(kind) if f.variant == variant]
     others = [f for f in families if f.hardware != left_out]
     shape = tuple(sorted((within or {}).items()))
-    clock_hz = hardware.clock_hz or 0.0
-    asked = (hardware.name, hardware.generation, clock_hz, engine.lower(), variant, "", shape)
+    asked = (_place(hardware), engine.lower(), "", shape)
     return _nearest(others, *asked) if others else None
+
+
+#: Kinds whose long calls fill the tensor cores, and the most of the peak that any sustains.
+POWER_LIMITED = frozenset({"gemm", "prefill_attention"})
+MOST_SUSTAINED = 0.95
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a device stands among the fitted ones; what is not known of it is 0.
+
+    w_per_flops   TDP over the 16-bit peak
+    """
+
+    hardware: str
+    generation: str
+    clock_hz: float
+    w_per_flops: float
+
+
+def _place(hardware: HardwareProfile) -> _Place:
+    peaks = hardware.peak_flops_per_s
+    peak = peaks.get("bf16") or peaks.get("fp16")
+    return _Place(
+        hardware.name,
+        hardware.generation,
+        hardware.clock_hz or 0.0,
+        (hardware.tdp_w or 0.0) / peak if peak else 0.0,
+    )
 
 
 @functools.lru_cache(maxsize=1024)
 def _nearest_shipped(
-    kind: str,
-    hardware: str,
-    generation: str,
-    clock_hz: float,
-    engine: str,
-    variant: str,
-    kernel: str,
-    within: Within,
+    kind: str, variant: str, place: _Place, engine: str, kernel: str, within: Within
 ) -> Family | None:
     families = [f for f in shipped_families(kind) if f.variant == variant]
     if not families:
         return None
-    return _nearest(families, hardware, generation, clock_hz, engine, variant, kernel, within)
+    return _nearest(families, place, engine, kernel, within)
 
 
 def _nearest(
-    families: Sequence[Family],
-    hardware: str,
-    generation: str,
-    clock_hz: float,
-    engine: str,
-    variant: str,
-    kernel: str,
-    within: Within,
+    families: Sequence[Family], place: _Place, engine: str, kernel: str, within: Within
 ) -> Family | None:
     def rank(f: Family) -> tuple[float, ...]:
         ends = [(f.ranges.get(name, (value, value)), value) for name, value in within]
         return (
-            _distance(f, hardware, generation),
-            _generations_apart(f.generation, generation),
+            _distance(f, place),
+            _generations_apart(f.generation, place.generation),
             _kernel_distance(f, kernel),
             sum(not least <= value <= most for (least, most), value in ends),
             engine not in ("", f.engine),
@@ -261,9 +275,9 @@ def _nearest(
         )
 
     best = min(families, key=rank)
-    if not np.isfinite(_generations_apart(best.generation, generation)):
+    if not np.isfinite(_generations_apart(best.generation, place.generation)):
         return None
-    distance = _distance(best, hardware, generation)
+    distance = _distance(best, place)
     same = engine in ("", best.engine) or not best.engine
     same = same and _kernel_distance(best, kernel) < 2
     spread = math.hypot(TRANSFER_SPREAD[distance], 0.0 if same else ENGINE_SPREAD)
@@ -272,7 +286,7 @@ def _nearest(
         return replace(best, basis=basis, distance=distance)
     return replace(
         best,
-        parameters=_at_clock(best, clock_hz) if distance else best.parameters,
+        parameters=_moved(best, place) if distance else best.parameters,
         basis=basis,
         distance=distance,
         interval=best.interval.wider(spread),
@@ -280,33 +294,40 @@ def _nearest(
     )
 
 
-def _at_clock(family: Family, clock_hz: float) -> Any:
-    """A family's parameters with the device's fixed times at another clock.
+def _moved(family: Family, place: _Place) -> Any:
+    """A family's parameters on another device, its rates being shares of the datasheet's.
 
     Starting a kernel, filling a pipeline or joining splits takes a number of cycles: fitted starts
     of matrix products differ by 2.1 between A100 and L40S, whose clocks differ by 1.8. Times of the
     host (``eager``, ``uncaptured``) and of links between GPUs stay.
+
+    Products that fill the tensor cores run at the clock that the power limit allows, and power goes
+    as the cube of the clock: their share of the peak goes as the cube root of the watts that a
+    device has for it, which differ fivefold (0.44 W per TFLOP/s on B200, 2.7 on RTX 4090).
     """
-    own = load_hardware(family.hardware)
-    if family.kind.name == "collective" or not own.clock_hz or not clock_hz:
-        return family.parameters
-    ratio = own.clock_hz / clock_hz
-    return replace(
-        family.parameters,
-        **{
-            f.name: getattr(family.parameters, f.name) * ratio
-            for f in fields(family.parameters)
-            if f.name.endswith("_s")
-            and not f.name.endswith("per_s")
-            and not f.name.startswith(("eager", "uncaptured"))
-        },
-    )
+    own = _place(load_hardware(family.hardware))
+    values = {f.name: getattr(family.parameters, f.name) for f in fields(family.parameters)}
+    new: dict[str, float] = {}
+    if family.kind.name != "collective" and own.clock_hz and place.clock_hz:
+        ratio = own.clock_hz / place.clock_hz
+        new |= {n: v * ratio for n, v in values.items() if _is_device_time(n)}
+    if family.kind.name in POWER_LIMITED and own.w_per_flops and place.w_per_flops:
+        share = values["tensor_fraction"]
+        most = max(share, MOST_SUSTAINED)
+        allowed = share * (place.w_per_flops / own.w_per_flops) ** (1.0 / 3.0)
+        new["tensor_fraction"] = min(allowed, most)
+    return replace(family.parameters, **new)
 
 
-def _distance(family: Family, hardware: str, generation: str) -> int:
-    if family.hardware == hardware:
+def _is_device_time(name: str) -> bool:
+    is_time = name.endswith("_s") and not name.endswith("per_s")
+    return is_time and not name.startswith(("eager", "uncaptured"))
+
+
+def _distance(family: Family, place: _Place) -> int:
+    if family.hardware == place.hardware:
         return 0
-    return 1 if family.generation == generation else 2
+    return 1 if family.generation == place.generation else 2
 
 
 def _generations_apart(a: str, b: str) -> float:

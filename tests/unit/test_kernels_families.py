@@ -9,6 +9,7 @@ from costmodel.errors import ConfigError
 from costmodel.hardware import load_hardware
 from costmodel.kernels.families import (
     ENGINE_SPREAD,
+    MOST_SUSTAINED,
     TRANSFER_SPREAD,
     Family,
     Interval,
@@ -59,6 +60,30 @@ def test_fixed_times_of_a_transferred_kernel_are_cycles_and_its_host_s_are_not()
     moved = family("gemm", "vllm", faster, variant="fp8_block")
     assert moved.parameters.eager_s == product.parameters.eager_s > 0.0
     assert moved.parameters.stream_bytes_per_s == product.parameters.stream_bytes_per_s
+
+
+def test_a_transferred_product_sustains_what_the_power_limit_allows() -> None:
+    """Power goes as the cube of the clock: 350 W for 362 TFLOP/s on L40S, 450 for 165 on RTX 4090,
+    72 for 121 on L4.
+    """
+    own = family("gemm", "vllm", load_hardware("l40s"), variant="bf16").parameters
+    ample = family("gemm", "vllm", load_hardware("rtx-4090"), variant="bf16").parameters
+    scarce = family("gemm", "vllm", load_hardware("l4"), variant="bf16").parameters
+    assert ample.tensor_fraction == pytest.approx(
+        min(MOST_SUSTAINED, own.tensor_fraction * (450 / 165.2 / (350 / 362.05)) ** (1 / 3))
+    )
+    assert scarce.tensor_fraction == pytest.approx(
+        own.tensor_fraction * (72 / 121 / (350 / 362.05)) ** (1 / 3), rel=1e-3
+    )
+    unstated = replace(load_hardware("l4"), name="l4-of-mine", tdp_w=None)
+    unlimited = family("gemm", "vllm", unstated, variant="bf16").parameters
+    assert unlimited.tensor_fraction == own.tensor_fraction
+    # Grouped products are far from the peak: power does not limit them.
+    experts = [
+        family("moe_gemm", "vllm", load_hardware(gpu), variant="bf16").parameters.tensor_fraction
+        for gpu in ("h100-sxm", "h20-sxm")
+    ]
+    assert experts[0] == experts[1]
 
 
 def test_another_engine_is_transferred() -> None:
