@@ -23,6 +23,7 @@ from lccost.preflight import (
     require_device,
     require_encoder,
     require_engine,
+    require_threads,
     require_torch,
     require_weights,
 )
@@ -172,6 +173,7 @@ def run(
         raise ConfigError("--max-prefill compares a prediction: give --gpu PROFILE, which makes it")
     if executor == "local":  # otherwise the nodes have the devices and packages
         require_device(request)
+        require_threads(request.threads)
         require_engine(request)
     if not output.parent.is_dir():
         raise ConfigError(f"the folder {output.parent} does not exist")

@@ -3,6 +3,7 @@
 Packages and names are looked up here; what needs PyTorch is asked in a process of its own.
 """
 
+import os
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,17 @@ def require_torch() -> None:
     """Raise ``MissingExtraError`` where PyTorch is not installed; nothing is imported."""
     if not installed("torch"):
         raise MissingExtraError("measuring needs PyTorch: pip install 'lccost[measure]'")
+
+
+def require_threads(threads: int) -> None:
+    """Raise ``ConfigError`` where this machine has fewer processors: threads would wait in turn."""
+    own = (
+        os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    )
+    if threads > len(own):
+        raise ConfigError(
+            f"--threads: expected at most {len(own)}, the processors here, got {threads}"
+        )
 
 
 def require_engine(request: "Request") -> None:

@@ -41,6 +41,10 @@ class RecordStore:
         self._finished: set[tuple[str, str | None]] = set()
         if os.path.isdir(self.path):  # ``is_dir`` raises where a name is too long
             raise ConfigError(f"{self.path} is a folder; give a file name")
+        if os.path.exists(self.path) and not os.path.isfile(self.path):
+            raise ConfigError(
+                f"{self.path} is a device or a pipe: records are read again, give a file"
+            )
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -69,11 +73,15 @@ class RecordStore:
                 environment = (record.get("environment") or {}).get("id")
                 if record.get("record_key") in self.finished_keys(environment):
                     return False
-            if os.write(fd, line) != len(line):
+            try:
+                written = os.write(fd, line)
+                os.fsync(fd)
+            except OSError as error:
+                raise ConfigError(f"{self.path}: cannot be written ({error.strerror})") from error
+            if written != len(line):
                 raise ConfigError(
                     f"{self.path}: the record was not written whole: is the disk full?"
                 )
-            os.fsync(fd)
         return True
 
     def records(self) -> list[dict[str, Any]]:

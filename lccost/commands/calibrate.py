@@ -123,10 +123,11 @@ def _anchor(records: Path, profile: str, output: Path) -> None:
 
 def _measure(device: str, quick: bool, threads: int, gpu: str | None, output: Path) -> None:
     from costmodel.files import require_writable
-    from lccost.preflight import require_torch
+    from lccost.preflight import require_threads, require_torch
     from measure.calibrate import calibrate as run
 
     require_torch()
+    require_threads(threads)
     require_writable(output)
     path = run(device=device, quick=quick, threads=threads, gpu=gpu, output=output)
     click.echo(f"wrote {path}; use it with --gpu {path}", err=True)

@@ -81,6 +81,7 @@ def test_resuming_finds_everything_done(model, tmp_path):
         (("--context", "16", "--layers", "9"), 2, "expected 1 to 3"),
         (("--context", "16", "--timeout", "0.01"), 1, "timeout"),
         (("--context", "16", "--timeout", "nan"), 2, "finite"),
+        (("--context", "16", "--threads", "100000"), 2, "processors here"),
         (("--context", "16", "--seed", str(2**64)), 2, "--seed"),
         (("--context", "16", "--timeout", "inf"), 2, "finite"),
         (("--context", "16", "--seconds", "nan"), 2, "finite"),

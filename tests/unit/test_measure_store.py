@@ -1,5 +1,6 @@
 """Records survive torn lines, kills and two writers."""
 
+import errno
 import json
 import os
 import signal
@@ -135,6 +136,27 @@ def test_a_foreign_line_is_named_with_its_number(tmp_path, line):
 def test_a_folder_is_no_records_file(tmp_path, fresh):
     with pytest.raises(ConfigError, match="is a folder"):
         RecordStore(tmp_path, fresh=fresh)
+
+
+def test_a_device_is_no_records_file():
+    for fresh in (True, False):
+        with pytest.raises(ConfigError, match="device or a pipe"):
+            RecordStore(os.devnull, fresh=fresh)
+
+
+def test_a_full_disk_is_said_and_loses_nothing(tmp_path, monkeypatch):
+    store = RecordStore(tmp_path / "runs.jsonl")
+    store.append(record("a"))
+
+    def full(fd, data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "write", full)
+        with pytest.raises(ConfigError, match="No space left"):
+            store.append(record("b"))
+    store.append(record("c"))
+    assert [r["record_key"] for r in store.records()] == ["a", "c"]
 
 
 def test_a_file_that_cannot_be_opened_is_said(tmp_path):
