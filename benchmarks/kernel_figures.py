@@ -66,12 +66,31 @@ def figures(
     }
 
 
+def is_judged(context: int, batch: int) -> bool:
+    """Whether figures are required of a point."""
+    return context >= 32_768 and batch >= 8
+
+
+def unmeasured(
+    records: list[dict[str, Any]], points: list[tuple[int, int]], methods: tuple[str, ...]
+) -> list[str]:
+    """Kernels at points of which figures are required and no record is there."""
+    there = {(r["case"], r["context_tokens"], r["batch"]) for r in records if r["form"] == "fused"}
+    return [
+        f"{spec} at {context:,} x {batch}"
+        for context, batch in points
+        if is_judged(context, batch)
+        for spec in methods
+        if (spec, context, batch) not in there
+    ]
+
+
 def required(records: list[dict[str, Any]]) -> list[tuple[str, bool]]:
     """The figures required of the kernels, with whether they are met; only what was measured."""
     at = {(r["case"], r["form"], r["context_tokens"], r["batch"]): r for r in records}
     out = []
     for (name, form, context, batch), r in at.items():
-        if form != "fused" or context < 32_768 or batch < 8:
+        if form != "fused" or not is_judged(context, batch):
             continue
         where = f"{name} at {context:,} x {batch}"
         share = r["bytes_per_s"] / r["ceiling_bytes_per_s"]

@@ -70,7 +70,6 @@ def _room(cache: Any, capacity: int) -> StepRoom:
     if room is None or room.capacity != capacity:
         block = tile_tokens(max(cache.mixer.head_dim, cache.mixer.v_head_dim))
         room = cache.step_room = StepRoom(cache, capacity, block)
-    room.set(cache.n_tokens)
     return room
 
 
@@ -93,6 +92,7 @@ def h2o_step(cache: "H2OCache", q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     from measure.kernels.h2o_decode import h2o_decode
 
     room = _room(cache, cache.keys.length)
+    room.set(cache.n_tokens)
     out = h2o_decode(
         q, k, v,
         keys=cache.keys.entries(), values=cache.values.entries(), scores=cache.scores.entries(),
@@ -105,7 +105,7 @@ def h2o_step(cache: "H2OCache", q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def tova_step(cache: "TovaCache", q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """One step with all slots in use; the twin has counted the token already."""
+    """One step with all slots in use, which needs no count: the twin keeps it."""
     from measure.kernels.tova_decode import tova_decode
 
     room = _room(cache, cache.keys.length)
@@ -120,6 +120,7 @@ def ring_step(cache: "StreamingCache", q: Tensor, k: Tensor, v: Tensor, oldest: 
     from measure.kernels.ring_decode import RingRope, ring_decode
 
     room = _room(cache, cache.keys.length)
+    room.set(cache.n_tokens)
     if room.rope is None:
         room.rope = RingRope.make(cache.rope, cache.mixer.head_dim, cache.device)
     out = ring_decode(
@@ -143,6 +144,7 @@ def quest_step(cache: "QuestCache", q: Tensor, k: Tensor, v: Tensor, n_chosen: i
         if buffer.capacity < n:
             buffer.reserve(n)
     room = _room(cache, cache.keys.capacity)
+    room.set(cache.n_tokens)
     pages = PageCache(
         keys=_all(cache.keys), values=_all(cache.values), low=_all(cache.low),
         high=_all(cache.high), page_tokens=cache.page,

@@ -138,7 +138,7 @@ def _split_case(
                 "*bf16": "q keys values",
                 "*fp16": "weights",
                 "*fp32": "tile_tops acc_ptr m_ptr l_ptr",
-                "*i32": "length",
+                "*i64": "length",
                 "fp32": "scale",
                 "i32": f"capacity {_STRIDES}",
             }
@@ -158,7 +158,9 @@ def _split_case(
     )
 
 
-def _merge_case(name: str, *, heavy: bool) -> CompileCase:
+def merge_case(name: str, *, heavy: bool) -> CompileCase:
+    """The merge as H2O launches it, or (not heavy) TOVA, which hands scores over as positions."""
+    positions = "*i32" if heavy else "*fp32"
     return CompileCase(
         name=name,
         kernel=merge_and_score_kernel,
@@ -167,12 +169,13 @@ def _merge_case(name: str, *, heavy: bool) -> CompileCase:
                 "*bf16": "q k v out",
                 "*fp16": "weights",
                 "*fp32": "tile_tops acc_ptr m_ptr l_ptr scores new_scores least_scores",
-                "*i32": "length positions least_slots",
-                "*i64": "n_tokens",
+                "*i32": "least_slots",
+                "*i64": "length n_tokens",
                 "fp32": "scale",
                 "i32": "recent capacity score_unit position_unit",
             }
-        ),
+        )
+        | {"positions": positions},
         constants={
             "GROUP": 4,
             "ROWS": 16,
@@ -192,7 +195,7 @@ def _merge_case(name: str, *, heavy: bool) -> CompileCase:
 COMPILE_CASES = (
     _split_case(128, 4),
     _split_case(256, 8, HOPPER),
-    _merge_case("merge and scores, H2O", heavy=True),
+    merge_case("merge and scores, H2O", heavy=True),
     CompileCase(
         name="eviction, H2O",
         kernel=evict_lightest_kernel,

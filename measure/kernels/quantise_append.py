@@ -272,6 +272,14 @@ COMPILE_CASES = (
         architectures=HOPPER,
     ),
     CompileCase(
+        name="16 bits, H 128",
+        kernel=_token_kernel,
+        signature=_signature("*bf16", "*bf16", "k_ptr", "v_ptr", "capacity", *_COUNTS),
+        constants={"BITS": 16, "H": 128, "GROUP": 0, "BP": 8},
+        num_warps=1,
+        architectures=HOPPER,
+    ),
+    CompileCase(
         name="FlexGen-4, H 128",
         kernel=_token_kernel,
         signature=_signature("*i16", "*bf16", "k_ptr", "v_ptr", "capacity", *_COUNTS),

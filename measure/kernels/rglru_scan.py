@@ -76,8 +76,12 @@ def segments_kernel(
             x, recurrence, entry, rate, batch * n_tokens, token, channel, n_tokens, n_channels,
             first,
         )  # fmt: skip
-        a, b = tl.reduce((a, b), 0, compose)
-        product, end = product * a, end * a + b
+        # a scan, for a reduction combines rows in whatever order lanes hold them
+        b += tl.where((token == tile)[:, None], a * end[None, :], 0.0)
+        a, h = tl.associative_scan((a, b), 0, compose)
+        last = (token == tile + TOKENS - 1)[:, None]
+        product *= tl.sum(tl.where(last, a, 0.0), 0)
+        end = tl.sum(tl.where(last, h, 0.0), 0)
     at = (batch * tl.num_programs(1) + segment) * n_channels + channel
     tl.store(products + at, product, mask=inside)
     tl.store(ends + at, end, mask=inside)

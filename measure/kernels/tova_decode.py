@@ -16,6 +16,7 @@ from torch import Tensor
 from measure.kernels._compile import CompileCase, typed
 from measure.kernels._scoring import ScoringWorkspace, attend_and_score, attend_reference
 from measure.kernels._softmax import replace_token, rows_of
+from measure.kernels.h2o_decode import merge_case
 
 
 @triton.jit
@@ -26,7 +27,7 @@ def evict_least_kernel(
 ):  # fmt: skip
     """The token all heads together attended to least makes room in all; grid (batch)."""
     batch = tl.program_id(0).to(tl.int64)
-    n = tl.load(length)
+    n = tl.load(length).to(tl.int32)
     inner = tl.arange(0, BLOCK)
     least = tl.full((BLOCK,), float("inf"), tl.float32)
     slot = inner
@@ -88,6 +89,7 @@ def tova_decode_reference(
 _STRIDES = "key_batch key_head key_token value_batch value_head value_token"
 
 COMPILE_CASES = (
+    merge_case("merge and scores, TOVA", heavy=False),
     CompileCase(
         name="eviction, TOVA",
         kernel=evict_least_kernel,
@@ -95,7 +97,7 @@ COMPILE_CASES = (
             {
                 "*bf16": "k v keys values",
                 "*fp32": "received new_scores",
-                "*i32": "length",
+                "*i64": "length",
                 "i32": f"capacity {_STRIDES}",
             }
         ),

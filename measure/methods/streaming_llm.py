@@ -134,19 +134,20 @@ class StreamingCache(KeptTokensCache):
 
     def decode(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend sinks, window and the new token, which takes the oldest one's place."""
-        t, now, keys, values = self.n_tokens, self.now(), self.keys, self.values
-        self.n_tokens += 1
-        if self.is_reference:
-            return self._reference_step(q, k, v, t)
-        if t < self.sinks + self.window:
-            keys.append(k)
-            values.append(v)
-            return attend_all(self, q, keys.entries(), values.entries())
-        if self.fused and heads_fit(self.mixer):
-            self.n_tokens = t
+        t, keys, values = self.n_tokens, self.keys, self.values
+        is_full = t >= self.sinks + self.window
+        if is_full and self.fused and heads_fit(self.mixer):
             out = ring_step(self, q, k, v, self._oldest)
             self.n_tokens, self._oldest = t + 1, (self._oldest + 1) % self.window
             return out
+        now = self.now()
+        self.n_tokens += 1
+        if self.is_reference:
+            return self._reference_step(q, k, v, t)
+        if not is_full:
+            keys.append(k)
+            values.append(v)
+            return attend_all(self, q, keys.entries(), values.entries())
         # the ring turns with the position, which a captured step reads on the device
         slot = (now - (t - self._oldest)) % self.window + self.sinks
         queries = self.fold(q) * q.shape[-1] ** -0.5

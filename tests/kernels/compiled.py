@@ -2,6 +2,7 @@
 shapes and the kernels of its lesser launches for sm_90.
 """
 
+import re
 import sys
 from pathlib import Path
 
@@ -46,6 +47,16 @@ def test_compiles_and_fits(name, case, architecture) -> None:
     assert used.shared_bytes <= SHARED_LIMIT_BYTES[architecture]
     assert used.resident_blocks >= 1
     assert kernels_doc.row(case, architecture, used) in PAGE
+
+
+def test_no_order_is_lost_where_it_matters() -> None:
+    """Lanes reduce in no order, so steps of a recurrence may only be scanned; the interpreter does
+    not tell, as it goes from the first to the last.
+    """
+    for case in compile_cases("rglru_scan"):
+        text = compile_case(case, 90).asm["ttgir"]
+        assert "tt.scan" in text
+        assert not re.search(r'"tt\.reduce"\(%[^),]+,', text), case.name
 
 
 def test_fp32_inputs_are_multiplied_in_three_products() -> None:

@@ -2,14 +2,18 @@
 
 import json
 import sys
+from itertools import count
 from pathlib import Path
 
 import pytest
+import torch
 
 from costmodel.calibration.kernel_records import operation_of
 from costmodel.hardware import load_hardware
+from measure.devices.base import Captured
 from measure.devices.open import open_device
 from measure.kernels import interpreted
+from measure.timing import Sampler
 
 assert interpreted()
 ROOT = Path(__file__).resolve().parents[2]
@@ -108,3 +112,66 @@ def test_required_figures_are_judged_by_hand():
     assert [met for text, met in verdicts.items() if "plain decode" in text] == [False]
     slow = dict(kernel_figures.required([full, sdpa, record("kivi:bits=2", "fused", 0.6e-3)]))
     assert [met for text, met in slow.items() if "SDPA" in text] == [False]
+
+
+class Watch:
+    """A device with an L2 cache of 10 bytes, on which a step takes 3 seconds."""
+
+    def __init__(self):
+        self.flushes = 0
+
+    def flush(self, n_bytes):
+        return None if n_bytes >= 40 else self.flushed
+
+    def flushed(self):
+        self.flushes += 1
+
+    def capture(self, call, before):
+        before()
+        call()
+        return Captured(replay=call, reason="")
+
+    def sampler(self):
+        return Sampler(name="watch", clock=self, stopwatch=self, wall=iter(range(99)).__next__)
+
+    def __call__(self, call):
+        self.done.clear()
+        call()
+        return 3.0 * len(self.done), 0.0
+
+
+def test_a_short_step_is_timed_among_others_and_always_cold():
+    device, put_back = Watch(), []
+    device.done = []
+
+    seeds = count()
+
+    def case():
+        seed = next(seeds)
+        return kernel_cases.Case(
+            "full", "fused", 1, lambda: device.done.append(seed), lambda: put_back.append(seed),
+            case,
+        )  # fmt: skip
+
+    short = kernels_gpu.timed(case(), 9.0, device)
+    assert short["layers"] == 5  # four hold 36 bytes, less than four times the cache
+    assert short["seconds"] == 3.0
+    assert set(short["samples"]) == {3.0}
+    assert device.done == put_back[-5:] == [0, 1, 2, 3, 4]
+    assert device.flushes >= short["n_samples"]
+    assert kernels_gpu.timed(case(), 40.0, device)["layers"] == 1
+    assert kernels_gpu.timed(case(), 0.1, device)["layers"] == kernels_gpu.MOST_LAYERS
+
+
+def test_what_is_not_measured_is_not_met():
+    there = [record("full", "fused", 1e-3), record("h2o", "torch", 1e-3)]
+    points = [(131_072, 8), (131_072, 1), (8_192, 32)]
+    left = kernel_figures.unmeasured(there, points, ("full", "h2o"))
+    assert left == ["h2o at 131,072 x 8"]
+
+
+def test_queries_multiply_exactly():
+    q, _, _ = kernel_cases.tokens(2, torch.device("cpu"), 3)
+    fraction, _ = torch.frexp(q.float().abs())
+    assert set(fraction.unique().tolist()) <= {0.0, 0.5}
+    assert q.float().std() == pytest.approx(1.0, abs=0.1)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 from costmodel.methods.parse import parse_method
 from costmodel.mixers import Attention
@@ -96,11 +97,53 @@ def test_a_captured_step_advances(spec):
 @pytest.mark.gpu
 @pytest.mark.triton
 def test_offsets_beyond_32_bits():
-    """One million tokens of 8 heads of 128: 2^30 elements a side, 2^31 bytes."""
-    fused, _ = twins("full", 128, 32, 8, 1, 4, 2**20)
-    fused.fill(2**20, 3)
-    q, k, v = (draw(1, n, 128, n) for n in (32, 8, 8))
+    """Three sequences of a million tokens, 8 heads of 128: 3.2e9 elements a side."""
+    batch, context = 3, 2**20
+    mixer = Attention(n_heads=32, n_kv_heads=8, head_dim=128, v_head_dim=128)
+    fused = build_layer_cache(
+        parse_method("full"), mixer, batch=batch, dtype=torch.bfloat16,
+        device=torch.device("cuda"), reserve_tokens=context + 4, fused=True,
+    )  # fmt: skip
+    fused.fill(context, 3)
+    q, k, v = (draw(batch, n, 128, n) for n in (32, 8, 8))
     found = fused.decode(q, k, v)
-    keys, values = fused.keys.entries(), fused.values.entries()
-    expected = torch.nn.functional.scaled_dot_product_attention(q, keys, values, enable_gqa=True)
-    torch.testing.assert_close(found, expected, rtol=0.05, atol=2e-3)
+    for x, buffer in ((k, fused.keys), (v, fused.values)):
+        assert torch.equal(buffer.entries(context), x)
+    # the last sequence begins behind 2^31 elements
+    keys, values = (x.entries()[-1:] for x in (fused.keys, fused.values))
+    expected = scaled_dot_product_attention(q[-1:], keys, values, enable_gqa=True)
+    torch.testing.assert_close(found[-1:], expected, rtol=0.05, atol=2e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.triton
+def test_scans_of_long_prompts_equal_their_recurrences():
+    """So long that RG-LRU's prompt is scanned in segments, and Mamba-2's in several chunks."""
+    from measure.kernels.rglru_scan import rglru_scan, rglru_scan_reference
+    from measure.kernels.ssd_scan import ssd_scan, ssd_scan_reference
+
+    def new(*shape, dtype=torch.float32):
+        return torch.randn(*shape, dtype=dtype, device="cuda")
+
+    torch.manual_seed(5)
+    tokens, width = 3000, 256
+    inputs = [new(2, tokens, width, dtype=torch.bfloat16) for _ in range(3)]
+    decay, before = new(width), new(2, width)
+    expected_state = before.clone()
+    expected = rglru_scan_reference(*inputs, decay, expected_state, first=True)
+    for segments in (None, 1, 7):
+        state = before.clone()
+        out = rglru_scan(*inputs, decay, state, first=True, segments=segments)
+        torch.testing.assert_close(out, expected, rtol=1.6e-2, atol=1.6e-2)
+        torch.testing.assert_close(state, expected_state, rtol=1e-4, atol=1e-4)
+
+    x, step = new(2, tokens, 8, 64), torch.rand(2, tokens, 8, device="cuda")
+    b, c = (new(2, tokens, 2, 128, dtype=torch.bfloat16) for _ in range(2))
+    before = new(2, 8, 64, 128)
+    expected_state, state = before.clone(), before.clone()
+    expected = ssd_scan_reference(x, b, c, -step, expected_state)
+    out = ssd_scan(x, b, c, -step, state, 256)
+    # products of tf32: 2^-10 of sums of some hundred terms
+    torch.testing.assert_close(out, expected, rtol=0.01, atol=0.01 * float(expected.abs().max()))
+    scale = float(expected_state.abs().max())
+    torch.testing.assert_close(state, expected_state, rtol=0.01, atol=0.005 * scale)
