@@ -52,11 +52,12 @@ def checked_encoder(folder: Path) -> Encoder:
         missing = [x for x in parts if x not in found]
         if missing:
             raise ConfigError(f"llmlingua2: {path} has no tensor {missing[0]}")
-        rows = sum(found[x][0] for x in parts if found[x])
-        if (rows, *found[parts[0]][1:]) != shape:
+        each = [shape[0] // len(parts), *shape[1:]]
+        odd = [x for x in parts if list(found[x]) != each]
+        if odd:
             raise ConfigError(
-                f"llmlingua2: {path} has {parts[0]} of {list(found[parts[0]])}, expected {name} of "
-                f"{list(shape)} in all"
+                f"llmlingua2: {path} has {odd[0]} of {list(found[odd[0]])}, expected {name} of "
+                f"{list(shape)} in all, as {len(parts)} alike"
             )
     return encoder
 

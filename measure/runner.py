@@ -150,8 +150,12 @@ def run_sweep(
     rows = [refusal.record() for refusal in refused]
     for row in rows:
         store.append(row, unless_finished=True)
-    # The latest attempt of a point stands.
-    records = {r["record_key"]: r for r in store.records() if "record_key" in r}
+    # The latest attempt of a point stands; lines of other programs are no attempts.
+    records = {
+        r["record_key"]: {"message": "", **r}
+        for r in store.records()
+        if "record_key" in r and "status" in r
+    }
     return [records[p.record_key] for p in points] + rows
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from method_points import point, total
+from safetensors.torch import load_file, save_file
 
 from costmodel.architecture import Layer
 from costmodel.errors import ConfigError, MissingExtraError
@@ -173,6 +174,15 @@ def test_what_is_no_encoder_fails_up_front(tmp_path, monkeypatch, capsys):
         require_encoder(request("llmlingua2", write_encoder(tmp_path / "c", vocab_size=91)))
     with pytest.raises(ConfigError, match=r"no tensor roberta\.encoder\.layer\.2"):
         require_encoder(request("llmlingua2", write_encoder(tmp_path / "d", num_hidden_layers=3)))
+    torn = write_encoder(tmp_path / "e")  # query and key together have the right size
+    file = torn / "model.safetensors"
+    tensors = load_file(file)
+    query, key = theirs("0.qkv")[:2]
+    d = SMALL.d_model
+    tensors |= {query: torch.zeros(d + 8, d), key: torch.zeros(d - 8, d)}
+    save_file(tensors, file)
+    with pytest.raises(ConfigError, match=r"query.*expected 0\.qkv of"):
+        require_encoder(request("llmlingua2", torn))
     monkeypatch.setattr("lccost.preflight.installed", lambda module: False)
     with pytest.raises(MissingExtraError, match="pip install llmlingua"):
         require_encoder(request("llmlingua2", f"llmlingua:{folder}"))

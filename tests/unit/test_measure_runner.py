@@ -97,6 +97,16 @@ def test_resuming_runs_what_has_no_result_yet(tmp_path, outcomes):
     assert len(RecordStore(tmp_path / "r.jsonl").records()) == 1
 
 
+def test_lines_that_lack_what_a_row_has_are_no_attempts(tmp_path, outcomes):
+    (point,) = points(1)
+    path, key = tmp_path / "r.jsonl", point.record_key
+    lines = [{"record_key": key, "status": "oom"}, {"record_key": key}, {}]
+    path.write_text("".join(json.dumps(x) + "\n" for x in lines))
+    (found,) = runner.run_sweep([point], output=path, resume=True)
+    assert outcomes[0] == []
+    assert (found["status"], found["message"]) == ("oom", "")
+
+
 def test_a_record_carries_its_own_prediction_or_says_why_not(tmp_path, outcomes):
     asked = []
 
