@@ -253,7 +253,7 @@ def _case(
 COMPILE_CASES = (
     _case(2, 128, 4, architectures=ARCHITECTURES, max_loop_spills=16, tested=True),
     _case(4, 128, 4),
-    _case(4, 256, 4, tested=True),
+    _case(4, 256, 4),
     _case(2, 64, 4),
     _case(2, 256, 4, max_loop_spills=300),
     _case(2, 128, 8, max_loop_spills=300),
