@@ -145,9 +145,9 @@ def _heads_fit(shape: Mapping[str, Array]) -> bool:
 
 
 def _scan_fits(shape: Mapping[str, Array]) -> bool:
-    """Head, state and chunk are powers of two from 16 on."""
-    sizes = (int(shape[name]) for name in ("head_dim", "d_state", "chunk"))
-    return all(n >= 16 and not n & (n - 1) for n in sizes)
+    """Head, state and chunk are powers of two from 16 on, a head's state at most 2^15 elements."""
+    sizes = tuple(int(shape[name]) for name in ("head_dim", "d_state", "chunk"))
+    return sizes[0] * sizes[1] <= 2**15 and all(n >= 16 and not n & (n - 1) for n in sizes)
 
 
 # Work ------------------------------------------------------------------------------------------

@@ -26,8 +26,9 @@ from measure.kernels._compile import ARCHITECTURES, HOPPER, CompileCase, typed
 
 #: Tokens of a tile within a chunk, and state columns of one program.
 _TOKENS, _COLUMNS = 64, 64
-#: Tiles in flight where outputs are made: a third would leave one block per multiprocessor.
-_STAGES = 2
+#: Tiles in flight where outputs are made: a third would leave one block per multiprocessor, and of
+#: larger states than this a second would not fit an A100's.
+_STAGES, _STAGED_STATE = 2, 8192
 
 
 @triton.jit
@@ -144,6 +145,10 @@ def _precision(dtype: torch.dtype) -> str:
     return "tf32x3" if dtype == torch.float32 else "tf32"
 
 
+def _stages(p: int, n: int) -> int:
+    return _STAGES if p * n <= _STAGED_STATE else 1
+
+
 def ssd_scan(
     x: Tensor, b: Tensor, c: Tensor, log_decay: Tensor, state: Tensor, chunk_tokens: int
 ) -> Tensor:
@@ -152,7 +157,8 @@ def ssd_scan(
     Parameters
     ----------
     x
-        Inputs times step size [B, S, H, P]; P and N are powers of two from 16 on.
+        Inputs times step size [B, S, H, P]; P and N are powers of two from 16 on, P N at most
+        2^15: a block holds a head's state.
     b, c
         [B, S, G, N], G dividing H. Their type decides what products are made in: tf32, which is
         finer than 16 bits; for fp32 three products of tf32, as exact as fp32 to some 2^-21.
@@ -189,7 +195,7 @@ def ssd_scan(
         totals, states, state, chunks, CHUNK=chunk_tokens, SIZE=p * n, BLOCK=block, num_warps=4
     )
     chunk_outputs_kernel[(chunk_tokens // tokens, chunks, units)](
-        x, b, c, totals, states, y, n_tokens, heads, groups, num_stages=_STAGES,
+        x, b, c, totals, states, y, n_tokens, heads, groups, num_stages=_stages(p, n),
         WIDEN=interpreted(), num_warps=4, **shape,
     )  # fmt: skip
     return y
@@ -225,7 +231,7 @@ def _cases(p: int, n: int, dtype: torch.dtype, *, tested: bool = True) -> tuple[
             kernel=chunk_outputs_kernel,
             signature=typed({"*fp32": "x totals states y", "i32": sizes}) | bc,
             constants={**shape, "WIDEN": False},
-            num_stages=_STAGES,
+            num_stages=_stages(p, n),
             max_loop_spills=0 if tested else 220,
             architectures=ARCHITECTURES if tested else HOPPER,
             tested=tested,
@@ -251,4 +257,5 @@ COMPILE_CASES = (
     ),
     *_cases(64, 128, torch.bfloat16),
     *_cases(64, 128, torch.float32, tested=False),
+    *_cases(128, 256, torch.bfloat16, tested=False),
 )

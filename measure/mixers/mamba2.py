@@ -14,6 +14,9 @@ from measure.numerics import Numerics
 from measure.parts import Rotary, Tensors, scaled
 from measure.weight_formats import linear
 
+#: Largest state of a head that the scan kernel is built for, elements.
+_MOST_STATE = 2**15
+
 
 class Mamba2Runner(RecurrentRunner):
     """One layer; heads [G groups, H / G]."""
@@ -91,9 +94,13 @@ class Mamba2Runner(RecurrentRunner):
         return grouped.flatten(2) * weight.float()
 
     def _fits(self) -> bool:
-        """Whether the scan kernel is built for these sizes: powers of two from 16 on."""
+        """Whether the scan kernel is built for these sizes: powers of two from 16 on, and a state
+        that a block holds.
+        """
         m = self.mixer
-        return all(x >= 16 and not x & (x - 1) for x in (m.head_dim, m.d_state, m.chunk_tokens))
+        sizes = m.head_dim, m.d_state, m.chunk_tokens
+        is_small = m.head_dim * m.d_state <= _MOST_STATE
+        return is_small and all(x >= 16 and not x & (x - 1) for x in sizes)
 
     def _fused_prompt(
         self, x: Tensor, b: Tensor, c: Tensor, log_decay: Tensor, state: Tensor

@@ -218,3 +218,20 @@ def test_what_snapkv_keeps_is_attended_as_a_plain_cache_with_its_own_room() -> N
         assert float(op.shape["room_tokens"]) == float(op.shape["kv_len"]) + 256
     (op,) = operations("snapkv+kivi", "decode", MIXER, 32_768.0, 8.0)
     assert op.kernel == "kivi2"
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "d_state", "fits"),
+    [(64, 128, True), (128, 256, True), (128, 512, False), (80, 128, False)],
+)
+def test_the_scan_is_predicted_where_the_mixer_runs_it(
+    head_dim: int, d_state: int, fits: bool
+) -> None:
+    pytest.importorskip("torch")
+    from measure.mixers.mamba2 import Mamba2Runner
+    from measure.numerics import Numerics
+
+    mixer = Mamba2(n_heads=4, head_dim=head_dim, d_state=d_state, n_groups=1, conv_kernel=4)
+    kernels = {op.kernel for op in operations("full", "prefill", mixer, 4096.0, 1.0)}
+    assert ("ssd_scan" in kernels) == fits
+    assert Mamba2Runner(mixer, Numerics())._fits() == fits
