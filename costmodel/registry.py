@@ -57,13 +57,19 @@ def load_architecture(name: str | os.PathLike[str], assume: str | None = None) -
     if assume is not None and assume not in MODULES:
         raise UnknownNameError("family", assume[:200], MODULES)
     text = os.fspath(name)
-    stem = _index()["names"].get(text.strip().lower())
-    if stem is not None:
-        return _bundled(stem, assume)
+    found = bundled_architecture(text, assume)
+    if found is not None:
+        return found
     path = _as_path(text)
     if path is not None:
         return _from_file(path, assume)
     return _from_hub(text, assume)
+
+
+def bundled_architecture(name: str, assume: str | None = None) -> Architecture | None:
+    """The bundled architecture of a name; None for any other: no file and no hub is asked."""
+    stem = _index()["names"].get(name.strip().lower())
+    return None if stem is None else _bundled(stem, assume)
 
 
 def architecture_from_config(

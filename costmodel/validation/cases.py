@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from costmodel.architecture import Architecture
-from costmodel.registry import architecture_from_config, load_architecture
+from costmodel.registry import architecture_from_config
 from costmodel.serving import Deployment, EngineTimes, Load, Served
 from costmodel.validation.devices import Devices
+from costmodel.validation.names import model_named
 from costmodel.workload import Level
 
 
@@ -59,7 +60,7 @@ class Row:
 def architecture_of(case: Case) -> Architecture:
     """The model of a case: bundled, or a Llama of the dimensions that the table gives."""
     if not case.shape:
-        return load_architecture(case.model)
+        return model_named(case.model)
     return architecture_from_config(
         {"model_type": "llama", **dict(case.shape)}, case.model.strip().lower()[:60]
     )

@@ -7,13 +7,12 @@ are mixed, and first tokens under load stand in the groups.
 from collections.abc import Sequence
 
 from costmodel.errors import ConfigError, NotApplicableError, UnknownNameError
-from costmodel.registry import load_architecture
 from costmodel.serving import Deployment
 from costmodel.validation.cases import Case, Row
 from costmodel.validation.cells import number, observed_value, whole
 from costmodel.validation.end_to_end import grouped_rows, predicted_blocks
 from costmodel.validation.kinds import Options
-from costmodel.validation.names import engine_named, method_named, precision_named
+from costmodel.validation.names import engine_named, method_named, model_named, precision_named
 from costmodel.validation.result import Block, Predictions
 from costmodel.validation.table import Record
 
@@ -148,7 +147,7 @@ def _method_of(engine: str) -> str:
 
 def _is_bundled(model: str) -> bool:
     try:
-        load_architecture(model)
+        model_named(model)
     except UnknownNameError:
         return False
     return True

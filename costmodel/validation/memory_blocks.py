@@ -23,10 +23,10 @@ from costmodel.errors import LccostError
 from costmodel.hardware import HardwareProfile
 from costmodel.mlps import MoE
 from costmodel.predict import predict
-from costmodel.registry import load_architecture
 from costmodel.units import DTYPE_BYTES
 from costmodel.validation.devices import Devices
 from costmodel.validation.kinds import Options
+from costmodel.validation.names import model_named
 from costmodel.validation.result import Block
 from costmodel.validation.table import Record
 from costmodel.workload import Level, Workload
@@ -130,7 +130,7 @@ def _block(
         group={
             "hw": hardware.name,
             "engine": case.engine,
-            "model": load_architecture(case.model).name,
+            "model": model_named(case.model).name,
             "method": bare_method(case.method),
             "metric": case.quantity,
         },
@@ -158,7 +158,7 @@ def _values(
         for name in ("batch", "context_tokens", "output_tokens", "extra_bytes", "n_steps")
     )
     p = predict(
-        load_architecture(case.model),
+        model_named(case.model),
         case.method,
         Workload.of(batch, context, output),
         hardware,
@@ -203,7 +203,7 @@ def _values(
 def _activations(case: MemoryCase, context: Floats) -> Floats:
     """Activations of one pass over as many tokens as the engine batches in its profiling run."""
     engine = load_engine(case.engine)
-    architecture = load_architecture(case.model).sharded(case.tp)
+    architecture = model_named(case.model).sharded(case.tp)
     per_width, per_model = engine.mlp_alive
     widest = 0.0
     for mlp, _ in architecture.mlp_groups:

@@ -7,11 +7,17 @@ from collections.abc import Mapping
 from importlib import resources
 from typing import Any
 
-from costmodel.errors import ConfigError, LccostError, NotApplicableError
+from costmodel.architecture import Architecture
+from costmodel.errors import ConfigError, LccostError, NotApplicableError, UnknownNameError
 from costmodel.hardware import normalised
 from costmodel.methods.parse import parse_method
+from costmodel.registry import bundled_architecture, load_architecture, model_names
 from costmodel.serving.engine_times import POOLED
 
+#: What the name of a checkpoint that others stored in fewer bits ends in.
+_STORED = re.compile(
+    r"[-_](?:fp8|fp4|nvfp4|mxfp4|awq|gptq|int4|int8|w4a16|w8a8|w8a16|fp8-kv|dynamic|static|block)$"
+)
 #: GPUs of a server, before or after their name.
 _HOW_MANY = re.compile(r"^\d{1,4}-?x-?|(?:-x-?|(?<=\d)x)\d{1,2}$")
 
@@ -60,6 +66,34 @@ def gpu_assumed(spelling: str) -> str | None:
         if found:
             return _filled(row["gpu"], found)
     return None
+
+
+def model_named(spelling: str) -> Architecture:
+    """The bundled model that a table means; raises ``UnknownNameError``.
+
+    A cell opens no file and asks no hub. Checkpoints that others stored in fewer bits, or trained
+    further, are known by the model they came from.
+    """
+    found = _model(spelling.strip().lower()[:200])
+    if isinstance(found, UnknownNameError):
+        raise found.with_traceback(None)
+    return found
+
+
+@functools.lru_cache(maxsize=4096)
+def _model(text: str) -> Architecture | UnknownNameError:
+    for name in (text, text.rpartition("/")[2]):
+        plain = name
+        while plain:
+            found = bundled_architecture(plain)
+            if found is not None:
+                return found
+            shorter = re.sub(_STORED, "", plain)
+            plain = shorter if shorter != plain else ""
+        for pattern, row in _table()["model"]:
+            if pattern.search(name):
+                return load_architecture(str(row["model"]))
+    return UnknownNameError("model", text, model_names(), "See: lccost models list")
 
 
 @functools.lru_cache(maxsize=65536)

@@ -4,12 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from costmodel.errors import ConfigError, NotApplicableError
+from costmodel.errors import ConfigError, NotApplicableError, UnknownNameError
 from costmodel.serving import Deployment
 from costmodel.validation import validate
+from costmodel.validation.kinds import Options, kind_named
 from costmodel.validation.kv_methods import read_rows as read_method_rows
 from costmodel.validation.latency_throughput import read_rows as read_latency_rows
-from costmodel.validation.names import engine_named, method_named
+from costmodel.validation.names import engine_named, method_named, model_named
+from costmodel.validation.run import predict_rows
 from costmodel.validation.serving_rows import read_rows
 
 SERVING = {
@@ -225,3 +227,34 @@ def test_pools_take_what_their_notes_say(tmp_path: Path) -> None:
     (worst,) = validate(path, n_worst=5).groups
     assert worst[1].bias_percent == pytest.approx(-2.0, abs=2.0)
     assert not validate(path).overall.n  # pools are not part of the overall figures
+
+
+@pytest.mark.parametrize(
+    ("spelling", "model"),
+    [
+        ("RedHatAI/Meta-Llama-3.1-70B-Instruct-FP8-dynamic", "llama-3.1-70b"),
+        ("nvidia/Qwen3-32B-FP4", "qwen3-32b"),
+        ("deepseek-ai/DeepSeek-R1-Distill-Llama-70B", "llama-3.1-70b"),
+        ("nvidia/DeepSeek-R1-0528-FP4-v2", "deepseek-v3"),
+    ],
+)
+def test_checkpoints_made_of_others_are_known(spelling: str, model: str) -> None:
+    assert model_named(spelling).name == model
+
+
+@pytest.mark.parametrize("cell", ["org/a-model-of-nobody", "DeepSeek-R1-Distill-Qwen-7B", "/etc"])
+def test_a_model_nobody_knows_asks_no_hub_and_opens_no_file(
+    cell: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("costmodel.registry._from_hub", lambda *_: pytest.fail("asked the hub"))
+    monkeypatch.setattr("costmodel.registry._from_file", lambda *_: pytest.fail("opened a file"))
+    read = {"model": cell, **{c: "" for c in ("n_layers", "d_model")}}
+    out = predict_rows(
+        [{**LATENCY, **read}, {**LATENCY, **read}],
+        kind_named("latency_throughput"),
+        Options(kind="latency_throughput"),
+    )
+    assert not out.blocks
+    assert all("not bundled" in reason for _, reason in out.unsupported)
+    with pytest.raises(UnknownNameError):
+        model_named(cell)
