@@ -7,7 +7,8 @@ Llama-3-8B geometry in bf16 for what keys received (H2O: all queries; SnapKV: th
 besides. Useful work is counted as in the kernels' docstrings: FLOPs of H2O's two passes
 (4 N D S^2 / 2) and of the chunked scan, bytes of SnapKV's two passes over K and of RG-LRU's one.
 One JSON line a measurement, from which ``lccost calibrate --table`` fits the families of the
-kernels. Exit: 0 measured; 1 a kernel failed; 4 no device or no Triton.
+kernels; run again with the same output it goes on where it stopped. Exit: 0 measured; 1 a kernel
+failed; 4 no device or no Triton.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from kernels_gpu import kernels_digest, measured_before
 from torch import Tensor
 
 from costmodel.mixers import Attention
@@ -137,13 +139,22 @@ def main() -> int:
         print(reason, file=sys.stderr)
         return 4
     options.output.parent.mkdir(parents=True, exist_ok=True)
+    common = {
+        "gpu": torch.cuda.get_device_name(device.device),
+        "torch": torch.__version__,
+        "kernels": kernels_digest(),
+    }
+    there = measured_before(options.output, common)
+    done = {(r["case"], r["form"], r["context_tokens"], r["batch"]) for r in there}
     worked = True
     with options.output.open("a", encoding="utf-8") as file:
         for s, batch in POINTS:
             for cases in (attention_cases, scan_cases):
                 for case, form, call, work, unit in cases(s, batch, device.device):
+                    if (case, form, s, batch) in done:
+                        continue
                     record = {"case": case, "form": form, "context_tokens": s, "batch": batch}
-                    record |= {"gpu": torch.cuda.get_device_name(device.device)}
+                    record |= common
                     try:
                         record |= timed(device, call, work, unit) | built_from(case)
                     except torch.OutOfMemoryError as problem:

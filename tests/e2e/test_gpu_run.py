@@ -109,3 +109,12 @@ def test_what_failed_or_ran_out_of_time_is_tried_again(tmp_path, stand_in):
     assert done.returncode == 0
     assert "run again with" in done.stdout
     assert asked() == []
+
+
+@pytest.mark.parametrize(("code", "expected"), [(124, 0), (1, 1)])
+def test_kernels_alone_tell_running_out_of_time_from_failing(tmp_path, stand_in, code, expected):
+    make, asked = stand_in
+    done = script("kernels", tmp_path / "out", **make("kernels_gpu.py", code))
+    assert done.returncode == expected
+    assert ("run again with" in done.stdout) == (expected == 0)
+    assert len(asked()) == 2

@@ -13,6 +13,7 @@ PATH = Path(__file__).resolve().parents[2] / "benchmarks" / "prompt_kernels_gpu.
 
 
 def test_forms_of_a_case_give_the_same(device, monkeypatch):
+    monkeypatch.syspath_prepend(str(PATH.parent))
     spec = importlib.util.spec_from_file_location("prompt_kernels_gpu", PATH)
     assert spec is not None
     benchmark = importlib.util.module_from_spec(spec)
