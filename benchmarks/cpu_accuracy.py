@@ -18,8 +18,8 @@ agree within a tenth are printed beside them, with their number.
 
 The full grid takes 30 to 60 minutes: prefill of 512 to 8k tokens, decode at 1k to 32k, batch 1 and
 4, bf16 and fp32, all methods of ``METHODS`` for the Llama-like model. ``--quick`` takes about
-eleven: the same models, methods, batches and dtypes, prefill of 512 and 2k tokens (batch 4: bf16 and
-512 tokens only; fp32: 512 tokens), decode at 1k and 8k.
+eleven: the same models, methods, batches and dtypes, prefill of 512 and 2k tokens (batch 4: bf16
+and 512 tokens only; fp32: 512 tokens), decode at 1k and 8k.
 """
 
 import argparse

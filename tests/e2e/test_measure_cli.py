@@ -170,8 +170,9 @@ def test_a_profile_of_another_device_is_said_once(model, tmp_path):
 
 def test_an_interrupt_says_how_to_go_on(model, tmp_path):
     output = tmp_path / "runs.jsonl"
-    command = [sys.executable, "-m", "lccost", "measure", "--model", model, "--context", "16,17",
-               "--output", output, "--output-tokens", "4", "--seconds", "0.02"]  # fmt: skip
+    command = [sys.executable, "-m", "lccost", "measure", "--model", model, "--context",
+               ",".join(map(str, range(16, 32))), "--output", output, "--output-tokens", "4",
+               "--seconds", "0.02"]  # fmt: skip
     sweep = subprocess.Popen(command, cwd=ROOT, text=True, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not (output.exists() and output.stat().st_size):
@@ -181,7 +182,7 @@ def test_an_interrupt_says_how_to_go_on(model, tmp_path):
     assert sweep.returncode == 1
     assert "--resume" in stderr
     assert "Traceback" not in stderr
-    assert len(rows(output)) == 1
+    assert 1 <= len(rows(output)) < 16
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -407,7 +407,8 @@ def test_compare_has_nothing_to_draw(tmp_path: Path) -> None:
     empty.write_text("")
     done = run("compare", str(empty), "--plot", str(tmp_path / "p.png"))
     assert done.exit_code == 2
-    assert "no record has a prediction" in done.output
+    assert "nothing to compare" in done.output
+    assert "the file is empty" in done.output
     assert not (tmp_path / "p.png").exists()
 
 
