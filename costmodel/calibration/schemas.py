@@ -99,10 +99,7 @@ def hardware_of(record: Record, profile: HardwareProfile | None) -> str:
     spellings = [cell for cell in (text(record, c) for c in ("hw", "device")) if cell]
     found = ""
     for spelling in spellings:
-        if profile is not None and normalised(spelling) in (
-            normalised(profile.name),
-            normalised(profile.title),
-        ):
+        if profile is not None and _may_be(normalised(spelling), profile):
             return profile.name
         try:
             found = found or resolve_gpu(spelling)
@@ -118,6 +115,12 @@ def hardware_of(record: Record, profile: HardwareProfile | None) -> str:
     raise ConfigError(
         f"no known GPU in hw={text(record, 'hw')[:80]!r}, device={text(record, 'device')[:80]!r}"
     )
+
+
+def _may_be(spelling: str, profile: HardwareProfile) -> bool:
+    """Whether a spelling is a profile's name or title, or the name without form factor or memory."""
+    name = normalised(profile.name)
+    return spelling in (name, normalised(profile.title)) or name.startswith(f"{spelling}-")
 
 
 _DTYPES = {

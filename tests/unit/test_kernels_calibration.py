@@ -226,3 +226,10 @@ def test_a_written_family_reads_back(tmp_path: Path) -> None:
     assert family.hardware == "h100-sxm"
     assert family.ranges["m"] == (rows.shape["m"].min(), rows.shape["m"].max())
     assert 0.5 < family.parameters.bandwidth_fraction < 0.9
+
+
+def test_a_row_may_leave_form_factor_and_memory_to_the_profile(tmp_path: Path) -> None:
+    rows = [(gpu, "vllm", "a", "bfloat16", 16, 4096, 4096, 15.0) for gpu in ("h100", "H200", "")]
+    t = read_table(table(tmp_path / "t.csv", rows), profile=load_hardware("h100-pcie"))
+    assert (len(t), [r.line for r in t.rejected]) == (2, [3])
+    assert "'H200', which is not h100-pcie" in t.rejected[0].reason
