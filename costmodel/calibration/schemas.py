@@ -118,7 +118,7 @@ def hardware_of(record: Record, profile: HardwareProfile | None) -> str:
 
 
 def _may_be(spelling: str, profile: HardwareProfile) -> bool:
-    """Whether a spelling is a profile's name or title, or the name without form factor or memory."""
+    """Whether a spelling is a profile's name or title, or its name without form or memory."""
     name = normalised(profile.name)
     return spelling in (name, normalised(profile.title)) or name.startswith(f"{spelling}-")
 
