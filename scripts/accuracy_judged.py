@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 from costmodel.calibration.families import LEAST_ROWS, fit_families, judged_intervals
 from costmodel.calibration.tables import Rows, read_table
 from costmodel.hardware import load_hardware
-from costmodel.kernels.families import _nearest as nearest_family
-from costmodel.kernels.families import shipped_families
+from costmodel.kernels.families import family_without
 from costmodel.kernels.kinds import kernel_kind
 from costmodel.serving.__main__ import read_tables
 from costmodel.serving.engine_times import EngineTimes, facts_of, known_engines
@@ -249,24 +248,17 @@ def transferred_kernels(paths: Sequence[Path]) -> list[Judged]:
 
 def _transferred(path: Path, rows: Rows) -> Judged | None:
     device, key = load_hardware(rows.key.hardware), rows.key
-    others = [
-        f
-        for f in shipped_families(key.kind)
-        if f.variant == key.variant and f.hardware != key.hardware
-    ]
-    if not others:
-        return None
-    within = tuple((k, float(np.median(v))) for k, v in sorted(rows.shape.items()))
-    family = nearest_family(
-        others,
-        device.name,
-        device.generation,
-        device.clock_hz or 0.0,
+    family = family_without(
+        key.hardware,
+        key.kind,
         key.engine,
-        key.variant,
-        key.kernel,
-        within,
+        device,
+        variant=key.variant,
+        kernel=key.kernel,
+        within={k: float(np.median(v)) for k, v in rows.shape.items()},
     )
+    if family is None:
+        return None
     low, mid, high = (
         np.broadcast_to(np.asarray(t), rows.observed_s.shape)
         for t in family.time_s(device, rows.shape, cold=False)

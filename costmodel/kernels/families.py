@@ -211,13 +211,14 @@ def family_without(
     hardware: HardwareProfile,
     *,
     variant: str = "",
+    kernel: str = "",
     within: Mapping[str, float] | None = None,
 ) -> Family | None:
     """The family that would answer if none had been fitted on the GPU ``left_out``."""
     families = [f for f in shipped_families(kind) if f.variant == variant]
     others = [f for f in families if f.hardware != left_out]
     shape = tuple(sorted((within or {}).items()))
-    asked = (_place(hardware), engine.lower(), "", shape)
+    asked = (_place(hardware), engine.lower(), kernel.lower(), shape)
     return _nearest(others, *asked) if others else None
 
 

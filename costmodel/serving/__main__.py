@@ -2,6 +2,7 @@
 
 import argparse
 import datetime
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -58,6 +59,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="TOML file to write")
     arguments = parser.parse_args()
     tables, sources = read_tables(arguments.data)
+    missing = [name for name, *_ in TABLES if not (arguments.data / name).is_file()]
+    if missing:
+        print(f"fitted without {', '.join(missing)}: not in {arguments.data}", file=sys.stderr)
     lines = [HEAD + "".join(f"# {s}\n" for s in sources)]
     lines += [f'fitted = "{datetime.date.today().isoformat()}"', ""]
     runs_of = {
