@@ -16,16 +16,8 @@ from costmodel.kernels.families import family_without
 from costmodel.kernels.kinds import kernel_kind
 from costmodel.serving.__main__ import read_tables
 from costmodel.serving.engine_times import EngineTimes, facts_of, known_engines
-from costmodel.serving.fit import (
-    Kin,
-    Runs,
-    engines_of,
-    gpus_of,
-    judge,
-    leave_out,
-    models_of,
-    read_runs,
-)
+from costmodel.serving.fit import Kin, Runs, read_runs
+from costmodel.serving.judging import engines_of, gpus_of, judge, leave_out, models_of
 from costmodel.serving.parameters import default_parameters
 from costmodel.validation import validate
 

@@ -20,7 +20,8 @@ from costmodel.hardware import load_hardware
 from costmodel.intervals import factors, scatter_of
 from costmodel.kernels.kinds import kernel_kind
 from costmodel.power import PowerLaw
-from costmodel.serving.fit import UNJUDGED_SCATTER, in_first_half, row_key
+from costmodel.serving.fit import in_first_half, row_key
+from costmodel.serving.judging import UNJUDGED_SCATTER
 from costmodel.validation.kernels import schema_of
 from costmodel.validation.power import FACTORS, factor_flags, renamed
 from costmodel.validation.table import read_table

@@ -16,17 +16,14 @@ from costmodel.serving.engine_times import (
     facts_of,
     known_engines,
 )
-from costmodel.serving.fit import (
-    Kin,
-    Table,
+from costmodel.serving.fit import Kin, Table, fit, read_runs
+from costmodel.serving.judging import (
     engine_table,
     engines_of,
-    fit,
     gpus_of,
     joined,
     judge,
     leave_out,
-    read_runs,
     scatter_by_class,
 )
 from costmodel.serving.parameters import default_parameters

@@ -19,7 +19,8 @@ import pytest
 
 from costmodel.serving.__main__ import read_tables
 from costmodel.serving.engine_times import EngineTimes, facts_of
-from costmodel.serving.fit import Kin, Runs, halves_of, held_out, read_runs
+from costmodel.serving.fit import Kin, Runs, read_runs
+from costmodel.serving.judging import halves_of, held_out
 from costmodel.serving.parameters import default_parameters
 from costmodel.validation import Validation, validate
 

@@ -13,13 +13,8 @@ from costmodel.errors import ConfigError, NotApplicableError
 from costmodel.intervals import factors, scatter_of
 from costmodel.serving import Deployment, Load, Served, load_engine_times, metric
 from costmodel.serving.engine_times import known_engines
-from costmodel.serving.fit import (
-    Judged,
-    in_first_half,
-    row_key,
-    scatter_at,
-    scatter_by_class,
-)
+from costmodel.serving.fit import in_first_half, row_key
+from costmodel.serving.judging import Judged, scatter_at, scatter_by_class
 from costmodel.serving.metrics import roofline_s
 from costmodel.serving.stored import stored_as
 from costmodel.weights import weights_bytes
