@@ -33,7 +33,7 @@ from costmodel.workload import Point
 
 #: What ``Work`` consists of, in this order; the columns that times of these kernels depend on.
 AMOUNTS = (
-    *("n_bytes", "units", "room_tokens", "launches"),
+    *("n_bytes", "units", "block_bytes", "launches"),
     *("integer_ops", "issued_ops", "special_ops", "half_flops", "tf32_flops"),
 )
 Work = dict[str, Array]
@@ -55,6 +55,7 @@ class FusedKernel:
     launches      kernels a step starts
     work          amounts of one run
     block_tokens  fewest tokens of one program; 0: programs always fill the device
+    element_bits  of an element of them
     blocks_per_sm programs on one SM that the splits of a cache aim at
     fits          whether it is built for an operation's shape
     """
@@ -62,6 +63,7 @@ class FusedKernel:
     launches: float
     work: WorkOf
     block_tokens: float = 0.0
+    element_bits: float = 16.0
     blocks_per_sm: float = 1.0
     fits: Callable[[Mapping[str, Array]], bool]
 
@@ -103,8 +105,20 @@ def fused_step(point: Point, kernel: str, *operations: Operation) -> Operations:
 def work_of(operation: Operation, n_units: float) -> Work:
     """Amounts of one run of an operation that has a ``kernel``, on a device of so many SMs."""
     kernel = KERNELS[operation.kernel]
-    work = dict.fromkeys(AMOUNTS, np.float64(0.0)) | {"launches": kernel.launches}
+    work: Work = dict.fromkeys(AMOUNTS, np.float64(0.0)) | {"launches": kernel.launches}
+    if kernel.block_tokens:
+        s = operation.shape
+        width = np.asarray(s["head_dim"]) + s["v_head_dim"]
+        tokens = np.minimum(s["kv_len"], kernel.block_tokens)
+        work["block_bytes"] = tokens * width * (kernel.element_bits / 8.0)
     return work | kernel.work(operation, n_units)
+
+
+def most_programs(kernel: FusedKernel, units: Array, n_units: float) -> Array:
+    """Programs that share the caches of so many KV heads where all are long."""
+    fill = np.maximum(np.floor(n_units * kernel.blocks_per_sm / units), 1.0)
+    programs: Array = units * np.minimum(fill, MAX_SPLITS)
+    return programs
 
 
 def split_count(
@@ -115,10 +129,9 @@ def split_count(
     block_tokens: Array | None = None,
 ) -> Array:
     """Programs that share the cache of one KV head: the rule of ``measure.kernels._splits``."""
-    fill = np.maximum(np.floor(n_units * kernel.blocks_per_sm / units), 1.0)
     block = kernel.block_tokens if block_tokens is None else block_tokens
     blocks = np.ceil(np.asarray(room_tokens) / block)
-    return np.maximum(np.minimum(np.minimum(fill, blocks), MAX_SPLITS), 1.0)
+    return np.maximum(np.minimum(most_programs(kernel, units, n_units) / units, blocks), 1.0)
 
 
 #: Most programs that share one cache.
@@ -161,7 +174,6 @@ def _decode(op: Operation) -> tuple[Array, Work]:
     return elements, {
         "n_bytes": op.moved_bytes,
         "units": heads,
-        "room_tokens": np.maximum(s["room_tokens"], s["kv_len"]),
     }
 
 
@@ -189,11 +201,6 @@ def _in_tf32(op: Operation, _: float) -> Work:
     group = np.asarray(op.shape["n_heads"]) / op.shape["n_kv_heads"]
     rows = np.maximum(_TILE_ROWS, 2.0 ** np.ceil(np.log2(group)))
     return amounts | {"tf32_flops": 2.0 * rows * elements}
-
-
-def _kept(op: Operation, n_units: float) -> Work:
-    """The same over the slots a method keeps, which are all the room there is."""
-    return _in_tf32(op, n_units) | {"room_tokens": op.shape["kv_len"]}
 
 
 def _looked_up(op: Operation, _: float) -> Work:
@@ -254,10 +261,15 @@ def _rglru(op: Operation, n_units: float) -> Work:
     }
 
 
-def _token(block_tokens: float, work: WorkOf) -> FusedKernel:
+def _token(block_tokens: float, element_bits: float, work: WorkOf) -> FusedKernel:
     """Attend, merge, append: programs of one warp, eight on an SM."""
     return FusedKernel(
-        launches=3.0, work=work, block_tokens=block_tokens, blocks_per_sm=8.0, fits=_decode_fits
+        launches=3.0,
+        work=work,
+        block_tokens=block_tokens,
+        element_bits=element_bits,
+        blocks_per_sm=8.0,
+        fits=_decode_fits,
     )
 
 
@@ -271,15 +283,15 @@ def _dropping(launches: float, work: WorkOf) -> FusedKernel:
 #: By name. Issue slots and products of KIVI were counted for 2 bits; the slots are taken for 4 too,
 #: where memory binds.
 KERNELS: Mapping[str, FusedKernel] = {
-    "attention16": _token(32.0, _packed(0.0)),
-    "attention8": _token(64.0, _packed(1.75, issued=2.8)),
-    "flexgen4": _token(64.0, _packed(0.875, issued=2.3)),
-    "flexgen2": _token(128.0, _packed(0.75)),
-    "kivi2": _token(128.0, _packed(0.75, issued=2.4, products=10.0)),
-    "kivi4": _token(128.0, _packed(0.875, issued=2.4)),
-    "h2o": _dropping(3.0, _kept),
-    "tova": _dropping(3.0, _kept),
-    "ring": _dropping(2.0, _kept),
+    "attention16": _token(32.0, 16.0, _packed(0.0)),
+    "attention8": _token(64.0, 8.0, _packed(1.75, issued=2.8)),
+    "flexgen4": _token(64.0, 4.0, _packed(0.875, issued=2.3)),
+    "flexgen2": _token(128.0, 2.0, _packed(0.75)),
+    "kivi2": _token(128.0, 2.0, _packed(0.75, issued=2.4, products=10.0)),
+    "kivi4": _token(128.0, 4.0, _packed(0.875, issued=2.4)),
+    "h2o": _dropping(3.0, _in_tf32),
+    "tova": _dropping(3.0, _in_tf32),
+    "ring": _dropping(2.0, _in_tf32),
     "quest": _dropping(3.0 + _CHOICE_LAUNCHES, _in_tf32),
     "infllm": FusedKernel(launches=50.0, work=_looked_up, fits=lambda shape: True),
     "prompt_scores": FusedKernel(launches=2.0, work=_received, fits=_heads_fit),

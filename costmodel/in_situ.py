@@ -3,13 +3,19 @@
 Kernel tables hold single kernels, replayed for milliseconds at boost clocks on constant data. In a
 pass they run hotter and closer together:
 
-    kernel in a pass = t0 + max(compute_factor compute, memory factor memory)
-    pass             = sum of its kernels + n layers x layer_s + host time per step
-    first token      = that pass + first_token_s
+    product in a pass   = its time on the device with peaks / compute_factor and
+                          bandwidth / matmul_memory_factor
+    kernel of a prompt  = t0 + compute_factor (its time - t0)           (attention, scans)
+    kernel of a step    = t0 + memory factor (its time - t0)            (attention, scans)
+    pass                = sum of its kernels + n layers x layer_s + host time per step
+    first token         = that pass + first_token_s
 
 compute_factor is what sustained power and real operands cost where tensor cores bind; the memory
 factors stay near 1 (streaming is not throttled, and prefetch into the next kernel pays for cold
-caches). They are the parameters of all engines' published runs together, of which
+caches). Products are in both phases, and which limit binds them moves with their rows: on such a
+device the factor of the one goes over into that of the other with the kernel's own overlap, so a
+better device or less work never takes longer. They are the parameters of all engines' published
+runs together, of which
 ``costmodel/data/serving.toml`` says what was fitted on how many runs and how far off unseen ones
 were. Leaving any engine or any GPU out of that fit moves compute_factor between 1.15 and 1.40, the
 memory factors between 0.87 and 1.13, layer_s between 2.2 and 7.8 us and first_token_s between 0.8
@@ -19,20 +25,20 @@ and 4.5 ms.
 import functools
 import math
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from costmodel.files import DATA
+from costmodel.hardware import HardwareProfile
 from costmodel.intervals import REACH
 
 #: Table of ``serving.toml`` that holds the fit of all engines' runs.
 _POOLED = "any"
 #: Classes of its judged metrics that are passes: steps alone and under load, first tokens.
 _CLASSES = ("step_dense", "tpot_dense", "ttft_dense")
-#: Kinds whose memory-bound time takes the attention factor.
-_ATTENTION = frozenset(
-    {"prefill_attention", "decode_attention", "mla_prefill_attention", "mla_decode_attention"}
-)
+_PREFILL = frozenset({"prefill_attention", "mla_prefill_attention", "scan_prefill"})
+_DECODE_ATTENTION = frozenset({"decode_attention", "mla_decode_attention"})
+_STEP = _DECODE_ATTENTION | {"scan_step"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +66,23 @@ class InSitu:
 
     def memory_factor(self, kind: str) -> float:
         """The factor on the memory side of an operation kind."""
-        return self.attention_memory_factor if kind in _ATTENTION else self.matmul_memory_factor
+        attends = kind in _DECODE_ATTENTION
+        return self.attention_memory_factor if attends else self.matmul_memory_factor
+
+    def kernel_factor(self, kind: str) -> float | None:
+        """The factor on all kernels of a kind that is of one phase; None: on a device's rates."""
+        if kind in _PREFILL:
+            return self.compute_factor
+        return self.memory_factor(kind) if kind in _STEP else None
+
+    def device(self, hardware: HardwareProfile) -> HardwareProfile:
+        """The device as products find it inside a pass."""
+        peaks = hardware.peak_flops_per_s
+        return replace(
+            hardware,
+            peak_flops_per_s={name: peak / self.compute_factor for name, peak in peaks.items()},
+            hbm_bytes_per_s=hardware.hbm_bytes_per_s / self.matmul_memory_factor,
+        )
 
     def interval(self, spread: float = 0.0) -> tuple[float, float]:
         """(low, high) factors on a kernel in a pass whose family was transferred with so much

@@ -68,7 +68,14 @@ def fitted_time(
     )
     if family is None:
         return None
-    mid = _seconds(family, hardware, asked)
+    device, factor = hardware, None
+    if in_situ is not None and asked.kind != "collective":
+        factor = in_situ.kernel_factor(operation.kind)
+        device = in_situ.device(hardware) if factor is None else hardware
+    mid = _seconds(family, device, asked)
+    if factor is not None:
+        launch = getattr(family.parameters, "launch_s", 0.0)
+        mid = mid + (factor - 1.0) * np.maximum(mid - launch, 0.0)
     found = _kernel_time(operation, hardware, family, asked, mid, in_situ, middle_only)
     if np.all(asked.mask):
         return found
@@ -86,7 +93,7 @@ def _mixed(mask: Mask, found: KernelTime, prior: KernelTime) -> KernelTime:
 
 
 def _seconds(family: Family, hardware: HardwareProfile, asked: Asked) -> Array:
-    """The kernel alone, with cold caches."""
+    """The kernel on a device, with cold caches."""
     if asked.kind != "moe_gemm":
         return family.kind.time_s(family.parameters, hardware, asked.shape, family.variant, True)
     from costmodel.kernels.moe import grouped_product_time_s  # dense models do without
@@ -142,15 +149,8 @@ def _kernel_time(
     memory = operation.moved_bytes / hardware.hbm_bytes_per_s
     floor = np.maximum(compute, operation.hbm_bytes / hardware.hbm_bytes_per_s)
     scale = (mid - launch) / np.maximum(np.maximum(compute, memory), 1e-300)
-    if in_situ is None:
-        compute, memory = compute * scale, memory * scale
-        mid = np.maximum(mid, floor)
-    else:
-        compute = compute * (scale * in_situ.compute_factor)
-        memory = memory * (scale * in_situ.memory_factor(operation.kind))
-        longer = np.maximum(compute, memory)
-        longer += launch
-        mid = np.maximum(longer, floor)
+    compute, memory = compute * scale, memory * scale
+    mid = np.maximum(mid, floor)
     low_s, high_s = mid, mid
     if not middle_only:
         low, high = _factors(family, mid, in_situ)

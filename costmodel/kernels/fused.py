@@ -1,9 +1,10 @@
 """Seconds of this project's own kernels (``costmodel.fused_kernels``), from physical parameters.
 
-n kernels of a replayed graph, S SMs at clock f, P programs:
+n kernels of a replayed graph, S SMs at clock f, at most P programs:
 
     launches    t0 + (n - 1) t1
-    memory      bytes / min(e_b bandwidth, P r)
+    memory      the longest of
+                    bytes / (e_b bandwidth), bytes / (P r), bytes of one block / r
     arithmetic  the longest of
                     lane instructions issued    / (e_a 128 S f)
                     those on the integer pipe   / (e_a  64 S f)
@@ -26,7 +27,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from costmodel.fused_kernels import AMOUNTS, KERNELS, split_count
+from costmodel.fused_kernels import AMOUNTS, KERNELS, most_programs
 from costmodel.hardware import HardwareProfile
 from costmodel.kernels.kinds import KernelKind, Shape, Work
 from costmodel.kernels.physics import (
@@ -90,12 +91,13 @@ def parts_s(
     """Seconds of (launches, memory, arithmetic) before they overlap."""
     kernel = KERNELS[variant]
     launches = p.launch_s + (np.asarray(shape["launches"]) - 1.0) * p.next_launch_s
-    rate: Array = np.float64(p.bandwidth_fraction * device.hbm_bytes_per_s)
+    n_bytes = np.asarray(shape["n_bytes"])
+    memory: Array = n_bytes / (p.bandwidth_fraction * device.hbm_bytes_per_s)
     if kernel.block_tokens:
-        splits = split_count(kernel, shape["units"], shape["room_tokens"], units(device))
-        programs = np.asarray(shape["units"]) * splits
-        rate = np.minimum(rate, programs * (p.stream_bytes_per_s * clock_ratio(device)))
-    memory = np.asarray(shape["n_bytes"]) / rate
+        stream = p.stream_bytes_per_s * clock_ratio(device)
+        programs = most_programs(kernel, shape["units"], units(device))
+        longest = np.maximum(n_bytes / programs, shape["block_bytes"])
+        memory = np.maximum(memory, longest / stream)
     return launches, memory, arithmetic_s(device, shape) / p.arithmetic_fraction
 
 

@@ -168,7 +168,7 @@ class MethodStack:
         if method is None:
             return _native_step(group.mixer, point)
         full = _is_full(method, group, point)
-        native = group.mixer.decode(point) if np.any(full) else ()
+        native = _native_step(group.mixer, point) if np.any(full) else ()
         return _choose(full, native, method.decode(group, point))
 
     def _covering(self, group: MixerGroup) -> tuple[AbstractMethod, ...]:

@@ -1,5 +1,6 @@
 """Properties every prediction must have, over models, methods, devices and workloads."""
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -89,16 +90,21 @@ def test_nothing_is_below_its_floor(
 
 
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("method", ["full", "fp8_kv"])
-@pytest.mark.parametrize("engine", [None, "vllm"])
-def test_time_grows_with_context_and_batch(model: str, method: str, engine: str | None) -> None:
+@pytest.mark.parametrize("method", ["full", "fp8_kv", "h2o"])
+@pytest.mark.parametrize(
+    ("gpu", "engine"),
+    [("h200-sxm", None), ("h200-sxm", "vllm"), ("a100-sxm-80gb", "lccost"), ("l4", "sglang")],
+)
+def test_time_grows_with_context_and_batch(
+    model: str, method: str, gpu: str, engine: str | None
+) -> None:
     tokens = np.unique(np.geomspace(16, 2**20, 200).astype(int))
     try:
         p = predict(
             load_architecture(model),
             method,
             Workload.of(np.array([1, 2, 8, 64])[:, None], tokens),
-            load_hardware("h200-sxm"),
+            load_hardware(gpu),
             engine=engine,
             solve=False,
         )
@@ -109,6 +115,49 @@ def test_time_grows_with_context_and_batch(model: str, method: str, engine: str 
         slack = 1e-3 if name == "peak_prefill_bytes" else 1e-9
         assert np.all(np.diff(p[name], axis=1) >= -slack * p[name][:, 1:]), name
         assert np.all(np.diff(p[name], axis=0) >= -slack * p[name][1:]), name
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    model=st.sampled_from(MODELS),
+    gpu=st.sampled_from([*GPUS, "b200-sxm", "l40s", "rtx-4090", "h200-sxm", "t4"]),
+    engine=st.sampled_from([*ENGINES, "trtllm", "transformers"]),
+    tp=st.sampled_from([1, 4]),
+    batch=st.integers(1, 512),
+    tokens=contexts,
+    better=st.sampled_from(["hbm_bytes_per_s", "clock_hz", "link_bytes_per_s", "peak_flops_per_s"]),
+    factor=st.floats(1.01, 3.0),
+)
+def test_a_better_device_is_never_slower(
+    model: str,
+    gpu: str,
+    engine: str | None,
+    tp: int,
+    batch: int,
+    tokens: list[int],
+    better: str,
+    factor: float,
+) -> None:
+    """Whatever binds before and after, and between."""
+    hardware = load_hardware(gpu)
+    rate = getattr(hardware, better)
+    if rate is None:
+        return
+    more = {k: v * factor for k, v in rate.items()} if better.startswith("peak") else rate * factor
+    dtype = "bf16" if "bf16" in hardware.peak_flops_per_s else "fp16"
+    call = partial(
+        predict,
+        load_architecture(model),
+        "full",
+        Workload.of(batch, tokens),
+        engine=engine,
+        tp=tp,
+        dtype=dtype,
+        solve=False,
+    )
+    here, there = call(hardware), call(replace(hardware, **{better: more}))
+    for name in ("ttft_s", "tpot_s"):
+        assert np.all(there[name] <= here[name] * (1 + 1e-9)), name
 
 
 @settings(max_examples=60, deadline=None)

@@ -10,7 +10,7 @@ from costmodel.engines import load_engine
 from costmodel.fused_kernels import KERNELS, work_of
 from costmodel.hardware import load_hardware
 from costmodel.kernels import time_operation
-from costmodel.kernels.fused import KIND, PRIORS, arithmetic_s
+from costmodel.kernels.fused import KIND, PRIORS, arithmetic_s, parts_s
 from costmodel.methods.parse import parse_method
 from costmodel.mixers import AbstractMixer, Attention
 from costmodel.mixers.mamba2 import Mamba2
@@ -176,12 +176,23 @@ def test_a_step_is_one_operation_with_the_sum_of_its_parts() -> None:
 
 def test_more_programs_are_faster_until_the_bandwidth_is_full() -> None:
     parameters = KIND.build({name: prior.value for name, prior in PRIORS.items()})
-    short = work_of(step("h2o", 4096.0, 1.0), GPU.n_units)
+    work = work_of(step("h2o", 131_072.0, 1.0), GPU.n_units)
     seconds = [
-        float(KIND.time_s(parameters, GPU, {**short, "room_tokens": room}, "h2o", True))
-        for room in (64.0, 256.0, 819.0)
+        float(KIND.time_s(parameters, replace(GPU, n_units=n), work, "h2o", True))
+        for n in (8, 32, 128, 512)
     ]
-    assert seconds[0] > seconds[1] >= seconds[2]
+    assert seconds[0] > seconds[1] > seconds[2] == seconds[3]
+
+
+def test_no_program_is_faster_than_its_block() -> None:
+    """64 kept tokens of 512 bytes at 1e10 bytes/s of 1.8 GHz, beside which the bandwidth's share
+    of 8 heads is nothing.
+    """
+    parameters = KIND.build({name: prior.value for name, prior in PRIORS.items()})
+    work = work_of(step("h2o", 640.0, 1.0), GPU.n_units)
+    launch, memory, _ = parts_s(parameters, GPU, work, "h2o")
+    assert float(launch) == pytest.approx(9e-6)
+    assert float(memory) == pytest.approx(64 * 512 / (1e10 * 1.83 / 1.8), rel=1e-3)
 
 
 def test_contexts_shorter_than_a_residual_do_not_move_the_others() -> None:
