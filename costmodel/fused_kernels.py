@@ -105,7 +105,8 @@ def fused_step(point: Point, kernel: str, *operations: Operation) -> Operations:
 def work_of(operation: Operation, n_units: float) -> Work:
     """Amounts of one run of an operation that has a ``kernel``, on a device of so many SMs."""
     kernel = KERNELS[operation.kernel]
-    work: Work = dict.fromkeys(AMOUNTS, np.float64(0.0)) | {"launches": kernel.launches}
+    work: Work = dict.fromkeys(AMOUNTS, np.float64(0.0))
+    work["launches"] = kernel.launches
     if kernel.block_tokens:
         s = operation.shape
         width = np.asarray(s["head_dim"]) + s["v_head_dim"]
