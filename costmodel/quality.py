@@ -133,8 +133,9 @@ def scores(architecture_name: str) -> list[dict[str, Any]]:
 def task_families() -> tuple[str, ...]:
     """What ``task_family`` may be: the families, and every single task with a figure."""
     tasks: set[str] = set()
-    for lines in _files():
-        tasks |= {r["task"] for r in csv.DictReader(x for x in lines if not x.startswith("#"))}
+    for _, head, by_method in _sources():
+        for lines in by_method.values():
+            tasks |= {row["task"] for row in csv.DictReader([head, *lines])}
     return (*_FAMILIES, *sorted(tasks - set(_FAMILIES)))
 
 
@@ -160,13 +161,12 @@ def accuracy(
     budget = kept_tokens(parameters, context)
     if budget is not None and budget >= context:
         return 0.0, "the budget holds the whole context"
-    found = rows(method_name)
     name = _bare(architecture_name)
     tasks = _FAMILIES.get(task_family, (task_family,))
-    matches = [row for row in found if row.drop is not None and _rank(row, tasks) is not None]
-    if not matches:
+    found = _comparable(method_name, tasks)
+    if not found:
         return None, f"unknown: no comparable {task_family} figure for {method_name}"
-    matches = [row for row in matches if name in (row.model, _bare(row.evaluated))]
+    matches = [row for row in found if name in (row.model, _bare(row.evaluated))]
     if not matches:
         return None, f"unknown: {method_name} was not measured on {architecture_name}"
     matches = [row for row in matches if _same_setting(row, parameters, budget, context)]
@@ -188,6 +188,12 @@ def accuracy(
         f"{best.source}: {best.task} of {best.evaluated}, {best.setting}, inputs of up to or about "
         f"{best.context_tokens:,.0f} tokens, {best.baseline:g} -> {best.value:g}{note}"
     )
+
+
+@functools.cache
+def _comparable(method: str, tasks: tuple[str, ...]) -> tuple[Evidence, ...]:
+    """Figures of these tasks that are a drop."""
+    return tuple(r for r in rows(method) if r.drop is not None and _rank(r, tasks) is not None)
 
 
 def _exact(method: str) -> str:
@@ -254,12 +260,24 @@ def rows(method: str) -> tuple[Evidence, ...]:
 def _rows(method: str, holding: str) -> tuple[Evidence, ...]:
     """Those whose lines hold a text."""
     out = []
+    for meta, head, by_method in _sources():
+        wanted = [line for line in by_method.get(method, ()) if holding in line]
+        out += [_evidence(row, meta) for row in csv.DictReader([head, *wanted])]
+    return tuple(out)
+
+
+@functools.cache
+def _sources() -> tuple[tuple[dict[str, str], str, dict[str, list[str]]], ...]:
+    """Of every file what its first lines say, the heading, and the lines of each method."""
+    out = []
     for lines in _files():
-        wanted = [x for x in lines if x.startswith(f"{method},") and holding in x]
-        if wanted:
-            meta = dict(line[2:].split(": ", 1) for line in lines if line.startswith("# "))
-            head = next(line for line in lines if not line.startswith("#"))
-            out += [_evidence(row, meta) for row in csv.DictReader([head, *wanted])]
+        told = [line for line in lines if line.startswith("#")]
+        head, *body = (line for line in lines if not line.startswith("#"))
+        by_method: dict[str, list[str]] = {}
+        for line in body:
+            by_method.setdefault(line.partition(",")[0], []).append(line)
+        meta = dict(line[2:].split(": ", 1) for line in told if line.startswith("# "))
+        out.append((meta, head, by_method))
     return tuple(out)
 
 

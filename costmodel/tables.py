@@ -7,7 +7,6 @@ or one ``ConfigError`` that names the file and each bad key.
 import math
 import tomllib
 from collections.abc import Iterable, Mapping
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +157,8 @@ class Fields:
         known = self._read | set(also)
         for key in self.table:
             if key not in known:
+                from difflib import get_close_matches  # only for the user's mistakes
+
                 near = get_close_matches(key, sorted(known), n=1)
                 hint = f"; did you mean {near[0]}?" if near else ""
                 self.problem(key, f"not a key of this form{hint}")
