@@ -3,19 +3,19 @@
 Kernel tables hold single kernels, replayed for milliseconds at boost clocks on constant data. In a
 pass they run hotter and closer together:
 
-    product in a pass   = its time on the device with peaks / compute_factor and
-                          bandwidth / matmul_memory_factor
-    kernel of a prompt  = t0 + compute_factor (its time - t0)           (attention, scans)
-    kernel of a step    = t0 + memory factor (its time - t0)            (attention, scans)
+    kernel in a pass    = t0 + factor (its time alone - t0)
+    factor              = compute_factor             kernels of a prompt (attention, scans)
+                        = memory factor              kernels of a step (attention, scans)
+                        = memory factor (1 - s) + compute_factor s      products, which are in both
+                          s = i^2 / (i^2 + i0^2), i their FLOPs per byte
     pass                = sum of its kernels + n layers x layer_s + host time per step
     first token         = that pass + first_token_s
 
 compute_factor is what sustained power and real operands cost where tensor cores bind; the memory
 factors stay near 1 (streaming is not throttled, and prefetch into the next kernel pays for cold
-caches). Products are in both phases, and which limit binds them moves with their rows: on such a
-device the factor of the one goes over into that of the other with the kernel's own overlap, so a
-better device or less work never takes longer. They are the parameters of all engines' published
-runs together, of which
+caches). What draws power is multiplying, not what waits for what: s goes by the product alone and
+not by which limit of the device binds it, so neither a better device nor less work ever takes
+longer. The factors are the parameters of all engines' published runs together, of which
 ``costmodel/data/serving.toml`` says what was fitted on how many runs and how far off unseen ones
 were. Leaving any engine or any GPU out of that fit moves compute_factor between 1.15 and 1.40, the
 memory factors between 0.87 and 1.13, layer_s between 2.2 and 7.8 us and first_token_s between 0.8
@@ -25,17 +25,23 @@ and 4.5 ms.
 import functools
 import math
 import tomllib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from costmodel.files import DATA
-from costmodel.hardware import HardwareProfile
 from costmodel.intervals import REACH
+from costmodel.operation import Array, Operation
+from costmodel.units import DTYPE_BYTES
 
 #: Table of ``serving.toml`` that holds the fit of all engines' runs.
 _POOLED = "any"
 #: Classes of its judged metrics that are passes: steps alone and under load, first tokens.
 _CLASSES = ("step_dense", "tpot_dense", "ttft_dense")
+#: 16-bit FLOPs per byte, i0, at which power starts to tell: the ridge of the GPUs of the runs (A100
+#: 153, H100 295, B200 281, L40S 419).
+RIDGE_FLOPS_PER_BYTE = 290.0
 _PREFILL = frozenset({"prefill_attention", "mla_prefill_attention", "scan_prefill"})
 _DECODE_ATTENTION = frozenset({"decode_attention", "mla_decode_attention"})
 _STEP = _DECODE_ATTENTION | {"scan_step"}
@@ -69,20 +75,18 @@ class InSitu:
         attends = kind in _DECODE_ATTENTION
         return self.attention_memory_factor if attends else self.matmul_memory_factor
 
-    def kernel_factor(self, kind: str) -> float | None:
-        """The factor on all kernels of a kind that is of one phase; None: on a device's rates."""
-        if kind in _PREFILL:
+    def kernel_factor(self, operation: Operation) -> Array:
+        """The factor on the time of an operation's kernel, but for its launch."""
+        if operation.kind in _PREFILL:
             return self.compute_factor
-        return self.memory_factor(kind) if kind in _STEP else None
-
-    def device(self, hardware: HardwareProfile) -> HardwareProfile:
-        """The device as products find it inside a pass."""
-        peaks = hardware.peak_flops_per_s
-        return replace(
-            hardware,
-            peak_flops_per_s={name: peak / self.compute_factor for name, peak in peaks.items()},
-            hbm_bytes_per_s=hardware.hbm_bytes_per_s / self.matmul_memory_factor,
-        )
+        memory = self.memory_factor(operation.kind)
+        if operation.kind in _STEP:
+            return memory
+        width = DTYPE_BYTES[operation.dtype] / 2.0  # a narrow product draws less
+        intensity = operation.flops * width / np.maximum(operation.moved_bytes, 1.0)
+        square = np.square(intensity)
+        share = square / (square + RIDGE_FLOPS_PER_BYTE**2)
+        return memory + (self.compute_factor - memory) * share
 
     def interval(self, spread: float = 0.0) -> tuple[float, float]:
         """(low, high) factors on a kernel in a pass whose family was transferred with so much

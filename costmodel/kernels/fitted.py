@@ -68,14 +68,10 @@ def fitted_time(
     )
     if family is None:
         return None
-    device, factor = hardware, None
+    mid = _seconds(family, hardware, asked)
     if in_situ is not None and asked.kind != "collective":
-        factor = in_situ.kernel_factor(operation.kind)
-        device = in_situ.device(hardware) if factor is None else hardware
-    mid = _seconds(family, device, asked)
-    if factor is not None:
-        launch = getattr(family.parameters, "launch_s", 0.0)
-        mid = mid + (factor - 1.0) * np.maximum(mid - launch, 0.0)
+        launch = float(getattr(family.parameters, "launch_s", 0.0))
+        mid = mid + (in_situ.kernel_factor(operation) - 1.0) * np.maximum(mid - launch, 0.0)
     found = _kernel_time(operation, hardware, family, asked, mid, in_situ, middle_only)
     if np.all(asked.mask):
         return found
@@ -93,7 +89,7 @@ def _mixed(mask: Mask, found: KernelTime, prior: KernelTime) -> KernelTime:
 
 
 def _seconds(family: Family, hardware: HardwareProfile, asked: Asked) -> Array:
-    """The kernel on a device, with cold caches."""
+    """The kernel alone, with cold caches."""
     if asked.kind != "moe_gemm":
         return family.kind.time_s(family.parameters, hardware, asked.shape, family.variant, True)
     from costmodel.kernels.moe import grouped_product_time_s  # dense models do without
