@@ -24,6 +24,8 @@ from costmodel.families.numerics import unknown_numerics
 from costmodel.hf_config import ConfigReader, parse_config, read_config, short
 
 _FOLDER = Path(__file__).with_name("architectures")
+#: How long the hub may take to answer whether it has a config.
+HUB_TIMEOUT_S = 4.0
 #: Spellings of 16- and 32-bit types in ``torch_dtype`` and ``dtype``.
 _DTYPES = {
     "float32": "fp32",
@@ -145,13 +147,34 @@ def _from_hub(text: str, assume: str | None) -> Architecture:
             "the path of its config.json"
         ) from None
     try:
-        path = Path(hub.hf_hub_download(text, "config.json"))
-    except (OSError, ValueError) as error:  # every hub and network error is one of these
+        path = _fetched(hub, text)
+    except (OSError, ValueError) as error:  # every error of the hub is one of these
         raise UnknownNameError(
-            "model", text[:200], _index()["names"], f"(The hub answered: {str(error)[:200]})"
+            "model",
+            text[:200],
+            _index()["names"],
+            f"It is not bundled, and the Hugging Face Hub gave no config.json: {error}. To go on "
+            "without the hub: --model path/to/config.json; bundled models: lccost models list",
         ) from None
     config = read_config(path)
     return _build(config, where=f"{text}/config.json", name=text, hub_id=text, assume=assume)
+
+
+def _fetched(hub: Any, repo: str) -> Path:
+    """The config of a repository of the hub; what was fetched before where the hub cannot be asked.
+
+    ``hf_hub_download`` alone tries for half a minute where there is no network: the hub is asked
+    once, shortly, before it is called.
+    """
+    try:
+        hub.get_hf_file_metadata(hub.hf_hub_url(repo, "config.json"), timeout=HUB_TIMEOUT_S)
+    except Exception as error:  # network errors are of the HTTP library that the hub's client uses
+        try:
+            return Path(hub.hf_hub_download(repo, "config.json", local_files_only=True))
+        except (OSError, ValueError):
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            raise OSError(reason[0][:200].rstrip(".")) from None
+    return Path(hub.hf_hub_download(repo, "config.json"))
 
 
 def _build(

@@ -347,36 +347,66 @@ def test_unknown_names_get_near_matches() -> None:
 
 
 class FakeHub(ModuleType):
-    """huggingface_hub as far as lccost uses it."""
+    """huggingface_hub as far as lccost uses it: online with what it has, or unreachable."""
 
-    def __init__(self, answer: Path | Exception) -> None:
+    def __init__(self, *, online: Path | Exception, cached: Path | None = None) -> None:
         super().__init__("huggingface_hub")
-        self.answer = answer
-        self.asked: list[tuple[str, str]] = []
+        self.online, self.cached = online, cached
+        self.asked: list[str] = []
 
-    def hf_hub_download(self, repo: str, file: str) -> str:
-        self.asked.append((repo, file))
-        if isinstance(self.answer, Exception):
-            raise self.answer
-        return str(self.answer)
+    def hf_hub_url(self, repo: str, file: str) -> str:
+        return f"https://hub/{repo}/{file}"
+
+    def get_hf_file_metadata(self, url: str, timeout: float) -> None:
+        assert 0 < timeout <= 5
+        self.asked.append(url)
+        if isinstance(self.online, Exception):
+            raise self.online
+
+    def hf_hub_download(self, repo: str, file: str, local_files_only: bool = False) -> str:
+        if local_files_only and self.cached is None:
+            raise FileNotFoundError("not in the cache")
+        assert local_files_only or isinstance(self.online, Path), "would retry for half a minute"
+        return str(self.cached if local_files_only else self.online)
 
 
 def test_a_hub_id_is_fetched_only_when_it_is_not_bundled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps(LLAMA), "utf-8")
-    hub = FakeHub(tmp_path / "config.json")
+    hub = FakeHub(online=tmp_path / "config.json")
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
     assert load_architecture("someone/new-model").hub_id == "someone/new-model"
     load_architecture("meta-llama/Llama-3.1-8B")
-    assert hub.asked == [("someone/new-model", "config.json")]
+    assert hub.asked == ["https://hub/someone/new-model/config.json"]
 
 
-def test_offline_the_hub_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    hub = FakeHub(OSError("we couldn't connect"))
+class UnreachableError(Exception):
+    """As httpx's errors: no OSError."""
+
+
+def test_offline_the_hub_is_asked_once_and_the_error_says_what_to_do(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    hub = FakeHub(online=UnreachableError("Name or service not known"))
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
-    with pytest.raises(UnknownNameError, match="couldn't connect"):
-        load_architecture("someone/new-model")
+    with pytest.raises(UnknownNameError) as caught:
+        load_architecture("meta-llama/Llama-3.1-9B")
+    text = str(caught.value)
+    assert text.index("Did you mean: meta-llama/llama-3.1-8b") < text.index(
+        "Name or service not known"
+    )
+    assert "--model path/to/config.json" in text
+    assert len(hub.asked) == 1
+
+
+def test_offline_what_was_fetched_before_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA), "utf-8")
+    hub = FakeHub(online=UnreachableError(), cached=tmp_path / "config.json")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    assert load_architecture("someone/new-model").hub_id == "someone/new-model"
 
 
 def test_without_the_hub_extra_a_hub_id_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
