@@ -90,6 +90,7 @@ class Facts:
                       fit starts from the fit to all of them together
     rules             engine of ``costmodel/data/engines.toml`` whose accounting rules hold
     with_method       its runs are of this method, whose kernels it brings
+    own_forms         runs methods in forms of its own, not in those their authors published
     """
 
     fp8_cache: bool = False
@@ -97,3 +98,4 @@ class Facts:
     kin: bool = False
     rules: str = "vllm"
     with_method: str = "full"
+    own_forms: bool = False

@@ -10,8 +10,8 @@ summed over the two matrices. With attention data parallelism tokens are gathere
 and their sums scattered after them.
 
 A packed integer cache in an engine whose own kernels unpack it is priced at level ``ideal``, and
-beside its attention stands that on the 16-bit cache it replaces: unpacking, not bytes, is what such
-kernels wait for.
+beside its attention stands that on the 16-bit cache it replaces: published runs take about as long
+(docs/accuracy.md).
 """
 
 from dataclasses import dataclass, replace

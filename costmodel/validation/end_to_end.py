@@ -1,6 +1,7 @@
 """Predictions of end-to-end rows: cases to blocks, one vectorised call per case and metric."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -92,7 +93,10 @@ def _block(
     unknown = np.full(index.shape, np.nan)
     low, mid, high, basis = unknown, roofline, unknown, "datasheet"
     if not options.datasheet:
-        seconds = metric(kind, times, served, load)(times.parameters)
+        parameters = times.parameters
+        if case.own_form:
+            parameters = replace(parameters, packed_attention_factor=1.0)
+        seconds = metric(kind, times, served, load)(parameters)
         mid = np.broadcast_to(np.asarray(seconds, dtype=np.float64), index.shape)
         low, high = (
             np.broadcast_to(np.asarray(x, dtype=np.float64), index.shape)
@@ -111,7 +115,7 @@ def _block(
     }
     if case.method != "full":
         group["method"] = bare_method(case.method)
-        group["level"] = case.level
+        group["level"] = "reference" if case.own_form else case.level
     parts = first.parts
     if all_parts and first.primary:
         parts = (*parts, part, f"{case.shown or case.engine}_{part}")

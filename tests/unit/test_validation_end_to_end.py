@@ -1,5 +1,6 @@
 """End-to-end rows: which deployment, engine, method and load a row means; memory by hand."""
 
+import csv
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from costmodel.validation.names import engine_named, method_named, model_named
 from costmodel.validation.run import predict_rows
 from costmodel.validation.serving_rows import read_rows
 
+MEASURED = Path(__file__).parents[1] / "data" / "measured"
 SERVING = {
     "id": "x_tp4_ep1_1", "backend": "vllm", "model_path": "MiniMaxAI/MiniMax-M2.5",
     "system": "b200_sxm", "precision": "fp8", "isl": "1024", "osl": "1024", "batch_size": "32",
@@ -179,6 +181,48 @@ def test_engines_with_kernels_of_their_own_pack_at_level_ideal() -> None:
     offloaded = {**METHOD, "stage": "all", "method": "FlexLLMGen", "hardware": "T4 16GB"}
     with pytest.raises(NotApplicableError, match="offloaded"):
         read_method_rows(offloaded, 0)
+
+
+def test_an_engines_own_form_attends_packed_tokens_as_16_bit_ones() -> None:
+    """At ``reference`` next to the 16-bit step; no second form where nothing is packed."""
+    names = ("full fp16", "KIVI-4bit g32 R128", "StreamingLLM 64+448")
+    rows = [{**METHOD, "method": name} for name in names]
+    out = predict_rows(rows, kind_named("kv_methods"), Options(kind="kv_methods"))
+    step = {(b.group.get("method"), b.group.get("level")): b.mid[0] for b in out.blocks}
+    assert set(step) == {
+        (None, None), ("kivi", "ideal"), ("kivi", "reference"), ("streaming_llm", "ideal"),
+    }  # fmt: skip
+    assert step["kivi", "reference"] == pytest.approx(step[None, None], rel=0.01)
+
+
+def test_the_authors_chain_is_judged_where_their_code_ran() -> None:
+    h2o = {**METHOD, "hardware": "A100-80GB", "model": "opt-6.7b", "method": "H2O hh_ratio0.2",
+           "stage": "decode", "metric": "decode_tok_s", "note": "FlexGen engine"}  # fmt: skip
+    out = predict_rows([h2o], kind_named("kv_methods"), Options(kind="kv_methods"))
+    assert [b.group["level"] for b in out.blocks] == ["ideal", "reference"]
+    assert [b.primary for b in out.blocks] == [True, False]
+
+
+def test_rows_of_one_model_are_means_over_several() -> None:
+    """What docs/accuracy.md says of the decode rows of full attention and KIVI-4."""
+
+    def rows(name: str) -> list[dict[str, str]]:
+        with (MEASURED / name).open(encoding="utf-8", newline="") as file:
+            return [r for r in csv.DictReader(file) if "rethink" in r["source"]]
+
+    by_shape: dict[tuple[str, ...], list[float]] = {}
+    for row in rows("kv_methods_by_model.csv"):
+        key = (row["method"], row["batch"], row["prompt_len"])
+        by_shape.setdefault(key, []).append(float(row["value"]))
+    named = [
+        r for r in rows("kv_methods.csv")
+        if r["stage"] == "decoding" and r["method"] in ("full fp16", METHOD["method"])
+    ]  # fmt: skip
+    assert len(named) == 25
+    for row in named:
+        values = by_shape[row["method"], row["batch"], row["prompt_len"]]
+        assert len(values) == int(row["n_rows"])
+        assert sum(values) / len(values) == pytest.approx(float(row["value"]), abs=1e-3)
 
 
 MEMORY_HEADER = "hw,n_gpu,model,weight_prec,kv_prec,context_tokens,metric,value,unit,source,note"
