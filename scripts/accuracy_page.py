@@ -44,21 +44,22 @@ attributes of a kernel change its power.
 """
 METHODS = """\
 By the shipped parameters, which have seen the runs of full attention and of packed caches. *At
-reference* is the implementation that ran, with nothing fitted to its runs: the authors' chain of
-operations where their code ran (FlexGen, MInference), and in engines with forms of their own
-(LMDeploy's PyTorch engine, A-shape) that form, in which a packed token is attended in as long as a
-16-bit one. The chains that authors published are not judged on such runs: upstream KIVI, H2O, GEAR
-and StreamingLLM do what these engines do not (packed codes made contiguous every step, scores
+reference* is the implementation that ran, with no factor of the method's own fitted: the authors'
+chain of operations where their code ran (FlexGen, MInference), and in engines with forms of their
+own (LMDeploy's PyTorch engine, A-shape) that form, in which a packed token is attended in as long
+as a 16-bit one. The chains that authors published are not judged on such runs: upstream KIVI, H2O,
+GEAR and StreamingLLM do what these engines do not (packed codes made contiguous every step, scores
 twice, a decomposition every few steps, prompts re-rotated token by token).
 """
 WHY = """\
 ### Why KIVI-4 gains 4 % there, where its bytes promise 39 %
 
-In these runs a step does not grow with bytes. Rows of kv_methods.csv named Llama-2-7b are means
-over up to four models: Llama-2-7B, Llama-2-13B, Mistral-7B and Llama-3-8B (a test holds it for all
-decode rows of full attention and KIVI-4). The two times behind the 4 %, 62.1 and 59.9 ms, are those
-of Llama-3-8B with 16 sequences of 2,048 tokens; the 39 % are of the cache of Llama-2-7B, four times
-as large. Model by model, as the source has them (kv_methods_by_model.csv):
+Rows of kv_methods.csv named Llama-2-7b are means over up to four models: Llama-2-7B, Llama-2-13B,
+Mistral-7B and Llama-3-8B (a test holds it for all decode rows of full attention and KIVI-4). The
+two times behind the 4 %, 62.1 and 59.9 ms, are those of Llama-3-8B with 16 sequences of 2,048
+tokens, whose cache's bytes promise 6 % of that step at full bandwidth. The 39 % are of the cache of
+Llama-2-7B, four times as large, which gained 2 % in the same place. Model by model, as the source
+has them (kv_methods_by_model.csv), a step does not grow with bytes:
 """
 CONTROLS = """\
 *µs per cached token*: by how much a 16-bit step grows, with its standard error. *Promise*: the
@@ -67,16 +68,16 @@ of 8,000 cached tokens and more that were run both ways; *gained*: what was save
 standard error.
 
 A cached token costs 0.8 to 1.0 µs whether it is of 131 kB or of 819. A 16-bit cache of a quarter of
-the bytes (Mistral-7B, Llama-3-8B: 8 KV heads in the place of 32) gains as little as a 4-bit one,
-and two runs of the 13B model are faster than one RTX A6000 reads its weights and its cache. What
-grows is not cache traffic; what it is instead, and whether every row is of the model and the GPU it
-names, the source does not show. No run of KIVI is needed to see this. Another 33 to 35 ms of every
-step are there without any cache; at 5e99f0a the engine starts every kernel from Python, its graph
-capture is switched off (`graph_runner.py`). The engine's parameters take the means for Llama-2-7B's;
-*error* is how far the shipped ones are off the source's own 16-bit rows of each model.
+the bytes (Mistral-7B, Llama-3-8B: 8 KV heads in the place of 32) costs about as much as the whole
+one, as does a 4-bit one, and two runs of the 13B model are faster than one RTX A6000 reads its
+weights and its cache. So either what grows is not cache traffic, or rows are not of the models and
+the GPU they name; the source does not show which. No run of KIVI is needed to see this. Another 33
+to 35 ms of every step are there without any cache; at 5e99f0a the engine starts every kernel from
+Python, its graph capture is switched off (`graph_runner.py`). The engine's parameters take the
+means for Llama-2-7B's: *error* is the MAPE of the shipped ones on the source's 16-bit rows.
 
-Nor can it be the engine's 4-bit kernel, `pagedattention_quant_full.py` at 5e99f0a. A loop of that
-form compiled for this GPU (`benchmarks/paged_cache_counts.py`) issues 290 to 2,000 cycles of
+The engine's 4-bit kernel does not explain it (`pagedattention_quant_full.py` at 5e99f0a). A loop of
+that form compiled for this GPU (`benchmarks/paged_cache_counts.py`) issues 290 to 2,000 cycles of
 instructions per page of 64 tokens and multiprocessor. The 16-bit page takes 6,450 cycles of memory
 at full bandwidth, and 8,200 at what Llama-2-7B's steps grow by. As published the 4-bit kernel does
 not even read its codes, because its unpacking returns a constant. The two to five programs that a
@@ -86,8 +87,8 @@ multiprocessor holds would each have to wait 13,000 cycles and more (7 µs) per 
 Predicted for Llama-2-7B by a fit to the engine's runs of full attention alone:
 """
 NO_BYTES = """\
-So for these runs the last pricing is right, and nothing fitted to a packed cache is needed for it;
-they say nothing of what packing gains where steps do grow with bytes.
+The last pricing, fitted to no packed cache, fits these runs best. They say nothing of what packing
+gains where steps do grow with bytes.
 """
 LIMITS = """\
 ## What these figures are not

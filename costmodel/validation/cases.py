@@ -22,8 +22,8 @@ class Case:
     shown      the engine as groups show it
     precision  of the weights; "" is the checkpoint's
     fp8_cache  None: as the engine does it
-    own_form   the engine's own form of the method with nothing fitted to runs of it: a packed token
-               is attended in the time of a 16-bit one
+    own_form   the engine's own form of the method without the factor fitted to runs of it: a packed
+               token is attended in the time of a 16-bit one
     shape      dimensions of a model that is not bundled: (name, value) pairs of its config
     """
 

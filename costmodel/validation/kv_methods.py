@@ -3,7 +3,7 @@
 Eager libraries run a method's published chain (level ``reference``). An engine with kernels of
 its own drops tokens for good and attends a packed cache in one kernel (level ``ideal``), priced
 with what was fitted to such runs. Parts and groups are also of ``reference``, what the
-implementation that ran does with nothing fitted to these runs: the authors' chain of operations
+implementation that ran does with no factor of the method's own: the authors' chain of operations
 where their code ran, else the engine's own form, in which a packed token takes as long as a 16-bit
 one. Why that, and what the published runs are of, is said with their figures (docs/accuracy.md).
 Overall figures are of throughputs and latencies as times; memory stands in the groups.
@@ -66,7 +66,7 @@ def predict(records: Sequence[Record], options: Options) -> Predictions:
         unsupported=(*unread, *unsupported, *refused),
         assumptions=(
             "throughputs are compared as times; each group names its level",
-            "reference is the implementation that ran, nothing fitted to it: the authors' chain "
+            "reference is the implementation that ran, no factor fitted to it: the authors' chain "
             "of operations where their code ran; in engines with forms of their own packed tokens "
             "at the time of 16-bit ones, and other methods have no second form",
         ),
@@ -74,7 +74,7 @@ def predict(records: Sequence[Record], options: Options) -> Predictions:
 
 
 def _at_reference(grouped: Grouped) -> Grouped:
-    """Runs of methods in engines with kernels for them, predicted with nothing fitted to them too.
+    """Runs of methods in engines with kernels for them, without a factor fitted to them too.
 
     The operations that a method's authors published are not judged on runs of another form: an
     engine's own is the form of level ``ideal``, but for the time it takes to attend packed tokens.
