@@ -29,13 +29,16 @@ from costmodel.validation.result import Block, Predictions
 from costmodel.validation.table import Record
 from costmodel.workload import Level
 
-#: metric column -> (stage it must be of, label).
+#: Seconds of 100 tokens after a prompt, whose timer does not wait for the prompt's last kernels:
+#: part of the prompt may count too, so these rows stand in their group only.
+_GENERATION = "generation_time_s_100tok"
+#: metric column -> stage it must be of; any where empty.
 _RATES = {
     "throughput_tok_s": "",
     "decode_tok_s": "decode",
     "prefill_tok_s": "prefill",
 }
-_LATENCIES = {"decode_latency_s": "decode", "prefill_latency_s": "prefill"}
+_LATENCIES = {"decode_latency_s": "decode", "prefill_latency_s": "prefill", _GENERATION: "decode"}
 #: metric column -> (quantity, bytes per unit).
 _MEMORY = {
     "peak_gpu_mem_gb": ("peak_torch", 1e9),
@@ -114,16 +117,20 @@ def read_rows(record: Record, index: int) -> tuple[Case, list[Row]]:
         dtype=_dtype(record),
         fp8_cache=False,
     )
-    warm_up = stage == "prefill" and _is_warm_up(record, prompt)
+    label = stage
+    if name == _GENERATION:
+        label = "generation"
+    elif stage == "prefill" and _is_warm_up(record, prompt):
+        label = "prefill_warm_up"
     row = Row(
         index=index,
         metric="ttft" if stage == "prefill" else "step",
-        label="prefill_warm_up" if warm_up else stage,
-        primary=not warm_up,
+        label=label,
+        primary=label == stage,
         concurrency=batch,
         input_tokens=prompt,
         output_tokens=output,
-        parts=() if warm_up else (f"{stage}_{bare_method(method)}",),
+        parts=(f"{stage}_{bare_method(method)}",) if label == stage else (),
     )
     return case, [row]
 

@@ -181,6 +181,10 @@ def test_engines_with_kernels_of_their_own_pack_at_level_ideal() -> None:
     offloaded = {**METHOD, "stage": "all", "method": "FlexLLMGen", "hardware": "T4 16GB"}
     with pytest.raises(NotApplicableError, match="offloaded"):
         read_method_rows(offloaded, 0)
+    # A generation whose timer may hold part of the prompt: predicted, outside the overall figures.
+    timed = {**METHOD, "metric": "generation_time_s_100tok", "stage": "decode", "gen_len": "100"}
+    _, (row,) = read_method_rows(timed, 0)
+    assert (row.metric, row.label, row.primary, row.parts) == ("step", "generation", False, ())
 
 
 def test_an_engines_own_form_attends_packed_tokens_as_16_bit_ones() -> None:
