@@ -46,6 +46,7 @@ def transfer_errors(paths: Sequence[Path], without: Sequence[str]) -> list[Trans
                 key.engine,
                 load_hardware(key.hardware),
                 variant=key.variant,
+                kernel=key.kernel,
                 within={k: float(np.median(v)) for k, v in rows.shape.items()},
             )
             if family is not None:

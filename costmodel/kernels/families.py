@@ -227,6 +227,10 @@ POWER_LIMITED = frozenset({"gemm", "prefill_attention"})
 MOST_SUSTAINED = 0.95
 
 
+#: Kinds whose kernels go by rules of their software, whatever GPU they were fitted on.
+RULED = frozenset({"moe_gemm"})
+
+
 @dataclass(frozen=True, slots=True)
 class _Place:
     """Where a device stands among the fitted ones; what is not known of it is 0.
@@ -287,7 +291,7 @@ def _nearest(
         return replace(best, basis=basis, distance=distance)
     return replace(
         best,
-        parameters=_moved(best, place) if distance else best.parameters,
+        parameters=_ruled(_moved(best, place) if distance else best.parameters, best, kernel),
         basis=basis,
         distance=distance,
         interval=best.interval.wider(spread),
@@ -318,6 +322,13 @@ def _moved(family: Family, place: _Place) -> Any:
         allowed = share * (place.w_per_flops / own.w_per_flops) ** (1.0 / 3.0)
         new["tensor_fraction"] = min(allowed, most)
     return replace(family.parameters, **new)
+
+
+def _ruled(parameters: Any, family: Family, kernel: str) -> Any:
+    """Parameters with the rules that the kernel asked for goes by, where its name tells them."""
+    if family.kind.name not in RULED or kernel in ("", family.kernel):
+        return parameters
+    return replace(parameters, **family.kind.structure(kernel, family.variant))
 
 
 def _is_device_time(name: str) -> bool:

@@ -95,7 +95,6 @@ def _seconds(family: Family, hardware: HardwareProfile, asked: Asked) -> Array:
     from costmodel.kernels.moe import grouped_product_time_s  # dense models do without
 
     s = asked.shape
-    dtype = "fp8" if family.variant.startswith("fp8") else family.variant
     return grouped_product_time_s(
         family.parameters,
         hardware,
@@ -105,7 +104,8 @@ def _seconds(family: Family, hardware: HardwareProfile, asked: Asked) -> Array:
         s["top_k"],
         s["n_experts"],
         s["n_experts"],
-        dtype,
+        family.variant,
+        inner=s["inner"],
     )
 
 
@@ -214,7 +214,10 @@ def _moe(operation: Operation) -> Asked | None:
     variant = _variant(operation, np.asarray(shape["n"]) * shape["k"] * shape["active_experts"])
     if variant is None:
         return None
-    more = {"tokens": shape["m"], "n_experts": shape["experts"]}
+    inner = shape["k"] if operation.name.endswith("down") else shape["n"]
+    if "gate" in operation.name:
+        inner = np.asarray(inner) / 2.0
+    more = {"tokens": shape["m"], "n_experts": shape["experts"], "inner": inner}
     # Published fp8 experts carry scales per block of 128 x 128.
     return Asked("moe_gemm", "fp8_block" if variant == "fp8" else variant, {**shape, **more})
 

@@ -2,20 +2,23 @@
 
 T tokens choose k of E experts; this GPU holds E_l experts of inner size I in a model of width H.
 Two grouped products run one after the other, gate and up (N = 2 I, K = H), then down (N = H,
-K = I). Each hit expert with L tokens needs ceil(L / R) tiles of R rows and 128 columns; with S SMs
+K = I). Each hit expert with L tokens needs ceil(L / R) tiles of R rows and C columns; with S SMs
 
-    per CTA   K max(2 R 128 S / (e_c peak), 128 a / r) + t_tile
-    compute   waves(tiles * N / 128 / S) per CTA
+    per CTA   K max(2 R C S / (q e_c peak), C a / r) + t_tile
+    compute   waves(tiles * N / C / S) per CTA
     memory    (hit experts' weights + activations) / (e_b bw)
     after     what the kernel after a product (activation, weighted sum) passes, / (e_b bw)
     time      t0 + sum over both of (longer + u shorter + after) + t_expert hit + t_row assigned
 
-R is the best of 16, 32, 64, ... up to ``tile_rows`` rows, as a tuned library picks it: with any one
-of them more tokens never take less time, so neither do they with the best.
+R x C is the best of 16, 32, 64, ... up to ``tile_rows`` rows, as a tuned library picks it: with any
+one of them more tokens never take less time, so neither do they with the best. A kernel that has
+tuned tiles for some shapes only takes its defaults for the others, of a tensor rate lower by q
+(see ``moe_tiles``).
 
 Loads come from ``routing``: random, dealt out evenly, or a power law with this GPU the busiest one,
 as in the published tables. Activations of all T k assignments pass DRAM, also those of experts that
-other GPUs hold: the published kernels keep their rows and skip the products.
+other GPUs hold: Triton kernels keep their rows and skip the products. FlashInfer's sort them out
+first and pass what this GPU's experts get.
 
 What is ignored: the router, shared experts (dense products of their own), exchange between GPUs.
 """
@@ -25,7 +28,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from costmodel.hardware import HardwareProfile
+from costmodel.kernels import moe_tiles
 from costmodel.kernels.kinds import KernelKind, Shape, Work, peak_of
+from costmodel.kernels.moe_tiles import Tile, tiles
 from costmodel.kernels.physics import (
     Prior,
     clock_ratio,
@@ -42,9 +47,6 @@ from costmodel.operation import Array
 #: Passes over a product's outputs by the kernel after it: the activation reads them all and writes
 #: half, the weighted sum reads them all and writes one of k.
 AFTER_PASSES = 1.25
-#: Columns of a tile; fewest rows of a tile.
-TILE_COLUMNS = 128.0
-MIN_TILE_ROWS = 16.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +64,9 @@ class MoeParameters:
     row_s               more per assignment: permutation and weighted sum
     unhidden_fraction   share of the shorter of compute and memory that nothing hides, u
     eager_s             host time per call; only in tables made without a captured graph
+    default_share       tensor rate of default tiles over that of tuned ones, q
+    tile_rule           which tiles are taken (``moe_tiles``); not fitted
+    local_rows          1 where rows of other GPUs' experts are left out; not fitted
     """
 
     launch_s: float
@@ -75,6 +80,9 @@ class MoeParameters:
     row_s: float
     unhidden_fraction: float
     eager_s: float = 0.0
+    default_share: float = 1.0
+    tile_rule: float = moe_tiles.BEST
+    local_rows: float = 0.0
 
 
 PRIORS: dict[str, Prior] = {
@@ -89,6 +97,11 @@ PRIORS: dict[str, Prior] = {
     "row_s": Prior(1e-9, 1.2, 1e-11, 1e-7, "more per assignment"),
     "unhidden_fraction": Prior(0.3, 0.5, 0.001, 1.0, "share of the shorter activity not hidden"),
     "eager_s": Prior(2e-6, 2.0, 1e-7, 1e-3, "host time per call, no captured graph"),
+}
+
+#: What kernels with tuned tiles for some shapes add.
+DEFAULT_TILE_PRIORS: dict[str, Prior] = PRIORS | {
+    "default_share": Prior(0.8, 0.2, 0.3, 1.0, "tensor rate of default tiles over tuned ones"),
 }
 
 
@@ -110,10 +123,11 @@ def moe_time_s(
 ) -> Array:
     """Seconds of one layer's routed experts on one GPU. Shape: that of the arguments broadcast.
 
-    ``inner`` is this GPU's share of the experts' inner size; ``skew``, ``dealt`` and
+    ``inner`` is this GPU's share of the experts' inner size, ``dtype`` a variant of the kind;
+    ``skew``, ``dealt`` and
     ``leftovers_first`` say how tokens are routed (see ``routing``).
     """
-    routing = {"skew": skew, "dealt": dealt, "leftovers_first": leftovers_first}
+    routing = {"skew": skew, "dealt": dealt, "leftovers_first": leftovers_first, "inner": inner}
     sizes = (tokens, top_k, n_experts, local_experts)
     up = grouped_product_time_s(
         parameters, device, 2.0 * inner, hidden, *sizes, dtype, **routing, cold=cold
@@ -141,9 +155,12 @@ def grouped_product_time_s(
     skew: Array = 0.0,
     dealt: Array = 0.0,
     leftovers_first: Array = 0.0,
+    inner: Array = 0.0,
     cold: bool = True,
 ) -> Array:
     """Seconds of one of the two grouped products, [rows, k] times [k, n] per expert.
+
+    ``inner`` tells whether the kernel has tuned tiles for the shape; 0 is none.
 
     Half of what both pay together (sorting, permutation, start) is counted here.
     """
@@ -161,12 +178,14 @@ def grouped_product_time_s(
     )
     hit: Array = sum((c for c, _ in classes), np.float64(0.0))
     assigned: Array = sum((c * load for c, load in classes), np.float64(0.0))
-    passed = np.asarray(tokens, dtype=np.float64) * top_k
+    passed = assigned if p.local_rows else np.asarray(tokens, dtype=np.float64) * top_k
     weights = hit * n * k * width
     compute: Array = np.float64(np.inf)
-    for rows in _tile_rows(p.tile_rows):
-        tiles: Array = sum((c * np.ceil(load / rows) for c, load in classes), np.float64(0.0))
-        compute = np.minimum(compute, _product_s(p, device, (rows, tiles), (n, k), peak, width))
+    shape = (tokens, local_experts, inner)
+    for tile in tiles(p.tile_rule, p.tile_rows, p.default_share, shape, device.name, dtype):
+        count: Array = sum((c * np.ceil(load / tile.rows) for c, load in classes), np.float64(0.0))
+        product = _product_s(p, device, tile, count, (n, k), peak, width)
+        compute = np.minimum(compute, np.where(tile.allowed, product, np.inf))
     moved = weights + passed * (n + k) * 2.0
     memory = moved / (p.bandwidth_fraction * device.hbm_bytes_per_s)
     shared = 0.5 * (p.launch_s + p.expert_s * hit + p.row_s * passed)
@@ -175,31 +194,23 @@ def grouped_product_time_s(
     return limited(seconds, 2.0 * n * k * assigned, peak, weights, device, cold)
 
 
-def _tile_rows(most: float) -> list[float]:
-    """Rows of a tile that are tried."""
-    rows = [MIN_TILE_ROWS]
-    while rows[-1] < most:
-        rows.append(min(2.0 * rows[-1], most))
-    return rows
-
-
 def _product_s(
     p: MoeParameters,
     device: HardwareProfile,
-    tiling: tuple[float, Array],
+    tile: Tile,
+    n_tiles: Array,
     size: tuple[Array, Array],
     peak: float,
     width: float,
 ) -> Array:
-    rows, tiles = tiling
     columns, depth = size
     sms = units(device)
     stream = p.stream_bytes_per_s * clock_ratio(device)
     per_k = np.maximum(
-        2.0 * rows * TILE_COLUMNS * sms / (p.tensor_fraction * peak),
-        TILE_COLUMNS * (width / stream),
+        2.0 * tile.rows * tile.columns * sms / (tile.share * p.tensor_fraction * peak),
+        tile.columns * (width / stream),
     )
-    ctas = tiles * np.ceil(columns / TILE_COLUMNS)
+    ctas = n_tiles * np.ceil(columns / tile.columns)
     seconds: Array = waves(ctas / sms, p.wave_rounding) * (depth * per_k + p.tile_s)
     return seconds
 
@@ -207,10 +218,9 @@ def _product_s(
 def _time(
     parameters: MoeParameters, device: HardwareProfile, shape: Shape, variant: str, cold: bool
 ) -> Array:
-    dtype = "fp8" if variant.startswith("fp8") else variant
     tokens, hidden, inner, top_k, n_experts, local = (shape[name] for name in SHAPE[:6])
     sizes = (tokens, hidden, inner, top_k, n_experts, local)
-    return moe_time_s(parameters, device, *sizes, dtype, **_routing(shape), cold=cold)
+    return moe_time_s(parameters, device, *sizes, variant, **_routing(shape), cold=cold)
 
 
 def _routing(shape: Shape) -> dict[str, Array]:
@@ -227,6 +237,15 @@ def _work(device: HardwareProfile, shape: Shape, variant: str) -> Work:
     return Work(flops, peak_of(device, variant), np.minimum(hit, assigned) * weights)
 
 
+def _structure(kernel: str, variant: str) -> dict[str, float]:
+    local_rows = float("flashinfer" in kernel)
+    return {"tile_rule": moe_tiles.tile_rule(kernel), "local_rows": local_rows}
+
+
+def _priors(kernel: str, variant: str) -> dict[str, Prior]:
+    return PRIORS if moe_tiles.tile_rule(kernel) == moe_tiles.BEST else DEFAULT_TILE_PRIORS
+
+
 SHAPE = (
     "tokens", "hidden", "inner", "top_k", "n_experts", "local_experts",
     "skew", "dealt", "leftovers_first",
@@ -236,8 +255,8 @@ KIND = KernelKind(
     parameters=MoeParameters,
     shape=SHAPE,
     variants=("bf16", "fp8", "fp8_block"),
-    priors=lambda kernel, variant: PRIORS,
-    structure=lambda kernel, variant: {},
+    priors=_priors,
+    structure=_structure,
     time_s=_time,
     work=_work,
 )

@@ -37,7 +37,7 @@ PREFILL_ATTENTION_BOUND = 15.0
 MLA_BOUND = 20.0  # roofline 82
 SCAN_BOUND = 13.0  # roofline 74
 SPARSE_ATTENTION_BOUND = 17.0  # roofline 76
-MOE_BOUND = 24.0  # roofline 60; routing of the published rows is random, and unknown row by row
+MOE_BOUND = 18.0  # roofline 59; routing of the published rows is random, and unknown row by row
 COLLECTIVES_BOUND = 16.0  # roofline 76
 #: Watts of single kernels: the published counter averages over what ran around them.
 POWER_BOUND = 25.0

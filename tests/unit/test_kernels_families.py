@@ -7,6 +7,7 @@ import pytest
 
 from costmodel.errors import ConfigError
 from costmodel.hardware import load_hardware
+from costmodel.kernels import moe_tiles
 from costmodel.kernels.families import (
     ENGINE_SPREAD,
     MOST_SUSTAINED,
@@ -84,6 +85,15 @@ def test_a_transferred_product_sustains_what_the_power_limit_allows() -> None:
         for gpu in ("h100-sxm", "h20-sxm")
     ]
     assert experts[0] == experts[1]
+
+
+def test_experts_go_by_the_tile_rule_of_the_kernel_asked_for() -> None:
+    a100 = load_hardware("a100-sxm-80gb")
+    asked = "vllm_unquantizedfusedmoe_triton_tritonexperts"
+    own = family("moe_gemm", "vllm", a100, variant="bf16")
+    newer = family("moe_gemm", "vllm", a100, variant="bf16", kernel=asked)
+    assert own.parameters.tile_rule == moe_tiles.OLDER
+    assert newer.parameters == replace(own.parameters, tile_rule=moe_tiles.NEWER)
 
 
 def test_another_engine_is_transferred() -> None:

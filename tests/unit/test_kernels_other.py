@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from costmodel.hardware import load_hardware
+from costmodel.kernels import moe_tiles
 from costmodel.kernels.collective import CollectiveParameters, collective_time_s
 from costmodel.kernels.families import shipped_families
 from costmodel.kernels.moe import MoeParameters, grouped_product_time_s, moe_time_s
@@ -81,6 +82,48 @@ def test_two_grouped_products_are_the_layer() -> None:
     down = grouped_product_time_s(MOE, device(), 4096.0, 1024.0, *sizes)
     layer = moe_time_s(MOE, device(), 300, 4096, 1024, 8, 64, 64)
     assert up + down == pytest.approx(float(layer))
+
+
+def taken(rule: float, tokens: float, experts: float, inner: float, variant: str = "bf16") -> set:  # type: ignore[type-arg]
+    found = moe_tiles.tiles(rule, 128.0, 0.8, (tokens, experts, inner), "a100-sxm-80gb", variant)
+    return {(t.rows, t.columns, t.share) for t in found if t.allowed.all()}
+
+
+def test_default_tiles_are_those_of_the_library() -> None:
+    # vLLM's get_default_config, as its source has it; (8, 4096) has a tuned file on A100.
+    older = moe_tiles.OLDER_SHARE * 0.8
+    assert taken(moe_tiles.OLDER, 8, 8, 1000) == {(16, 32, older)}
+    assert taken(moe_tiles.OLDER, 9, 8, 1000) == {(64, 64, older)}
+    for tokens, rows, columns in ((32, 16, 64), (64, 32, 64), (96, 32, 128), (513, 128, 128)):
+        assert taken(moe_tiles.NEWER, tokens, 8, 1000) == {(rows, columns, 0.8)}
+    assert taken(moe_tiles.NEWER, 65, 8, 1000, "fp8_block") == {(64, 128, 0.8)}
+    tuned = taken(moe_tiles.OLDER, 9, 8, 4096)
+    assert {rows for rows, _, _ in tuned} == {16, 32, 64, 128}
+    assert {share for _, _, share in tuned} == {1.0}
+    assert tuned == taken(moe_tiles.NEWER, 9, 8, 4096)
+
+
+def test_a_shape_without_a_file_runs_at_the_defaults_share_of_the_tensor_rate() -> None:
+    # 16384 tokens: 2048 rows per expert, whole tiles of 64 (older) or 128 rows (newer) either way.
+    sizes = (16384, 4096, 1000, 8, 64, 64)
+    best = float(moe_time_s(MOE, device(), *sizes))
+    other = 131072 * 1.25 * (2 * 1000 + 4096) * 2 / 0.5e12 + 1e-5
+    p = replace(MOE, tile_rule=moe_tiles.NEWER, default_share=0.8)
+    newer = float(moe_time_s(p, device(), *sizes))
+    assert newer - other == pytest.approx((best - other) / 0.8, rel=1e-6)
+    with_file = moe_time_s(p, device(name="h100-sxm"), 16384, 4096, 512, 8, 128, 128)
+    assert float(with_file) <= float(moe_time_s(MOE, device(), 16384, 4096, 512, 8, 128, 128))
+
+
+def test_kernels_that_sort_out_other_gpus_rows_pass_fewer_bytes() -> None:
+    sizes = (4096, 2048, 768, 8, 128, 16)  # an eighth of the experts is here
+    kept = moe_time_s(MOE, device(), *sizes, dealt=1.0)
+    local = moe_time_s(replace(MOE, local_rows=1.0), device(), *sizes, dealt=1.0)
+    # Memory binds. Seven eighths of 32768 rows: what both products read and write, and 1.25 passes
+    # over their outputs, at half of 1 TB/s.
+    elements = (2 * 768 + 2048) + (768 + 2048) + 1.25 * (2 * 768 + 2048)
+    gone = 32768 * 7 / 8 * elements * 2 / 0.5e12
+    assert float(kept) - float(local) == pytest.approx(gone, rel=1e-9)
 
 
 # Recurrent mixers ----------------------------------------------------------------------------
