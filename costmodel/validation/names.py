@@ -91,8 +91,9 @@ def _model(text: str) -> Architecture | UnknownNameError:
             shorter = re.sub(_STORED, "", plain)
             plain = shorter if shorter != plain else ""
         for pattern, row in _table()["model"]:
-            if pattern.search(name):
-                return load_architecture(str(row["model"]))
+            matched = pattern.search(name)
+            if matched:
+                return load_architecture(_filled(str(row["model"]), matched))
     return UnknownNameError("model", text, model_names(), "See: lccost models list")
 
 

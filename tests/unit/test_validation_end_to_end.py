@@ -284,13 +284,18 @@ def test_pools_take_what_their_notes_say(tmp_path: Path) -> None:
         ("nvidia/Qwen3-32B-FP4", "qwen3-32b"),
         ("deepseek-ai/DeepSeek-R1-Distill-Llama-70B", "llama-3.1-70b"),
         ("nvidia/DeepSeek-R1-0528-FP4-v2", "deepseek-v3"),
+        ("deepseek-ai/DeepSeek-R1-0528-Qwen3-8B", "qwen3-8b"),
+        ("DeepSeek-R1-Distill-Qwen-7B (bf16)", "deepseek-r1-distill-qwen-7b"),
+        ("nvidia/Llama-4-Maverick-17B-128E-Instruct-FP8", "llama-4-maverick"),
+        ("moonshotai/Kimi-K2-Instruct-0905", "kimi-k2"),
+        ("Qwen/Qwen2.5-Coder-32B-Instruct", "qwen2.5-32b"),
     ],
 )
 def test_checkpoints_made_of_others_are_known(spelling: str, model: str) -> None:
     assert model_named(spelling).name == model
 
 
-@pytest.mark.parametrize("cell", ["org/a-model-of-nobody", "DeepSeek-R1-Distill-Qwen-7B", "/etc"])
+@pytest.mark.parametrize("cell", ["org/a-model-of-nobody", "DeepSeek-R1-Distill-Qwen-3B", "/etc"])
 def test_a_model_nobody_knows_asks_no_hub_and_opens_no_file(
     cell: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
