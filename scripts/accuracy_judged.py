@@ -55,7 +55,7 @@ class Judged:
 
     operation   what the rows are of; group: hardware, engine, kernel and what else
     coverage    percent of rows inside their interval
-    width       (high - low) / mid in percent: of every row, or the median of them
+    width       (high - low) / mid in percent: of every row (and split), or the median of them
     fitted      False where nothing was fitted
     """
 

@@ -2,7 +2,8 @@
 
 Judging: rows are split into seeded halves; each half is predicted by a fit of the other, for
 ``JUDGING_SEEDS`` splits. Those predictions give the error and the interval. The parameters
-written are of a fit to all rows, which no reported error uses.
+written are of a fit to all rows, which no reported error uses. Those of the first half of each
+split are written beside them: how far they differ on a shape says how wide its interval is.
 
 A family with few rows starts from what its kin taught: the pooled fit of all families of its
 class of implementation and variant, with half the spread of the prior.
@@ -28,8 +29,10 @@ FEW_ROWS = 24
 KIN_SHARE = 0.5
 #: A family below this many rows is not written: nothing could be held out.
 LEAST_ROWS = 4
-#: Seeded splits that judge a family.
-JUDGING_SEEDS = (0, 1, 2)
+#: Seeded splits that judge a family: enough that the disagreement of their fits says something.
+JUDGING_SEEDS = (0, 1, 2, 3, 4, 5)
+#: Seeded splits that judge intervals.
+INTERVAL_SEEDS = (101, 102, 103, 104)
 Devices = Mapping[str, HardwareProfile]
 
 
@@ -37,7 +40,7 @@ Devices = Mapping[str, HardwareProfile]
 class Fitted:
     """One family: parameters of all rows, and predictions of each row by fits without it.
 
-    held_out_s has one row per judging seed.
+    held_out_s has one row per judging seed, half_fits the parameters of one fit per judging seed.
     """
 
     key: FamilyKey
@@ -45,6 +48,7 @@ class Fitted:
     rows: Rows
     held_out_s: Floats
     roofline_s: Floats
+    half_fits: Sequence[Mapping[str, float]] = ()
 
 
 def fit_families(
@@ -62,12 +66,15 @@ def fit_families(
     fitter = _Fitter(kind, devices or {}, starts)
     final = fitter.fit(tables)
     held_out = [np.empty((len(seeds), len(rows))) for rows in tables]
+    half_fits: list[list[dict[str, float]]] = [[] for _ in tables]
     for s, seed in enumerate(seeds):
         first = [halves(len(rows), seed + 7 * i) for i, rows in enumerate(tables)]
         for masks in (first, [~mask for mask in first]):
             fitted = fitter.fit([r.where(m) for r, m in zip(tables, masks, strict=True)])
             for i, (rows, mask) in enumerate(zip(tables, masks, strict=True)):
                 held_out[i][s, ~mask] = fitter.predict(rows.where(~mask), fitted[i])
+                if masks is first:
+                    half_fits[i].append(fitted[i])
     return [
         Fitted(
             rows.key,
@@ -75,6 +82,7 @@ def fit_families(
             rows,
             held_out[i],
             np.asarray(kind.roofline_s(fitter.device(rows), rows.shape, rows.key.variant)),
+            half_fits[i],
         )
         for i, rows in enumerate(tables)
     ]
@@ -138,20 +146,25 @@ def errors_percent(predicted: Floats, observed: Floats) -> dict[str, float]:
     }
 
 
-def judged_intervals(fitted: Sequence[Fitted]) -> list[tuple[float, float]]:
-    """Coverage and width, per family, of intervals from half the rows judged on the other half."""
-    coverage = np.zeros((len(fitted), 4))
-    width = np.zeros((len(fitted), 4))
-    for s in range(4):
-        masks = [halves(len(f.rows), 101 + s) for f in fitted]
-        intervals = intervals_of(
-            [f.held_out_s[:, m] for f, m in zip(fitted, masks, strict=True)],
-            [f.rows.observed_s[m] for f, m in zip(fitted, masks, strict=True)],
-        )
-        for i, (f, m, interval) in enumerate(zip(fitted, masks, intervals, strict=True)):
-            judged = covered_percent(interval, f.held_out_s[:, ~m], f.rows.observed_s[~m])
-            coverage[i, s], width[i, s] = judged
-    return list(zip(coverage.mean(axis=1).tolist(), width.mean(axis=1).tolist(), strict=True))
+def judged_intervals(fitted: Sequence[Fitted]) -> list[tuple[float, Floats]]:
+    """Per family: coverage in percent, and width in percent of every held-out prediction.
+
+    Intervals of one half of the rows are judged on the other, both ways, and averaged over splits.
+    """
+    coverage = np.zeros(len(fitted))
+    width = [np.zeros(f.held_out_s.shape) for f in fitted]
+    for seed in INTERVAL_SEEDS:
+        first = [halves(len(f.rows), seed) for f in fitted]
+        for masks in (first, [~mask for mask in first]):
+            intervals = intervals_of(
+                [f.held_out_s[:, m] for f, m in zip(fitted, masks, strict=True)],
+                [f.rows.observed_s[m] for f, m in zip(fitted, masks, strict=True)],
+            )
+            for i, (f, m, interval) in enumerate(zip(fitted, masks, intervals, strict=True)):
+                judged = covered_percent(interval, f.held_out_s[:, ~m], f.rows.observed_s[~m])
+                coverage[i] += judged[0] * np.mean(~m) / len(INTERVAL_SEEDS)
+                width[i][:, ~m] += judged[1] / len(INTERVAL_SEEDS)
+    return list(zip(coverage.tolist(), width, strict=True))
 
 
 def as_tables(fitted: Sequence[Fitted], source: str) -> list[dict[str, Any]]:
@@ -165,7 +178,7 @@ def as_tables(fitted: Sequence[Fitted], source: str) -> list[dict[str, Any]]:
 
 
 def _as_table(
-    fitted: Fitted, interval: Interval, judged: tuple[float, float], source: str
+    fitted: Fitted, interval: Interval, judged: tuple[float, Floats], source: str
 ) -> dict[str, Any]:
     rows, predicted = fitted.rows, fitted.held_out_s
     roofline = errors_percent(fitted.roofline_s, rows.observed_s)
@@ -174,7 +187,7 @@ def _as_table(
         "roofline_median": roofline["median"],
         "roofline_p90": roofline["p90"],
         "coverage": judged[0],
-        "interval_width": judged[1],
+        "interval_width": float(np.median(judged[1])),
     }
     return {
         "kernel": fitted.key.kernel,
@@ -185,14 +198,21 @@ def _as_table(
         "n_rows": len(rows),
         "source": source,
         "parameters": {k: _rounded(v) for k, v in fitted.parameters.items()},
+        "half_fits": _columns(fitted.half_fits),
         "ranges": {k: [float(v.min()), float(v.max())] for k, v in rows.shape.items()},
         "held_out_percent": {k: round(v, 1) for k, v in held_out.items()},
         "interval": {
-            "edges_s": [_rounded(v) for v in interval.edges_s],
-            "low": [_rounded(v) for v in interval.low],
-            "high": [_rounded(v) for v in interval.high],
+            "low": _rounded(interval.low),
+            "high": _rounded(interval.high),
+            "usual": _rounded(interval.usual),
         },
     }
+
+
+def _columns(fits: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
+    """Name -> one value per fit, of the parameters that differ between fits."""
+    columns = {name: [_rounded(fit[name]) for fit in fits] for name in fits[0]}
+    return {name: values for name, values in columns.items() if len(set(values)) > 1}
 
 
 def _rounded(value: float) -> float:

@@ -1,10 +1,14 @@
 """Intervals around predictions, from rows that the fits had not seen.
 
-A row's deviation log(observed / predicted) is divided by the scatter of rows like it, itself left
-out: of its family, in classes of predicted time (launch-bound, middling and large calls scatter
-differently), drawn towards the family's mean. The shortest interval that holds ``COVERED_SHARE`` of
-the scaled deviations of all families of a kind, with the correction for a finite sample, is scaled
-back by each class's scatter.
+A row's deviation log(observed / predicted) is divided by the scatter expected of it, which goes as
+``UNEXPLAINED`` + the disagreement of the fits that predicted it, times a factor of its family:
+
+    scatter = A_family (UNEXPLAINED + disagreement)
+
+A_family is the mean of |deviation| / (UNEXPLAINED + disagreement) over the family's rows, the row
+itself left out, drawn towards that of all families of the kind. The shortest interval that holds
+``COVERED_SHARE`` of the scaled deviations of all families of a kind, with the correction for a
+finite sample, is scaled back by each row's scatter.
 """
 
 from collections.abc import Sequence
@@ -12,17 +16,15 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from costmodel.kernels.families import Interval
+from costmodel.kernels.families import UNEXPLAINED, Interval, disagreement
 
 Floats = NDArray[np.float64]
 
 #: Share of other rows that an interval aims at.
-COVERED_SHARE = 0.83
-#: Rows a class of predicted time needs for a scatter of its own, and the most classes.
-CLASS_ROWS = 10
-MOST_CLASSES = 10
-#: Rows by which a class's scatter is drawn to its family's, and the least scatter believed.
-SHRINKING_ROWS = 8.0
+COVERED_SHARE = 0.82
+#: Rows of a family's own that the other families of its kind count as.
+SHRINKING_ROWS = 16.0
+#: Least scatter believed.
 LEAST_SCATTER = 0.01
 
 
@@ -31,47 +33,30 @@ def intervals_of(predicted: Sequence[Floats], observed: Sequence[Floats]) -> lis
 
     ``predicted`` holds predictions by fits without the row, one line per judging seed.
     """
-    scatters = [_Scatter(p, o) for p, o in zip(predicted, observed, strict=True)]
-    low, high = shortest(np.concatenate([s.scaled() for s in scatters], axis=1))
-    return [
-        Interval(
-            tuple(s.edges.tolist()),
-            tuple(np.exp(np.log(low) * s.of_class).tolist()),
-            tuple(np.exp(np.log(high) * s.of_class).tolist()),
-        )
-        for s in scatters
+    differ: list[Floats] = [np.asarray(disagreement(p)) for p in predicted]
+    expected = [UNEXPLAINED + d for d in differ]
+    deviations = [np.log(o / p) / e for p, o, e in zip(predicted, observed, expected, strict=True)]
+    sizes: list[Floats] = [np.asarray(np.abs(d).mean(axis=0)) for d in deviations]
+    everyone = np.concatenate(sizes)
+    scaled = [
+        d / _scatter(s.sum() - s, len(s) - 1, everyone.sum() - s, len(everyone) - 1)
+        for d, s in zip(deviations, sizes, strict=True)
     ]
+    low, high = shortest(np.concatenate(scaled, axis=1))
+    out = []
+    for own, d in zip(sizes, differ, strict=True):
+        usual = float(np.median(d)) if d.size else 0.0
+        factor = _scatter(own.sum(), len(own), everyone.sum(), len(everyone))
+        reach = factor * (UNEXPLAINED + usual)
+        out.append(Interval(float(low**reach), float(high**reach), usual))
+    return out
 
 
-class _Scatter:
-    """Mean |log(observed / predicted)| of one family by class of predicted time."""
-
-    def __init__(self, predicted: Floats, observed: Floats) -> None:
-        self.deviation = np.log(observed / predicted)
-        n_seeds, n_rows = predicted.shape
-        n_classes = int(np.clip(n_rows // CLASS_ROWS, 1, MOST_CLASSES))
-        self.edges = np.quantile(predicted, [i / n_classes for i in range(1, n_classes)])
-        which = np.searchsorted(self.edges, predicted, side="right")
-        self.member = which == np.arange(n_classes)[:, None, None]  # [class, seed, row]
-        size = np.abs(self.deviation)
-        self.by_row = (self.member * size).sum(axis=1)
-        self.rows = self.member.sum(axis=1)
-        self.weight = SHRINKING_ROWS * n_seeds  # every row counts once per judging seed
-        self.of_class = self._drawn(self.by_row.sum(axis=1), self.rows.sum(axis=1))
-
-    def _drawn(self, total: Floats, count: NDArray[np.int64]) -> Floats:
-        """Scatter of every class, drawn to the mean of all; classes on the first axis."""
-        mean = np.maximum(total.sum(axis=0) / np.maximum(count.sum(axis=0), 1), LEAST_SCATTER)
-        scatter: Floats = (total + self.weight * mean) / (count + self.weight)
-        return scatter
-
-    def scaled(self) -> Floats:
-        """Deviations over the scatter of their class without the row itself: [seed, row]."""
-        total = self.by_row.sum(axis=1, keepdims=True) - self.by_row
-        count = self.rows.sum(axis=1, keepdims=True) - self.rows
-        scatter = self._drawn(total, count)  # [class, row]
-        scaled: Floats = self.deviation / (self.member * scatter[:, None, :]).sum(axis=0)
-        return scaled
+def _scatter(own: Floats, n_own: int, total: Floats, n_total: int) -> Floats:
+    """Mean of ``n_own`` sizes that sum to ``own``, drawn to the mean of all."""
+    mean = total / max(n_total, 1)
+    scatter: Floats = (own + SHRINKING_ROWS * mean) / (n_own + SHRINKING_ROWS)
+    return np.maximum(scatter, LEAST_SCATTER)
 
 
 def shortest(log_ratio: Floats, share: float = COVERED_SHARE) -> tuple[float, float]:
@@ -95,8 +80,11 @@ def shortest(log_ratio: Floats, share: float = COVERED_SHARE) -> tuple[float, fl
     return float(np.exp(ratios[start])), float(np.exp(ratios[start + n_inside - 1]))
 
 
-def covered_percent(interval: Interval, predicted: Floats, observed: Floats) -> tuple[float, float]:
-    """(share of rows inside an interval, median of (high - low) / mid), both in percent."""
-    low, high = interval.factors(predicted)
+def covered_percent(
+    interval: Interval, predicted: Floats, observed: Floats
+) -> tuple[float, Floats]:
+    """(share of rows inside an interval, (high - low) / mid of each prediction), in percent."""
+    low, high = interval.factors(disagreement(predicted))
     inside = (observed >= predicted * low) & (observed <= predicted * high)
-    return float(inside.mean() * 100.0), float(np.median(np.asarray(high) - low) * 100.0)
+    width = np.broadcast_to((high - low) * 100.0, predicted.shape)
+    return float(inside.mean() * 100.0), width

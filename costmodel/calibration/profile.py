@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from costmodel.calibration.families import JUDGING_SEEDS, Fitted, errors_percent, fit_families
+from costmodel.calibration.families import Fitted, errors_percent, fit_families
 from costmodel.calibration.intervals import shortest
 from costmodel.calibration.tables import FamilyKey, Rejected, Rows, Table, read_table
 from costmodel.calibration.write import sha256, toml_value
@@ -26,6 +26,8 @@ from costmodel.prices import bundled_prices
 
 #: Rows a family needs: fewer say less than the beliefs they would replace.
 LEAST_ROWS = 12
+#: Seeded splits that judge a family.
+JUDGING_SEEDS = (0, 1, 2)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -73,7 +75,7 @@ def calibrate_table(
     fitted = [
         f
         for families in by_kind.values()
-        for f in fit_families(families, {base.name: base}, starts=n_starts)
+        for f in fit_families(families, {base.name: base}, seeds=JUDGING_SEEDS, starts=n_starts)
     ]
     calibrated = tuple(_judged(f) for f in fitted)
     text = _document(base, path, table, fitted, calibrated)

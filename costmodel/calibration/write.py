@@ -13,8 +13,9 @@ NOTES = (
     "Parameters: docstring of costmodel/kernels/{module}.py. Rates scale with the datasheet.",
     "held_out_percent: errors on rows no fit had seen (both halves of {n_splits} seeded splits), "
     "beside those of the datasheet roofline; coverage, interval_width: of intervals judged on "
-    "unseen rows. The parameters themselves are of a fit to all rows. interval: factors by class "
-    "of predicted time.",
+    "unseen rows. The parameters themselves are of a fit to all rows; half_fits: of one half of "
+    "each split. interval: factors on a prediction on which those differ as usual (standard "
+    "deviation of the logarithm).",
     "Table: {source}",
     "Rows were left out where a device could not have run them: {n_rejected}.",
 )

@@ -14,8 +14,8 @@ with the clock, and its interval widens.
 import functools
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -53,31 +53,49 @@ FAR = 4.0
 NOT_FAR = 1.0
 
 
+#: Disagreement at which a prediction scatters twice as much as one on which all fits agree: what
+#: the form of a model does not explain is there however many rows are fitted.
+UNEXPLAINED = 0.03
+
+
+def disagreement(seconds: Array) -> Array:
+    """How far fits to halves of the same rows differ: the standard deviation of the logarithm of
+    their predictions, one fit per line. 0 of a single fit.
+    """
+    logs = np.log(np.asarray(seconds))
+    if len(logs) < 2:
+        return np.zeros(logs.shape[1:])
+    spread: Array = logs.std(axis=0, ddof=1)
+    return spread
+
+
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """Factors on a prediction that held most unseen rows, by class of predicted time.
+    """Factors on a prediction that held most unseen rows.
 
-    ``edges_s`` are the upper ends of all classes but the last.
+    Their logarithms go as ``UNEXPLAINED`` + the disagreement of fits to halves of the rows: where
+    few rows say what a call takes, such fits differ, and predictions are further off.
+
+    low, high   the factors at the ``usual`` disagreement of the family's rows
+    spread      of the logarithm, independent of that: adds as squares
     """
 
-    edges_s: tuple[float, ...]
-    low: tuple[float, ...]
-    high: tuple[float, ...]
+    low: float
+    high: float
+    usual: float = 0.0
+    spread: float = 0.0
 
-    def factors(self, seconds: Array) -> tuple[Array, Array]:
-        """(low, high) factor for each predicted time."""
-        if not self.edges_s:
-            return np.float64(self.low[0]), np.float64(self.high[0])
-        i = np.searchsorted(np.asarray(self.edges_s), seconds, side="right")
-        return np.asarray(self.low)[i], np.asarray(self.high)[i]
+    def factors(self, disagreement: Array | None = None) -> tuple[Array, Array]:
+        """(low, high) for each disagreement; without any the usual one."""
+        scale: Array = np.float64(1.0)
+        if disagreement is not None:
+            scale = (UNEXPLAINED + np.asarray(disagreement)) / (UNEXPLAINED + self.usual)
+        below, above = math.log(self.low) * scale, math.log(self.high) * scale
+        return np.exp(-np.hypot(below, self.spread)), np.exp(np.hypot(above, self.spread))
 
     def wider(self, spread: float) -> "Interval":
-        """The same interval with an independent ``spread`` of the logarithm on both sides."""
-        return Interval(
-            self.edges_s,
-            tuple(math.exp(-math.hypot(math.log(v), spread)) for v in self.low),
-            tuple(math.exp(math.hypot(math.log(v), spread)) for v in self.high),
-        )
+        """The same interval with a further independent ``spread`` of the logarithm."""
+        return replace(self, spread=math.hypot(self.spread, spread))
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +108,7 @@ class Family:
     spread      of the logarithm, by which the interval was widened for that and for the engine
     ranges      shapes covered by the rows: column -> (least, most)
     held_out    error on unseen rows, in percent: mape, median, p90, bias, roofline_mape, n
+    half_fits   fitted parameters of fits to halves of the rows: name -> one value per fit
     """
 
     kind: KernelKind
@@ -108,17 +127,32 @@ class Family:
     distance: int = 0
     spread: float = 0.0
     far: float = FAR
+    half_fits: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
     def time_s(
         self, device: HardwareProfile, shape: Mapping[str, Array], *, cold: bool = True
     ) -> tuple[Array, Array, Array]:
         """(low, mid, high) seconds of one run; a cold low is never below the roofline."""
-        mid = self.kind.time_s(self.parameters, device, shape, self.variant, cold)
-        low, high = self.interval.factors(mid)
+
+        def seconds(parameters: Any) -> Array:
+            return self.kind.time_s(parameters, device, shape, self.variant, cold)
+
+        mid = seconds(self.parameters)
+        low, high = self.factors(seconds)
         least = mid * low
         if cold:
             least = np.maximum(least, self.kind.roofline_s(device, shape, self.variant))
         return np.minimum(least, mid), mid, mid * high
+
+    def factors(self, seconds: Callable[[Any], Array]) -> tuple[Array, Array]:
+        """(low, high) on a prediction, which ``seconds`` makes from the kind's parameters."""
+        if not self.half_fits:
+            return self.interval.factors()
+        fits = [
+            replace(self.parameters, **dict(zip(self.half_fits, values, strict=True)))
+            for values in zip(*self.half_fits.values(), strict=True)
+        ]
+        return self.interval.factors(disagreement(np.stack([seconds(p) for p in fits])))
 
     def extrapolated(self, shape: Mapping[str, Array]) -> Array:
         """1.0 where a shape lies ``far`` times or more outside what the rows covered, else 0.0."""
@@ -157,13 +191,12 @@ def family_from_table(kind: str, row: Mapping[str, Any]) -> Family:
         hardware=row["hardware"],
         generation=row["generation"],
         parameters=model.build(row["parameters"]),
-        interval=Interval(
-            tuple(interval["edges_s"]), tuple(interval["low"]), tuple(interval["high"])
-        ),
+        interval=Interval(interval["low"], interval["high"], interval["usual"]),
         n_rows=row["n_rows"],
         ranges={name: (ends[0], ends[1]) for name, ends in row["ranges"].items()},
         held_out=row["held_out_percent"],
         source=row["source"],
+        half_fits=row["half_fits"],
     )
 
 
@@ -289,9 +322,11 @@ def _nearest(
     basis: Basis = "calibrated" if distance == 0 and same else "transferred"
     if not spread:
         return replace(best, basis=basis, distance=distance)
+    if distance:
+        best = _moved(best, place)
     return replace(
         best,
-        parameters=_ruled(_moved(best, place) if distance else best.parameters, best, kernel),
+        parameters=_ruled(best.parameters, best, kernel),
         basis=basis,
         distance=distance,
         interval=best.interval.wider(spread),
@@ -299,8 +334,8 @@ def _nearest(
     )
 
 
-def _moved(family: Family, place: _Place) -> Any:
-    """A family's parameters on another device, its rates being shares of the datasheet's.
+def _moved(family: Family, place: _Place) -> Family:
+    """A family with the parameters it has on another device, rates being shares of the datasheet's.
 
     Starting a kernel, filling a pipeline or joining splits takes a number of cycles: fitted starts
     of matrix products differ by 2.1 between A100 and L40S, whose clocks differ by 1.8. Times of the
@@ -311,17 +346,23 @@ def _moved(family: Family, place: _Place) -> Any:
     device has for it, which differ fivefold (0.44 W per TFLOP/s on B200, 2.7 on RTX 4090).
     """
     own = _place(load_hardware(family.hardware))
-    values = {f.name: getattr(family.parameters, f.name) for f in fields(family.parameters)}
-    new: dict[str, float] = {}
+    ratios: dict[str, float] = {}
     if family.kind.name != "collective" and own.clock_hz and place.clock_hz:
-        ratio = own.clock_hz / place.clock_hz
-        new |= {n: v * ratio for n, v in values.items() if _is_device_time(n)}
+        names = [f.name for f in fields(family.parameters)]
+        ratios = dict.fromkeys(filter(_is_device_time, names), own.clock_hz / place.clock_hz)
     if family.kind.name in POWER_LIMITED and own.w_per_flops and place.w_per_flops:
-        share = values["tensor_fraction"]
-        most = max(share, MOST_SUSTAINED)
-        allowed = share * (place.w_per_flops / own.w_per_flops) ** (1.0 / 3.0)
-        new["tensor_fraction"] = min(allowed, most)
-    return replace(family.parameters, **new)
+        ratios["tensor_fraction"] = (place.w_per_flops / own.w_per_flops) ** (1.0 / 3.0)
+
+    def moved(name: str, value: float) -> float:
+        most = max(value, MOST_SUSTAINED) if name == "tensor_fraction" else math.inf
+        return min(value * ratios.get(name, 1.0), most)
+
+    p, fits = family.parameters, family.half_fits
+    return replace(
+        family,
+        parameters=replace(p, **{name: moved(name, getattr(p, name)) for name in ratios}),
+        half_fits={name: [moved(name, v) for v in values] for name, values in fits.items()},
+    )
 
 
 def _ruled(parameters: Any, family: Family, kernel: str) -> Any:
@@ -389,7 +430,7 @@ def _own_families(kind: str, hardware: HardwareProfile) -> list[Family]:
                 generation=hardware.generation,
                 parameters=model.build(numbers),
                 interval=Interval(
-                    (), (numbers.get("interval_low", 0.8),), (numbers.get("interval_high", 1.25),)
+                    numbers.get("interval_low", 0.8), numbers.get("interval_high", 1.25)
                 ),
                 n_rows=int(numbers.get("n_rows", 0)),
                 ranges=ranges,

@@ -7,6 +7,7 @@ intermediates that pass through memory) returns None, and the prior answers.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,7 +69,7 @@ def fitted_time(
     )
     if family is None:
         return None
-    mid = _seconds(family, hardware, asked)
+    mid = _seconds(family, family.parameters, hardware, asked)
     if in_situ is not None and asked.kind != "collective":
         launch = float(getattr(family.parameters, "launch_s", 0.0))
         mid = mid + (in_situ.kernel_factor(operation) - 1.0) * np.maximum(mid - launch, 0.0)
@@ -88,15 +89,15 @@ def _mixed(mask: Mask, found: KernelTime, prior: KernelTime) -> KernelTime:
     )
 
 
-def _seconds(family: Family, hardware: HardwareProfile, asked: Asked) -> Array:
-    """The kernel alone, with cold caches."""
+def _seconds(family: Family, parameters: Any, hardware: HardwareProfile, asked: Asked) -> Array:
+    """The kernel alone, with cold caches, by the family's parameters or another fit's."""
     if asked.kind != "moe_gemm":
-        return family.kind.time_s(family.parameters, hardware, asked.shape, family.variant, True)
+        return family.kind.time_s(parameters, hardware, asked.shape, family.variant, True)
     from costmodel.kernels.moe import grouped_product_time_s  # dense models do without
 
     s = asked.shape
     return grouped_product_time_s(
-        family.parameters,
+        parameters,
         hardware,
         s["n"],
         s["k"],
@@ -129,7 +130,7 @@ def _kernel_time(
     if asked.kind == "collective":
         if in_situ is not None:
             mid, launch = mid * in_situ.collective_factor, launch * in_situ.collective_factor
-        low, high = _factors(family, mid, in_situ)
+        low, high = _factors(family, hardware, asked, in_situ)
         return KernelTime(
             low_s=mid * low,
             mid_s=mid,
@@ -149,7 +150,7 @@ def _kernel_time(
     mid = np.maximum(mid, floor)
     low_s, high_s = mid, mid
     if not middle_only:
-        low, high = _factors(family, mid, in_situ)
+        low, high = _factors(family, hardware, asked, in_situ)
         low_s, high_s = np.maximum(mid * low, floor), mid * high
     return KernelTime(
         low_s=low_s,
@@ -163,12 +164,14 @@ def _kernel_time(
     )
 
 
-def _factors(family: Family, mid: Array, in_situ: InSitu | None) -> tuple[Array, Array]:
-    """(low, high) on the middle: alone by the class of its time; in a pass, where kernels of all
-    sizes add up, one for all of them.
+def _factors(
+    family: Family, hardware: HardwareProfile, asked: Asked, in_situ: InSitu | None
+) -> tuple[Array, Array]:
+    """(low, high) on the middle: alone by how far fits differ on it; in a pass, where kernels of
+    all sizes add up, one for all of them.
     """
     if in_situ is None:
-        return family.interval.factors(mid)
+        return family.factors(lambda fit: _seconds(family, fit, hardware, asked))
     return in_situ.interval(family.spread)
 
 

@@ -18,8 +18,10 @@ from costmodel.kernels.physics import values
 from costmodel.kernels.prior import KernelTime
 from costmodel.operation import Operation
 
-#: Around the priors: calls of up to 30 us are mostly launches.
-PRIOR_INTERVAL = Interval((3e-5,), (0.5, 0.8), (1.8, 1.7))
+#: Around the priors; calls of up to 30 us are mostly launches.
+PRIOR_INTERVAL = Interval(0.8, 1.7)
+SHORT_S = 3e-5
+SHORT_INTERVAL = Interval(0.5, 1.8)
 #: The name a family of these kernels has in place of an engine's.
 ENGINE = "lccost"
 
@@ -53,8 +55,12 @@ def fused_time(
     mid = np.maximum(launch + np.maximum(memory, arithmetic) + unhidden, floor)
     low, high = mid, mid
     if not middle_only:
-        less, more = family.interval.factors(mid)
-        if fitted and in_situ is not None:
+        less, more = family.interval.factors()
+        if not fitted:
+            short = np.less(mid, SHORT_S)
+            least, most = SHORT_INTERVAL.factors()
+            less, more = np.where(short, least, less), np.where(short, most, more)
+        elif in_situ is not None:
             less, more = in_situ.interval(family.spread)
         low, high = np.minimum(np.maximum(mid * less, floor), mid), mid * more
     return KernelTime(

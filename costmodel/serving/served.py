@@ -195,7 +195,7 @@ class Served:
         matmul, attention, other, collective = (np.zeros(np.shape(tokens)) for _ in range(4))
         rest = tuple(op for op in operations if op.kind != "moe_gemm")
         for op in (*rest, *self._exchanges(tokens)):
-            seconds = op.count * time_operation(op, hardware, name).mid_s
+            seconds = op.count * time_operation(op, hardware, name, middle_only=True).mid_s
             if op.kind == "collective":
                 collective = collective + seconds
             elif op.kind == "gemm":
