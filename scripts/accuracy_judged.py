@@ -327,15 +327,15 @@ def _rows_of(path: Path, baseline: str | None) -> dict[int, tuple[Any, float, fl
 
 def _power(path: Path) -> list[Judged]:
     out = []
-    for phase in ("decode", "prefill"):
-        rows = fit_power.rows_of(path, phase)
-        results = [fit_power.judged(rows, seed) for seed in fit_power.SEEDS]
-        ratio, inside, width = (np.stack(x) for x in zip(*results, strict=True))
+    tables = [fit_power.rows_of(path, phase) for phase in ("decode", "prefill")]
+    results = zip(*(fit_power.judged(tables, seed) for seed in fit_power.SEEDS), strict=True)
+    for rows, splits in zip(tables, results, strict=True):
+        ratio, inside, width = (np.stack(x) for x in zip(*splits, strict=True))
         out.append(
             Judged(
                 table=path.name,
                 operation="power of attention kernels",
-                group=("b200-sxm", phase),
+                group=("b200-sxm", rows.regime),
                 variant="",
                 predicted=ratio * rows.share * 1000.0,
                 observed=rows.share * 1000.0,

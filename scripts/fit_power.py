@@ -3,25 +3,26 @@
     python scripts/fit_power.py power_b200.csv --output costmodel/data/power.toml
 
 Half of the rows (by a hash of their shape) are fitted and the other half judged, both ways, for
-four seeds; the interval of a judged half comes from the fitted half. The law written is of all
+four seeds; the interval of a judged half comes from the fitted half (of both regimes together:
+as wide as the scatter of each, of one form). The law written is of all
 rows. The law of whole steps is anchored, not fitted: ``STEP``.
 """
 
 import argparse
 import datetime
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from costmodel.calibration.intervals import pooled
 from costmodel.calibration.write import sha256, toml_value
 from costmodel.hardware import load_hardware
-from costmodel.intervals import factors, scatter_of
 from costmodel.kernels.kinds import kernel_kind
 from costmodel.power import PowerLaw
 from costmodel.serving.fit import in_first_half, row_key
-from costmodel.serving.judging import UNJUDGED_SCATTER
 from costmodel.validation.kernels import schema_of
 from costmodel.validation.power import FACTORS, factor_flags, renamed
 from costmodel.validation.table import read_table
@@ -75,6 +76,8 @@ FIXED = {
     "weight_fraction": 0.0, "kv_fraction": 0.0,
 }  # fmt: skip
 SEEDS = range(4)
+#: Share of other rows that an interval aims at, before the correction for few rows.
+COVERED_SHARE = 0.80
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -153,29 +156,38 @@ def fit(rows: Rows, mask: NDArray[np.bool_]) -> PowerLaw:
     return law_of(rows.regime, best.x)
 
 
-def judged(rows: Rows, seed: int) -> tuple[Floats, Floats, Floats]:
-    """(predicted over observed, observed within the interval, width of the interval over the
-    middle), each by a fit of the other half.
+def judged(tables: Sequence[Rows], seed: int) -> list[tuple[Floats, Floats, Floats]]:
+    """Of each regime (predicted over observed, observed within the interval, width of the interval
+    over the middle), each by a fit of the other half.
 
     A fit's own residuals are narrower than those of rows it has not seen: its interval is taken
     from a further split of its half.
     """
-    first = np.array([in_first_half(k, seed) for k in rows.keys])
-    inner = np.array([in_first_half(k, seed + 100) for k in rows.keys])
-    ratio, inside, width = (np.empty(first.shape) for _ in range(3))
-    for mask in (first, ~first):
+    first = [_halves(rows, seed) for rows in tables]
+    inner = [_halves(rows, seed + 100) for rows in tables]
+    out = [(*(np.empty(len(rows.keys)) for _ in range(3)),) for rows in tables]
+    for masks in (first, [~mask for mask in first]):
         unseen = [
-            np.log(rows.share[part] / rows.law_share(fit(rows, mask & ~part), part))
-            for part in (mask & inner, mask & ~inner)
+            np.concatenate(
+                [
+                    np.log(rows.share[part] / rows.law_share(fit(rows, mask & ~part), part))
+                    for part in (mask & half, mask & ~half)
+                ]
+            )[None, :]
+            for rows, mask, half in zip(tables, masks, inner, strict=True)
         ]
-        low, high = factors(scatter_of(np.concatenate(unseen), UNJUDGED_SCATTER))
-        predicted = rows.law_share(fit(rows, mask), ~mask)
-        ratio[~mask] = predicted / rows.share[~mask]
-        inside[~mask] = (rows.share[~mask] >= low * predicted) & (
-            rows.share[~mask] <= high * predicted
-        )
-        width[~mask] = high - low
-    return ratio, inside, width
+        ends = np.exp(pooled(unseen, COVERED_SHARE))
+        for (low, high), rows, mask, figures in zip(ends, tables, masks, out, strict=True):
+            predicted, observed = rows.law_share(fit(rows, mask), ~mask), rows.share[~mask]
+            ratio, inside, width = figures
+            ratio[~mask] = predicted / observed
+            inside[~mask] = (observed >= low * predicted) & (observed <= high * predicted)
+            width[~mask] = high - low
+    return out
+
+
+def _halves(rows: Rows, seed: int) -> NDArray[np.bool_]:
+    return np.array([in_first_half(key, seed) for key in rows.keys])
 
 
 def main() -> None:
@@ -187,23 +199,24 @@ def main() -> None:
     source = f"{arguments.table.name}, aiconfigurator-core 0.12.0, Apache-2.0, SHA-256 "
     lines = [HEAD.format(source=source + sha256(arguments.table))]
     lines += [f'fitted = "{datetime.date.today().isoformat()}"', ""]
-    for regime in FITTED:
-        rows = rows_of(arguments.table, regime)
+    tables = [rows_of(arguments.table, regime) for regime in FITTED]
+    results = zip(*(judged(tables, seed) for seed in SEEDS), strict=True)
+    by_regime = [[np.stack(f) for f in zip(*splits, strict=True)] for splits in results]
+    ends = np.exp(pooled([-np.log(ratio) for ratio, _, _ in by_regime], COVERED_SHARE))
+    for rows, (low, high), (ratio, inside, width) in zip(tables, ends, by_regime, strict=True):
         law = fit(rows, np.ones(len(rows.keys), dtype=bool))
-        results = [judged(rows, seed) for seed in SEEDS]
-        ratio = np.concatenate([r for r, _, _ in results])
         error = np.abs(ratio - 1.0) * 100.0
-        low, high = factors(scatter_of(np.log(ratio), UNJUDGED_SCATTER))
         figures = {
             "n": len(rows.keys),
             "mape": round(float(error.mean()), 1),
             "median": round(float(np.median(error)), 1),
             "p90": round(float(np.percentile(error, 90)), 1),
-            "coverage": round(float(np.mean([i for _, i, _ in results])) * 100.0, 1),
+            "coverage": round(float(inside.mean()) * 100.0, 1),
+            "interval_width": round(float(np.median(width)) * 100.0, 1),
         }
         parameters = {name: round(getattr(law, name), 4) for name in FIXED}
         lines += [
-            f"[{regime}]",
+            f"[{rows.regime}]",
             'gpu = "b200-sxm"',
             f"parameters = {toml_value(parameters)}",
             f"factors = {toml_value({k: round(v, 3) for k, v in law.factors.items()})}",
@@ -212,7 +225,7 @@ def main() -> None:
             f"held_out_percent = {toml_value(figures)}",
             "",
         ]
-        print(regime, parameters, dict(law.factors), figures)
+        print(rows.regime, parameters, dict(law.factors), figures)
     lines += ["[step]", *(f"{key} = {toml_value(value)}" for key, value in STEP.items())]
     arguments.output.write_text("\n".join(lines) + "\n", encoding="utf-8")
 

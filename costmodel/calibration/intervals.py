@@ -5,10 +5,10 @@ A row's deviation log(observed / predicted) is divided by the scatter expected o
 
     scatter = A_family (UNEXPLAINED + disagreement)
 
-A_family is the mean of |deviation| / (UNEXPLAINED + disagreement) over the family's rows, the row
-itself left out, drawn towards that of all families of the kind. The shortest interval that holds
-``COVERED_SHARE`` of the scaled deviations of all families of a kind, with the correction for a
-finite sample, is scaled back by each row's scatter.
+A_family is the size that ``COVERED_SHARE`` of |deviation| / (UNEXPLAINED + disagreement) stay below
+in the family's rows, the row itself left out, drawn towards that of all families of the kind. The
+shortest interval that holds that share of the scaled deviations of all families of a kind, with the
+correction for a finite sample, is scaled back by each row's scatter.
 """
 
 from collections.abc import Sequence
@@ -34,29 +34,44 @@ def intervals_of(predicted: Sequence[Floats], observed: Sequence[Floats]) -> lis
     ``predicted`` holds predictions by fits without the row, one line per judging seed.
     """
     differ: list[Floats] = [np.asarray(disagreement(p)) for p in predicted]
-    expected = [UNEXPLAINED + d for d in differ]
-    deviations = [np.log(o / p) / e for p, o, e in zip(predicted, observed, expected, strict=True)]
-    sizes: list[Floats] = [np.asarray(np.abs(d).mean(axis=0)) for d in deviations]
-    everyone = np.concatenate(sizes)
-    scaled = [
-        d / _scatter(s.sum() - s, len(s) - 1, everyone.sum() - s, len(everyone) - 1)
-        for d, s in zip(deviations, sizes, strict=True)
+    deviations = [
+        np.log(o / p) / (UNEXPLAINED + d)
+        for p, o, d in zip(predicted, observed, differ, strict=True)
     ]
-    low, high = shortest(np.concatenate(scaled, axis=1))
     out = []
-    for own, d in zip(sizes, differ, strict=True):
+    for (low, high), d in zip(pooled(deviations), differ, strict=True):
         usual = float(np.median(d)) if d.size else 0.0
-        factor = _scatter(own.sum(), len(own), everyone.sum(), len(everyone))
-        reach = factor * (UNEXPLAINED + usual)
-        out.append(Interval(float(low**reach), float(high**reach), usual))
+        scale = UNEXPLAINED + usual
+        out.append(Interval(float(np.exp(low * scale)), float(np.exp(high * scale)), usual))
     return out
 
 
-def _scatter(own: Floats, n_own: int, total: Floats, n_total: int) -> Floats:
-    """Mean of ``n_own`` sizes that sum to ``own``, drawn to the mean of all."""
-    mean = total / max(n_total, 1)
-    scatter: Floats = (own + SHRINKING_ROWS * mean) / (n_own + SHRINKING_ROWS)
-    return np.maximum(scatter, LEAST_SCATTER)
+def pooled(deviations: Sequence[Floats], share: float = COVERED_SHARE) -> list[tuple[float, float]]:
+    """(low, high) ends of the interval of further deviations of each family: as wide as its own are
+    scattered, of one form for all. Columns are rows of a table, lines their several predictions.
+    """
+    sizes = [np.abs(d) for d in deviations]
+    everyone = _size(np.concatenate(sizes, axis=1), share)
+    scaled = []
+    for d, size in zip(deviations, sizes, strict=True):
+        others = [np.delete(size, i, axis=1) for i in range(size.shape[1])]
+        scaled.append(d / np.array([_scatter(o, share, everyone) for o in others]))
+    low, high = np.log(shortest(np.concatenate(scaled, axis=1), share))
+    factors = [_scatter(size, share, everyone) for size in sizes]
+    return [(float(low * f), float(high * f)) for f in factors]
+
+
+def _scatter(sizes: Floats, share: float, everyone: float) -> float:
+    """The size that a share of a family's deviations stay below, drawn to that of everyone's."""
+    n = sizes.shape[1]
+    if not n:
+        return everyone
+    own = np.log([_size(sizes, share), everyone])
+    return float(np.exp(np.average(own, weights=[n, SHRINKING_ROWS])))
+
+
+def _size(sizes: Floats, share: float) -> float:
+    return max(float(np.quantile(sizes, share)), LEAST_SCATTER) if sizes.size else LEAST_SCATTER
 
 
 def shortest(log_ratio: Floats, share: float = COVERED_SHARE) -> tuple[float, float]:

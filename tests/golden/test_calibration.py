@@ -85,15 +85,3 @@ def test_recorded_errors_are_at_most_half_of_the_rooflines(kind: str) -> None:
     ours = np.array([f.held_out["mape"] for f in families])
     roofline = np.array([f.held_out["roofline_mape"] for f in families])
     assert (n * ours).sum() <= 0.5 * (n * roofline).sum()
-
-
-@pytest.mark.parametrize("kind", ["gemm", "decode_attention", "prefill_attention"])
-def test_recorded_intervals_cover_four_in_five(kind: str) -> None:
-    families = shipped_families(kind)
-    n = np.array([f.n_rows for f in families], dtype=np.float64)
-    coverage = np.array([f.held_out["coverage"] for f in families])
-    width = np.array([f.held_out["interval_width"] for f in families])
-    mape = np.array([f.held_out["mape"] for f in families])
-    assert 80.0 <= (n * coverage).sum() / n.sum() <= 95.0
-    # 83 % of deviations that fall off exponentially take 3.5 times their mean.
-    assert (n * width).sum() <= 3.6 * (n * mape).sum()

@@ -46,10 +46,12 @@ SERVING_DENSE_BOUND = 15.0
 SERVING_SPARSE_BOUND = 25.0
 #: Half a split is one of four that are judged: its figure scatters by so much.
 ONE_SPLIT_SLACK = 1.15
-#: Shares of unseen rows inside their intervals, percent, and width over MAPE: 83 % of deviations
-#: that fall off exponentially take 3.5 times their mean, of normal ones 3.4.
+#: Shares of unseen rows inside their intervals, percent, and width over MAPE. Of errors that are
+#: all alike four in five take 3.2 times their mean; of kernels it is known which are hard. Means of
+#: medians over families are up to a ninth above the median over rows that the page gives.
 COVERAGE_LEAST, COVERAGE_MOST = 80.0, 95.0
-WIDTH_OVER_MAPE = 3.8
+WIDTH_OVER_MAPE = 3.2
+ENGINE_WIDTH_OVER_MAPE = 3.8
 
 Family = Mapping[str, Any]
 FAMILIES: list[tuple[str, Callable[[Family], bool], float]] = [
@@ -92,7 +94,7 @@ def test_families_on_unseen_rows(kind: str, keep: Callable[[Family], bool], boun
 def test_intervals_of_families_hold_unseen_rows(kind: str) -> None:
     rows = families(kind)
     assert COVERAGE_LEAST <= mean(rows, "coverage") <= COVERAGE_MOST
-    assert mean(rows, "interval_width") <= WIDTH_OVER_MAPE * mean(rows, "mape") + 1.0
+    assert mean(rows, "interval_width") <= WIDTH_OVER_MAPE * mean(rows, "mape")
 
 
 def engines() -> Mapping[str, Any]:
@@ -116,7 +118,7 @@ def test_intervals_of_engines_hold_unseen_runs() -> None:
     width, mape = (
         np.average([f[n] for f in judged], weights=rows) for n in ("interval_width", "mape")
     )
-    assert width <= WIDTH_OVER_MAPE * mape
+    assert width <= ENGINE_WIDTH_OVER_MAPE * mape
 
 
 def test_power_on_unseen_rows() -> None:
@@ -125,6 +127,10 @@ def test_power_on_unseen_rows() -> None:
     rows = [f["n"] for f in figures]
     assert np.average([f["mape"] for f in figures], weights=rows) <= POWER_BOUND
     assert 80.0 <= np.average([f["coverage"] for f in figures], weights=rows) <= COVERAGE_MOST
+    width, mape = (
+        np.average([f[n] for f in figures], weights=rows) for n in ("interval_width", "mape")
+    )
+    assert width <= WIDTH_OVER_MAPE * mape
 
 
 def table(name: str, folder: Path) -> Path:

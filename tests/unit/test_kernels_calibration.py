@@ -171,10 +171,27 @@ def test_intervals_hold_their_share_of_normal_deviations() -> None:
     predicted = np.exp(generator.uniform(-12, -5, (1, 400)))
     observed = predicted[0] * np.exp(generator.normal(0.0, 0.1, 400))
     (interval,) = intervals_of([predicted], [observed])
-    low, high = interval.factors(predicted)
-    inside = np.mean((observed >= predicted * low) & (observed <= predicted * high))
-    assert 0.81 < inside < 0.87
-    assert np.median(high - low) == pytest.approx(2 * 1.37 * 0.1, rel=0.15)  # normal: 1.37 sigma
+    inside, width = covered_percent(interval, predicted, observed)
+    assert 80.0 < inside < 86.0
+    assert np.median(width) == pytest.approx(2 * 134 * 0.1, rel=0.15)  # normal: 1.34 sigma
+
+
+def test_intervals_are_narrow_where_fits_agree_and_wide_where_they_differ() -> None:
+    """Deviations of 0.05 where fits differ by 0.02 and of 0.33 where by 0.30 are covered alike."""
+    generator = np.random.default_rng(3)
+    hard = np.arange(600) % 2 == 1
+    log_time = generator.normal(0.0, 1.0, 600)
+    fits, rest = np.where(hard, 0.30, 0.02), np.where(hard, 0.137, 0.046)
+    observed = np.exp(log_time + rest * generator.normal(size=600))
+    predicted = np.exp(log_time + fits * generator.normal(size=(6, 600)))
+    (interval,) = intervals_of([predicted[:, :300]], [observed[:300]])
+    others = np.arange(600) >= 300
+    covered = [
+        covered_percent(interval, predicted[:, others & kind], observed[others & kind])
+        for kind in (hard, ~hard)
+    ]
+    assert all(75.0 < inside < 90.0 for inside, _ in covered), [inside for inside, _ in covered]
+    assert np.median(covered[0][1]) > 4.0 * np.median(covered[1][1])
 
 
 def test_small_families_of_unlike_scatter_cover_other_rows_too() -> None:

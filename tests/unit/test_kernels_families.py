@@ -14,6 +14,7 @@ from costmodel.kernels.families import (
     TRANSFER_SPREAD,
     Family,
     Interval,
+    disagreement,
     load_family,
     shipped_families,
 )
@@ -105,9 +106,11 @@ def test_another_engine_is_transferred() -> None:
 
 
 def test_spreads_add_as_squares_of_logarithms() -> None:
-    wide = Interval((), (np.exp(-0.3),), (np.exp(0.4),)).wider(0.3)
-    assert np.log(wide.low[0]) == pytest.approx(-0.3 * 2**0.5)
-    assert np.log(wide.high[0]) == pytest.approx(0.5)
+    low, high = Interval(np.exp(-0.3), np.exp(0.4)).wider(0.3).factors()
+    assert np.log(low) == pytest.approx(-0.3 * 2**0.5)
+    assert np.log(high) == pytest.approx(0.5)
+    twice = Interval(0.9, 1.2).wider(0.3).wider(0.4)
+    assert twice == Interval(0.9, 1.2).wider(0.5)
 
 
 def test_a_named_kernel_goes_before_the_most_measured_one() -> None:
@@ -135,7 +138,9 @@ def test_a_profile_with_its_own_family_answers_itself() -> None:
     mine = replace(load_hardware("h100-sxm"), families={"gemm/bf16": own})
     f = family("gemm", "vllm", mine, variant="bf16")
     assert (f.n_rows, f.basis, f.parameters.bandwidth_fraction) == (77, "calibrated", 0.5)
-    assert f.interval == Interval((), (0.9,), (1.2,))
+    assert f.interval == Interval(0.9, 1.2)
+    low, mid, high = f.time_s(mine, {"m": 64.0, "n": 4096.0, "k": 4096.0}, cold=False)
+    assert (low / mid, high / mid) == pytest.approx((0.9, 1.2))
     assert f.extrapolated({"m": np.array([0.9, 1.0, 4096.0, 4097.0])}).tolist() == [1, 0, 0, 1]
 
 
@@ -143,11 +148,46 @@ def test_a_variant_nobody_fitted_has_no_family() -> None:
     assert load_family("gemm", "vllm", load_hardware("h100-sxm"), variant="int4") is None
 
 
-def test_interval_factors_follow_the_predicted_time() -> None:
-    i = Interval((1e-5, 1e-4), (0.8, 0.9, 0.95), (1.3, 1.2, 1.1))
-    low, high = i.factors(np.array([5e-6, 5e-5, 5e-4]))
-    assert low.tolist() == [0.8, 0.9, 0.95]
-    assert high.tolist() == [1.3, 1.2, 1.1]
+def test_fits_that_agree_disagree_by_nothing_and_one_fit_knows_no_other() -> None:
+    assert disagreement(np.full((3, 2), 7.0)).tolist() == [0.0, 0.0]
+    assert disagreement(np.ones((1, 2))).tolist() == [0.0, 0.0]
+    # logarithms -0.1, 0, 0.1
+    assert disagreement(np.exp([[-0.1], [0.0], [0.1]])) == pytest.approx([0.1])
+
+
+def test_an_interval_widens_with_the_disagreement_of_fits() -> None:
+    """From a usual 0.07 (0.10 with what no fit explains) to 0.17 its logarithm doubles, at none it
+    is three tenths.
+    """
+    low, high = Interval(0.8, 1.3, usual=0.07).factors(np.array([0.0, 0.07, 0.17]))
+    assert low == pytest.approx([0.8**0.3, 0.8, 0.64])
+    assert high == pytest.approx([1.3**0.3, 1.3, 1.69])
+
+
+def test_a_shape_on_which_the_fits_of_a_family_differ_has_a_wider_interval() -> None:
+    """Fits that differ in the bandwidth alone say nothing of a call that is all launch."""
+    h100 = load_hardware("h100-sxm")
+    own = family("scan", "vllm", h100, variant="scan_step")
+    own = replace(
+        own,
+        half_fits={"bandwidth_fraction": [0.3, 0.9]},
+        parameters=replace(own.parameters, stream_bytes_per_s=1e15),
+        interval=Interval(0.9, 1.1),
+    )
+    shape = {"seq_len": 1.0, "token_bytes": 0.0, "state_bytes": 1e6, "batch": [1e-6, 1e3]}
+    low, mid, high = own.time_s(h100, {k: np.asarray(v) for k, v in shape.items()}, cold=False)
+    width = (high - low) / mid
+    assert width[0] == pytest.approx(0.2, rel=1e-4)
+    assert width[1] > 1.0
+
+
+def test_fits_of_halves_move_to_another_device_as_the_parameters_do() -> None:
+    own = family("gemm", "vllm", load_hardware("l40s"), variant="bf16")
+    there = family("gemm", "vllm", load_hardware("l4"), variant="bf16")
+    for name in ("launch_s", "tensor_fraction", "bandwidth_fraction"):
+        ratio = getattr(there.parameters, name) / getattr(own.parameters, name)
+        moved = np.array(there.half_fits[name]) / np.array(own.half_fits[name])
+        assert moved == pytest.approx(np.full(moved.shape, ratio))
 
 
 @pytest.mark.parametrize(
@@ -176,9 +216,9 @@ def test_every_kind_ships_families_with_their_provenance(kind: str) -> None:
         assert "aiconfigurator-core" in f.source
         assert set(f.kind.shape) <= set(f.ranges)
         assert f.held_out["mape"] > 0
-        assert all(
-            low <= 1.0 <= high for low, high in zip(f.interval.low, f.interval.high, strict=True)
-        )
+        assert f.interval.low <= 1.0 <= f.interval.high
+        assert f.interval.usual >= 0.0
+        assert {len(values) for values in f.half_fits.values()} == {6}
 
 
 # What an operation asks ------------------------------------------------------------------------
