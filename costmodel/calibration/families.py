@@ -211,7 +211,7 @@ def _as_table(
 
 def _columns(fits: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
     """Name -> one value per fit, of the parameters that differ between fits."""
-    columns = {name: [_rounded(fit[name]) for fit in fits] for name in fits[0]}
+    columns = {name: [float(f"{fit[name]:.3g}") for fit in fits] for name in fits[0]}
     return {name: values for name, values in columns.items() if len(set(values)) > 1}
 
 
