@@ -17,7 +17,8 @@ PROMISED = [
     "a30", "a40", "apple-m2-ultra", "apple-m3-ultra", "apple-m4-max", "b200-sxm", "b300-sxm",
     "epyc-9654", "gaudi-2", "gaudi-3", "gb200", "gb300", "gh200", "h100-nvl", "h100-pcie",
     "h100-sxm", "h20-sxm", "h200-nvl", "h200-sxm", "h800-sxm", "l4", "l40s", "mi250x",
-    "mi300x", "mi325x", "mi355x", "rtx-3090", "rtx-4090", "rtx-5090", "rtx-a6000",
+    "mi300x", "mi325x", "mi355x", "rtx-3090", "rtx-4090", "rtx-5090", "rtx-6000-ada",
+    "rtx-a6000",
     "rtx-pro-6000", "t4", "tpu-v5e", "tpu-v5p", "tpu-v6e", "v100-sxm-32gb", "xeon-8480plus",
 ]  # fmt: skip
 
