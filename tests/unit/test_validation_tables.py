@@ -383,6 +383,7 @@ def test_types_and_operations_without_rows_are_predicted_and_say_so(
         ("NVIDIA B300 SXM6 AC", "b300-sxm"),
         ("2 x RTX 4090 24GB", "rtx-4090"),
         ("NVIDIA RTX A6000 (48 GB)", "rtx-a6000"),
+        ("RTX 6000 Ada 48GB", "rtx-6000-ada"),
         ("AMD Instinct MI300X VF", "mi300x"),
         ("A100 40GB", "a100-sxm-40gb"),
         ("NVIDIA L4 24GB", "l4"),
@@ -392,7 +393,7 @@ def test_gpus_with_remarks_are_known(spelling: str, gpu: str) -> None:
     assert Devices(None).name({"hw": spelling}) == gpu
 
 
-@pytest.mark.parametrize("spelling", ["NVIDIA L40", "RTX 6000 Ada", "RTX 3090 Ti", "H1000", ""])
+@pytest.mark.parametrize("spelling", ["NVIDIA L40", "RTX 4000 Ada", "RTX 3090 Ti", "H1000", ""])
 def test_other_gpus_are_not_taken_for_one_that_is_known(spelling: str) -> None:
     with pytest.raises(ConfigError, match="no profile of the GPU"):
         Devices(None).name({"hw": spelling})
