@@ -57,7 +57,7 @@ class InSitu:
     layer_s         gaps between the kernels of one layer
     first_token_s   what a first token takes besides its prefill
     scatter         mean |log| by which the passes of an engine that no fit had seen are off
-    n_runs          published runs behind it
+    n_runs          published runs of dense models behind it
     """
 
     compute_factor: float
@@ -122,5 +122,5 @@ def in_situ() -> InSitu:
         layer_s=p["layer_s"],
         first_token_s=p["start_s"],
         scatter=max(c["scatter"] for c in classes),
-        n_runs=row["n_rows"],
+        n_runs=int(sum(v["n"] for k, v in row["held_out_percent"].items() if k.endswith("dense"))),
     )

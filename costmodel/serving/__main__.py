@@ -3,7 +3,7 @@
 import argparse
 import datetime
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +11,14 @@ import numpy as np
 from costmodel.calibration.write import sha256, toml_value
 from costmodel.errors import ConfigError
 from costmodel.serving.engine_times import (
+    DENSE_KEY,
     POOLED,
+    SPARSE_KEY,
     EngineTimes,
     facts_of,
     known_engines,
 )
-from costmodel.serving.fit import Kin, Table, fit, read_runs
+from costmodel.serving.fit import Kin, Runs, Table, fit, read_runs
 from costmodel.serving.judging import (
     engine_table,
     engines_of,
@@ -26,7 +28,7 @@ from costmodel.serving.judging import (
     leave_out,
     scatter_by_class,
 )
-from costmodel.serving.parameters import default_parameters
+from costmodel.serving.parameters import Parameters, default_parameters
 from costmodel.validation import kv_methods, latency_throughput, serving
 from costmodel.validation.result import Block
 from costmodel.validation.serving_rows import read_rows
@@ -34,7 +36,8 @@ from costmodel.validation.table import Record, read_table
 
 HEAD = """\
 # Engines, fitted by `python -m costmodel.serving`; do not edit.
-# Parameters: docstring of costmodel/serving/engine_times.py. held_out_percent: errors on runs that
+# Parameters: docstring of costmodel/serving/engine_times.py, those of dense models and, apart, of
+# models with routed experts (sparse). held_out_percent: errors on runs that
 # no fit had seen (both halves of 4 seeded splits by a hash of the shape columns; for "any": all
 # runs of an engine by a fit to the others), by class of metric. coverage: of intervals that came
 # from other runs. gpu_scatter: mean |log(observed / predicted)| of unseen runs on a GPU; scatter:
@@ -73,25 +76,34 @@ def main() -> None:
     for name, runs in runs_of.items():
         if not runs:
             continue
+        own_kin = kin if facts_of(name).kin else None
         if name == POOLED:
-            start, judged = None, leave_out(runs, engines_of, "engine")
+            judged = leave_out(runs, engines_of, "engine")
             here = elsewhere = scatter_by_class(judged, joined(runs, engines_of))
         else:
-            own_kin = kin if facts_of(name).kin else None
-            start = None if own_kin is None else kin.without("nothing", lambda r: r.mask)
             judged = judge(runs, own_kin)
             here = scatter_by_class(judged)
             others = leave_out(runs, gpus_of, "GPU", own_kin)
             elsewhere = scatter_by_class(others, joined(runs, gpus_of))
-        gpus = [r.hardware for r in runs]
-        fitted = engine_table(fit(runs, kin=start), judged, here, elsewhere, gpus)
+        fitted = engine_table(_fits(runs, own_kin), judged, here, elsewhere)
         lines.append(f"[engine.{toml_value(name)}]")
         lines += [f"{key} = {toml_value(value)}" for key, value in fitted.items()]
         lines.append("")
-        print(name, fitted["parameters"], flush=True)
+        print(name, {k: v for k, v in fitted.items() if k in (DENSE_KEY, SPARSE_KEY)}, flush=True)
         for kind, figures in fitted["held_out_percent"].items():
             print("   ", kind, figures, flush=True)
     arguments.output.write_text("\n".join(lines), encoding="utf-8")
+
+
+def _fits(runs: Sequence[Runs], kin: Kin | None) -> dict[str, Parameters]:
+    """Parameters by class of models, where the engine or its kin have runs of the class."""
+    out: dict[str, Parameters] = {}
+    for key, sparse in ((DENSE_KEY, False), (SPARSE_KEY, True)):
+        own = [r for r in runs if r.is_sparse == sparse]
+        if own or kin:
+            start = kin.without("nothing", lambda r: r.mask, sparse=sparse) if kin else None
+            out[key] = fit(own, kin=start)
+    return out
 
 
 def read_tables(

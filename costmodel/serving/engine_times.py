@@ -23,7 +23,7 @@ speculative decoding.
 import functools
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any, Literal
 
@@ -34,6 +34,8 @@ from costmodel.operation import Array
 from costmodel.serving.parameters import Facts, Parameters
 from costmodel.serving.served import Parts, Served
 
+#: Keys of an engine's parameters in ``serving.toml``.
+DENSE_KEY, SPARSE_KEY = "parameters", "sparse_parameters"
 #: Engine whose parameters stand for any other: fitted on the runs of all engines together.
 POOLED = "any"
 
@@ -60,31 +62,37 @@ class Load:
 class EngineTimes:
     """One engine: its parameters, facts, and how far off they were on runs no fit had seen.
 
+    parameters  of dense models
+    sparse_parameters  of models with routed experts; None: the same
     scatter     mean size of those errors (logarithms) by class of metric ("tpot_dense", ...) and
                 GPU, "" for any other: costmodel/intervals.py
     held_out    errors on them in percent, by the same classes
-    gpus        of the runs; on any other the parameters are transferred
     """
 
     name: str
     parameters: Parameters
+    sparse_parameters: Parameters | None = None
     facts: Facts
     n_rows: int = 0
     scatter: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     held_out: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    gpus: frozenset[str] = frozenset()
+
+    def of(self, served: Served) -> Parameters:
+        """The parameters of a model's class."""
+        sparse = self.sparse_parameters if served.n_expert_layers else None
+        return sparse or self.parameters
 
     def step_s(self, served: Served, sequences: Array, tokens: Array) -> Array:
         """Seconds of a decode step that nothing interferes with."""
-        return step_from(self.parameters, served, served.step(sequences, tokens))
+        return step_from(self.of(served), served, served.step(sequences, tokens))
 
     def prompt_s(self, served: Served, tokens: Array, prompts: Array = 1.0) -> Array:
         """Seconds from the start of a prefill of ``prompts`` prompts a rank to its first token."""
-        return prompt_from(self.parameters, served, served.prefill(tokens, prompts))
+        return prompt_from(self.of(served), served, served.prefill(tokens, prompts))
 
     def tpot_s(self, served: Served, load: Load) -> Array:
         """Seconds per output token under continuous batching. Shape: that of the load."""
-        return tpot_from(self.parameters, served, self.terms(served, load))
+        return tpot_from(self.of(served), served, self.terms(served, load))
 
     def terms(self, served: Served, load: Load) -> "Terms":
         """Parts of the step and of a prompt at the load, limited to what fits in memory."""
@@ -103,9 +111,13 @@ class EngineTimes:
             prompts_per_token=others / output,
         )
 
-    def basis(self, gpu: str) -> Literal["calibrated", "transferred"]:
-        """Calibrated where runs of this engine on this GPU were fitted."""
-        return "calibrated" if gpu in self.gpus and self.name != POOLED else "transferred"
+    def basis(self, kind: str, gpu: str) -> Literal["calibrated", "transferred"]:
+        """Calibrated where runs of this engine on this GPU were fitted, of the same class of models
+        as the class of metric ``kind``.
+        """
+        models = kind.rpartition("_")[2]
+        own = any(gpu in s for name, s in self.scatter.items() if name.endswith(models))
+        return "calibrated" if own else "transferred"
 
     def interval(self, kind: str, mid: Array, gpu: str) -> tuple[Array, Array]:
         """(low, high) around a time of a class of metric; NaN where none was judged.
@@ -205,15 +217,17 @@ def load_engine_times(name: str) -> EngineTimes:
     fitted = _table("serving")["engine"]
     own = key in fitted and key != POOLED
     row = fitted[key] if own else fitted[POOLED]
-    known = {f.name for f in fields(Parameters)}
+    dense, sparse = (
+        Parameters(**row.get(name, fitted[POOLED][name])) for name in (DENSE_KEY, SPARSE_KEY)
+    )
     return EngineTimes(
         name=key,
-        parameters=Parameters(**{k: float(v) for k, v in row["parameters"].items() if k in known}),
+        parameters=dense,
+        sparse_parameters=sparse,
         facts=facts_of(key),
         n_rows=row["n_rows"],
         scatter={
             k: {"": v["scatter"], **v["gpu_scatter"]} for k, v in row["held_out_percent"].items()
         },
         held_out=row["held_out_percent"],
-        gpus=frozenset(row["gpus"]) if own else frozenset(),
     )

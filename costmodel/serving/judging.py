@@ -56,6 +56,23 @@ def held_out(
 
     ``name`` tells this labelling of the rows (and ``within``) from others.
     """
+    out: list[Floats] = [np.empty(0)] * len(runs)
+    for sparse in (False, True):
+        members = [i for i, r in enumerate(runs) if r.is_sparse == sparse]
+        found = _held_out([runs[i] for i in members], labels, name, kin, within)
+        for i, seconds in zip(members, found, strict=True):
+            out[i] = seconds
+    return out
+
+
+def _held_out(
+    runs: Sequence[Runs],
+    labels: Labels,
+    name: str,
+    kin: Kin | None,
+    within: Callable[[Runs], Bools],
+) -> list[Floats]:
+    """The same for runs of one class of models."""
     own = [labels(r) for r in runs]
     inside = [within(r) & r.mask for r in runs]
     out = [np.full(r.observed_s.shape, np.nan) for r in runs]
@@ -66,7 +83,9 @@ def held_out(
             kept: Bools = within(r) & (labels(r) != label)
             return kept
 
-        start = kin.without(f"{name}:{label}", others) if kin is not None else None
+        start = None
+        if kin is not None:
+            start = kin.without(f"{name}:{label}", others, sparse=runs[0].is_sparse)
         parameters = start or default_parameters()
         if any(m.any() for m in masks):
             parameters = fit(runs, masks, kin=start)
@@ -258,14 +277,18 @@ def class_table(judged: Judged, here: Scatters, elsewhere: Scatters) -> dict[str
 
 
 def engine_table(
-    parameters: Parameters, judged: Judged, here: Scatters, elsewhere: Scatters, gpus: Sequence[str]
+    fits: Mapping[str, Parameters], judged: Judged, here: Scatters, elsewhere: Scatters
 ) -> Mapping[str, Any]:
-    """One engine as a table of ``costmodel/data/serving.toml``; see ``class_table``."""
+    """One engine as a table of ``costmodel/data/serving.toml``; see ``class_table``.
+
+    ``fits``: key of the table -> parameters.
+    """
     return {
         "n_rows": int(judged.observed_s.size),
-        "gpus": sorted(set(gpus)),
-        "parameters": {
-            f.name: float(f"{getattr(parameters, f.name):.4g}") for f in fields(Parameters)
+        "gpus": sorted(set(judged.hardware.tolist())),
+        **{
+            key: {f.name: float(f"{getattr(fit, f.name):.4g}") for f in fields(Parameters)}
+            for key, fit in fits.items()
         },
         "held_out_percent": class_table(judged, here, elsewhere),
     }

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 #: parameter -> (prior, spread of its logarithm; 0: not fitted). Kernels in a step take what they
-#: take alone; weights stream at 0.7 to 0.9 of the bandwidth; prefill interferes once.
+#: take alone, in a prompt a fifth more (sustained power); weights stream at 0.7 to 0.9 of the
+#: bandwidth; prefill interferes once.
 PRIORS: Mapping[str, tuple[float, float]] = {
     "step_s": (4e-4, 1.0),
     "layer_s": (4e-6, 1.0),
@@ -13,7 +14,7 @@ PRIORS: Mapping[str, tuple[float, float]] = {
     "integer_matmul_factor": (1.2, 0.3),
     "attention_factor": (1.0, 0.25),
     "packed_attention_factor": (0.9, 0.2),
-    "prefill_factor": (1.1, 0.2),
+    "prefill_factor": (1.2, 0.2),
     "expert_factor_16": (1.4, 0.5),
     "expert_factor_8": (1.3, 0.5),
     "expert_factor_4": (1.1, 0.5),
@@ -23,11 +24,15 @@ PRIORS: Mapping[str, tuple[float, float]] = {
     "collective_factor": (0.8, 0.6),
     "prefill_share": (1.0, 0.4),
 }
+#: parameter -> limits. Every other request is admitted once per request; where all start and end
+#: together, half of their prompts stand before its first token.
+LIMITS: Mapping[str, tuple[float, float]] = {"prefill_share": (0.5, 1.0)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parameters:
-    """What is fitted; units in the names, shares and multipliers without one.
+    """What is fitted to an engine's runs of dense models, or to those of models with routed
+    experts; units in the names, shares and multipliers without one.
 
     step_s            host time per step, t0
     layer_s           gaps between the kernels of one layer

@@ -19,6 +19,8 @@ from costmodel.validation.table import Record
 ReadRows = Callable[[Record, int], tuple[Case, list[Row]]]
 Reasons = list[tuple[int, str]]
 
+#: Classes of models, as classes of metrics end.
+DENSE, SPARSE = "dense", "sparse"
 #: Metrics that no device can beat at the shape the row states.
 _LIMITED = frozenset({"tpot", "step", "ttft"})
 
@@ -40,7 +42,7 @@ def grouped_rows(records: Sequence[Record], read: ReadRows) -> tuple[Grouped, Re
 def metric_class(row_metric: str, served: Served) -> str:
     """The class of metric whose scatter gives a prediction its interval."""
     name = {"tpot": "tpot", "step": "step", "ttft": "ttft"}.get(row_metric, "throughput")
-    return f"{name}_{'sparse' if served.n_expert_layers else 'dense'}"
+    return f"{name}_{SPARSE if served.n_expert_layers else DENSE}"
 
 
 def predicted_blocks(
@@ -93,7 +95,7 @@ def _block(
     unknown = np.full(index.shape, np.nan)
     low, mid, high, basis = unknown, roofline, unknown, "datasheet"
     if not options.datasheet:
-        parameters = times.parameters
+        parameters = times.of(served)
         if case.own_form:
             parameters = replace(parameters, packed_attention_factor=1.0)
         seconds = metric(kind, times, served, load)(parameters)
@@ -104,8 +106,8 @@ def _block(
         )
         if kind in _LIMITED:
             low = np.maximum(low, np.minimum(roofline, mid))
-        basis = times.basis(served.run.hardware.name)
-    part = "sparse" if served.n_expert_layers else "dense"
+        basis = times.basis(metric_class(kind, served), served.run.hardware.name)
+    part = SPARSE if served.n_expert_layers else DENSE
     group = {
         "hw": served.run.hardware.name,
         "engine": case.shown or case.engine,

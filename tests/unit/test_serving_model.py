@@ -180,11 +180,11 @@ def test_every_metric_is_finite_and_positive(
 
 def test_engines_without_runs_take_the_pooled_parameters() -> None:
     unknown = load_engine_times("some-new-engine")
-    assert unknown.basis("h100-sxm") == "transferred"
+    assert unknown.basis("tpot_dense", "h100-sxm") == "transferred"
     assert unknown.parameters == load_engine_times("any").parameters
     vllm = load_engine_times("vllm")
-    assert vllm.basis("h100-sxm") == "calibrated"
-    assert vllm.basis("l4") == "transferred"
+    assert vllm.basis("tpot_dense", "h100-sxm") == "calibrated"
+    assert vllm.basis("tpot_dense", "l4") == "transferred"
 
 
 def test_a_gpu_without_runs_widens_the_interval() -> None:
