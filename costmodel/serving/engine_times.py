@@ -147,7 +147,7 @@ def step_from(p: Parameters, served: Served, parts: Parts) -> Array:
     """A decode step; see the module's docstring."""
     device = (
         p.layer_s * served.n_layers
-        + p.matmuls(served.precision) * parts.matmul_s
+        + p.matmuls(served.matmul_precision) * parts.matmul_s
         + p.matmul_factor * parts.other_s
         + p.attention_factor
         * np.maximum(parts.attention_s, p.packed_attention_factor * parts.unpacked_attention_s)
@@ -161,10 +161,11 @@ def step_from(p: Parameters, served: Served, parts: Parts) -> Array:
     return seconds
 
 
-def prompt_work_from(p: Parameters, parts: Parts) -> Array:
+def prompt_work_from(p: Parameters, served: Served, parts: Parts) -> Array:
     """The part of a prompt that grows with it: what stands between others' tokens."""
+    narrow = p.narrow(served.matmul_precision)
     seconds: Array = (
-        p.prefill_factor * (parts.matmul_s + parts.attention_s + parts.other_s)
+        p.prefill_factor * (narrow * parts.matmul_s + parts.attention_s + parts.other_s)
         + p.expert_factor_prefill * parts.expert_s
         + p.collective_factor * parts.collective_s
     )
@@ -176,7 +177,7 @@ def prompt_from(p: Parameters, served: Served, parts: Parts) -> Array:
     device = (
         p.layer_s * served.n_layers
         + p.expert_layer_s * served.n_expert_layers
-        + prompt_work_from(p, parts)
+        + prompt_work_from(p, served, parts)
     )
     seconds: Array = (
         p.start_s + p.step_s + np.maximum(device, parts.launches * served.engine.host_launch_s[1])
@@ -186,7 +187,7 @@ def prompt_from(p: Parameters, served: Served, parts: Parts) -> Array:
 
 def tpot_from(p: Parameters, served: Served, terms: Terms) -> Array:
     """Time per output token under continuous batching; see the module's docstring."""
-    between = terms.prompts_per_token * prompt_work_from(p, terms.prompt)
+    between = terms.prompts_per_token * prompt_work_from(p, served, terms.prompt)
     seconds: Array = step_from(p, served, terms.step) + p.prefill_share * between
     return seconds
 

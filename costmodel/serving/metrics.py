@@ -62,7 +62,9 @@ def metric(kind: str, times: EngineTimes, served: Served, load: Load) -> Metric:
     full = served.step(most, load.mean_tokens)
     one = served.prefill(load.input_tokens)
     ranks = float(served.deployment.dp)
-    return lambda p: step_from(p, served, full) / most + prompt_work_from(p, one) / output / ranks
+    return lambda p: (
+        step_from(p, served, full) / most + prompt_work_from(p, served, one) / output / ranks
+    )
 
 
 def _run(times: EngineTimes, served: Served, load: Load, here: Array, output: Array) -> Metric:

@@ -5,13 +5,15 @@ from dataclasses import dataclass
 
 #: parameter -> (prior, spread of its logarithm; 0: not fitted). Kernels in a step take what they
 #: take alone, in a prompt a fifth more (sustained power); weights stream at 0.7 to 0.9 of the
-#: bandwidth; prefill interferes once.
+#: bandwidth; prefill interferes once. Products that quantise their activations and carry scales
+#: take longer against their roofline: by 1.6 in tables of fp8 against bf16.
 PRIORS: Mapping[str, tuple[float, float]] = {
     "step_s": (4e-4, 1.0),
     "layer_s": (4e-6, 1.0),
     "start_s": (1e-3, 1.5),
     "matmul_factor": (1.0, 0.25),
     "integer_matmul_factor": (1.2, 0.3),
+    "narrow_matmul_factor": (1.5, 0.1),
     "attention_factor": (1.0, 0.25),
     "packed_attention_factor": (0.9, 0.2),
     "prefill_factor": (1.2, 0.2),
@@ -25,8 +27,17 @@ PRIORS: Mapping[str, tuple[float, float]] = {
     "prefill_share": (1.0, 0.4),
 }
 #: parameter -> limits. Every other request is admitted once per request; where all start and end
-#: together, half of their prompts stand before its first token.
-LIMITS: Mapping[str, tuple[float, float]] = {"prefill_share": (0.5, 1.0)}
+#: together, half of their prompts stand before its first token. Experts are never faster than their
+#: roofline; half of a collective may hide behind what is fused with it.
+LIMITS: Mapping[str, tuple[float, float]] = {
+    "prefill_share": (0.5, 1.0),
+    "collective_factor": (0.5, 2.0),
+    "expert_factor_16": (1.0, 5.0),
+    "expert_factor_8": (1.0, 5.0),
+    "expert_factor_4": (1.0, 5.0),
+    "expert_factor_integer": (1.0, 5.0),
+    "expert_factor_prefill": (1.0, 5.0),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +50,8 @@ class Parameters:
     start_s           what a first token takes besides its prefill, t_s
     matmul_factor     matmuls and small kernels inside a step against their own tables, a
     integer_matmul_factor   the same for integer weights, which are widened before they multiply
+    narrow_matmul_factor    more of it for products in fp4, of which there are no tables; in prompts
+                      too
     attention_factor  decode attention against its family, b
     packed_attention_factor   attention on a packed integer cache against that on the 16-bit cache
                       it replaces, where the engine unpacks inside its kernel
@@ -56,6 +69,7 @@ class Parameters:
     start_s: float
     matmul_factor: float
     integer_matmul_factor: float
+    narrow_matmul_factor: float
     attention_factor: float
     packed_attention_factor: float
     prefill_factor: float
@@ -76,8 +90,14 @@ class Parameters:
         return by_name.get(precision, self.expert_factor_16)
 
     def matmuls(self, precision: str) -> float:
-        """The multiplier a for the precision of the weights."""
-        return self.integer_matmul_factor if precision in ("int4", "int8") else self.matmul_factor
+        """The multiplier a for the precision of the matrices outside of experts."""
+        if precision in ("int4", "int8"):
+            return self.integer_matmul_factor
+        return self.matmul_factor * self.narrow(precision)
+
+    def narrow(self, precision: str) -> float:
+        """What products in fp4 take more than their estimate; 1 in any other precision."""
+        return self.narrow_matmul_factor if precision == "fp4" else 1.0
 
 
 def default_parameters() -> Parameters:

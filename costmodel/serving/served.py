@@ -136,6 +136,11 @@ class Served:
         return sum(n for _, n, _ in self.whole.experts)
 
     @property
+    def matmul_precision(self) -> str:
+        """Precision of the matrices outside of experts: 16 bits in sparse models "in fp4"."""
+        return "" if self.precision == "fp4" and self.n_expert_layers else self.precision
+
+    @property
     def weights_bytes(self) -> float:
         """Weights one GPU holds."""
         here, everywhere = (
