@@ -15,11 +15,11 @@ compute_factor is what sustained power and real operands cost where tensor cores
 factors stay near 1 (streaming is not throttled, and prefetch into the next kernel pays for cold
 caches). What draws power is multiplying, not what waits for what: s goes by the product alone and
 not by which limit of the device binds it, so neither a better device nor less work ever takes
-longer. The factors are the parameters of all engines' published runs together, of which
+longer. The factors are the parameters of all engines' published runs of dense models, of which
 ``costmodel/data/serving.toml`` says what was fitted on how many runs and how far off unseen ones
-were. Leaving any engine or any GPU out of that fit moves compute_factor between 1.15 and 1.40, the
-memory factors between 0.87 and 1.13, layer_s between 2.2 and 7.8 us and first_token_s between 0.8
-and 4.5 ms.
+were. Leaving any engine or any GPU out of that fit moves compute_factor between 1.14 and 1.36, the
+memory factors between 0.83 and 1.06, layer_s between 1.2 and 3.2 us, the host time per step between
+0.17 and 0.47 ms and first_token_s between 0.9 and 4.6 ms.
 """
 
 import functools

@@ -41,8 +41,10 @@ Those of power come from such a split too, as wide as each regime scatters, of o
 than here, because the shipped parameters have seen them.
 
 What was chosen with these tables in sight: the forms of the laws, the spread left to an engine
-after its kin (0.5; 0.25 is better on a GPU or model left out and worse on new runs of a known
-engine), that intervals of engines go by class and GPU, the spread of a transfer to another
+after its kin (0.35; 0.5 is worse on a GPU or model left out, 0.25 on new runs of a known engine),
+that engines are fitted to dense and sparse models apart and have a factor for products in fp4, the
+limits of their factors, that GA10x takes its kernels from Ada rather than from A100, that intervals
+of engines go by class and GPU, the spread of a transfer to another
 generation (0.4), and which attributes of a kernel change its power. Of the intervals of kernels:
 that they follow the disagreement of fits, the 0.03 (by the likelihood of the deviations; 0.02 to
 0.05 hardly differ) and that the kind counts as 16 rows of a family, by one half of the rows of

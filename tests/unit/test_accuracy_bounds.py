@@ -41,9 +41,12 @@ MOE_BOUND = 18.0  # roofline 59; routing of the published rows is random, and un
 COLLECTIVES_BOUND = 16.0  # roofline 76
 #: Watts of single kernels: the published counter averages over what ran around them.
 POWER_BOUND = 25.0
-#: Time per output token per engine.
-SERVING_DENSE_BOUND = 15.0
-SERVING_SPARSE_BOUND = 25.0
+#: Time per output token per engine (the worst has 11 runs), and over all engines.
+SERVING_DENSE_BOUND, SERVING_DENSE_OVERALL_BOUND = 12.0, 8.0
+SERVING_SPARSE_BOUND, SERVING_SPARSE_OVERALL_BOUND = 25.0, 15.5
+#: Mean |log| of dense runs whose GPU was left out: 0.39 where parameters of runs of sparse models
+#: were carried over.
+LEFT_OUT_SCATTER_BOUND = 0.25
 #: Half a split is one of four that are judged: its figure scatters by so much.
 ONE_SPLIT_SLACK = 1.15
 #: Shares of unseen rows inside their intervals, percent, and width over MAPE. Of errors that are
@@ -102,11 +105,29 @@ def engines() -> Mapping[str, Any]:
     return table
 
 
-@pytest.mark.parametrize("engine", ["vllm", "sglang", "trtllm"])
+#: Engines that serve under load.
+KIN = ("vllm", "sglang", "trtllm")
+
+
+@pytest.mark.parametrize("engine", KIN)
 def test_engines_on_unseen_runs(engine: str) -> None:
     figures = engines()[engine]["held_out_percent"]
     assert figures["tpot_dense"]["mape"] <= SERVING_DENSE_BOUND
     assert figures["tpot_sparse"]["mape"] <= SERVING_SPARSE_BOUND
+
+
+@pytest.mark.parametrize(
+    ("kind", "bound"),
+    [
+        ("tpot_dense", SERVING_DENSE_OVERALL_BOUND),
+        ("tpot_sparse", SERVING_SPARSE_OVERALL_BOUND),
+    ],
+)
+def test_engines_together_on_unseen_runs(kind: str, bound: float) -> None:
+    judged = [e["held_out_percent"][kind] for e in map(engines().get, KIN) if e]
+    rows = [f["n"] for f in judged]
+    assert np.average([f["mape"] for f in judged], weights=rows) <= bound
+    assert all(f["scatter"] <= LEFT_OUT_SCATTER_BOUND for f in judged)
 
 
 def test_intervals_of_engines_hold_unseen_runs() -> None:
@@ -147,7 +168,7 @@ def test_engines_fitted_here_on_half_of_the_runs(tmp_path: Path) -> None:
         name: read_runs(
             tables, EngineTimes(name=name, parameters=default_parameters(), facts=facts_of(name))
         )
-        for name in ("vllm", "sglang", "trtllm")
+        for name in KIN
     }
     kin = Kin([r for own in runs.values() for r in own])
     bounds = {"tpot_dense": SERVING_DENSE_BOUND, "tpot_sparse": SERVING_SPARSE_BOUND}
