@@ -1,7 +1,7 @@
 """Every row of the published tables predicted by a fit that had not seen it."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from costmodel.calibration.families import LEAST_ROWS, fit_families, judged_intervals
 from costmodel.calibration.tables import Rows, read_table
+from costmodel.calibration.transfer import generation_spread
 from costmodel.hardware import load_hardware
-from costmodel.kernels.families import family_without
+from costmodel.kernels.families import Family, family_without, shipped_families
 from costmodel.kernels.kinds import kernel_kind
 from costmodel.serving.__main__ import read_tables
 from costmodel.serving.engine_times import EngineTimes, facts_of, known_engines
@@ -233,12 +234,19 @@ def transferred_kernels(paths: Sequence[Path]) -> list[Judged]:
         for rows in read_table(path).families:
             if len(rows) >= LEAST_ROWS:
                 by_kind.setdefault(rows.key.kind, []).append(rows)
-        for members in by_kind.values():
-            out += [j for rows in members if (j := _transferred(path, rows)) is not None]
+        for kind, members in by_kind.items():
+            for hardware in dict.fromkeys(rows.key.hardware for rows in members):
+                # How much wider an interval becomes is of the other GPUs as well.
+                others = [rows for rows in members if rows.key.hardware != hardware]
+                spread = generation_spread(shipped_families(kind), others)
+                families = [replace(f, generation_spread=spread) for f in shipped_families(kind)]
+                own = [rows for rows in members if rows.key.hardware == hardware]
+                judged = [_transferred(path, rows, families) for rows in own]
+                out += [j for j in judged if j is not None]
     return out
 
 
-def _transferred(path: Path, rows: Rows) -> Judged | None:
+def _transferred(path: Path, rows: Rows, families: Sequence[Family]) -> Judged | None:
     device, key = load_hardware(rows.key.hardware), rows.key
     family = family_without(
         key.hardware,
@@ -248,6 +256,7 @@ def _transferred(path: Path, rows: Rows) -> Judged | None:
         variant=key.variant,
         kernel=key.kernel,
         within={k: float(np.median(v)) for k, v in rows.shape.items()},
+        families=families,
     )
     if family is None:
         return None

@@ -44,12 +44,12 @@ What was chosen with these tables in sight: the forms of the laws, the spread le
 after its kin (0.35; 0.5 is worse on a GPU or model left out, 0.25 on new runs of a known engine),
 that engines are fitted to dense and sparse models apart and have a factor for products in fp4, the
 limits of their factors, that GA10x takes its kernels from Ada rather than from A100, that intervals
-of engines go by class and GPU, the spread of a transfer to another
-generation (0.4), and which attributes of a kernel change its power. Of the intervals of kernels:
-that they follow the disagreement of fits, the 0.03 (by the likelihood of the deviations; 0.02 to
-0.05 hardly differ) and that the kind counts as 16 rows of a family, by one half of the rows of
-every family; then the share they aim at (82 %; 83 % is a thirtieth wider) in sight of all rows.
-That of power (80 %) in sight of all its rows.
+of engines go by class and GPU, and which attributes of a kernel change its power. Of the intervals
+of kernels: that they follow the disagreement of fits, the 0.03 (by the likelihood of the
+deviations; 0.02 to 0.05 hardly differ) and that the kind counts as 16 rows of a family, by one half
+of the rows of every family; then, in sight of all rows, the share they aim at (82 %; 83 % is a
+thirtieth wider) and that a family's scatter is read off at that share rather than at the mean. That
+of power (80 %) in sight of all its rows.
 """
 METHODS = """\
 By the shipped parameters, which have seen the runs of full attention and of packed caches. *At
@@ -143,7 +143,8 @@ def _left_out(tables: Sequence[Path]) -> list[str]:
     if kernels:
         parts += ["## Kernels on a GPU left out", ""]
         parts += [
-            "Predicted by the nearest family of another GPU, scaled by datasheet, clock and power.",
+            "Predicted by the nearest family of another GPU, scaled by datasheet, clock and power;",
+            "the interval wider by what the others, left out in their turn, need at most.",
             "",
         ]
         members = transferred_kernels(kernels)

@@ -21,7 +21,9 @@ from costmodel.calibration.families import (
     fit_families,
 )
 from costmodel.calibration.tables import Rows, read_table
+from costmodel.calibration.transfer import generation_spread
 from costmodel.calibration.write import document, sha256
+from costmodel.kernels.families import family_from_table
 
 #: Only these tables hold one kernel call per row.
 TABLES = (
@@ -61,6 +63,9 @@ def fit_table(path: Path, output: Path, kinds: Sequence[str] | None) -> None:
             continue
         fitted = fit_families(families)
         tables = as_tables(fitted, f"{table.source}: {path.name}")
+        spread = generation_spread([family_from_table(kind, t) for t in tables], families)
+        for row in tables:
+            row["generation_spread"] = round(spread, 2)
         text = document(
             kind,
             tables,

@@ -20,7 +20,7 @@ from costmodel.calibration.intervals import covered_percent, intervals_of
 from costmodel.calibration.tables import FamilyKey, Rows
 from costmodel.errors import ConfigError
 from costmodel.hardware import HardwareProfile, load_hardware
-from costmodel.kernels.families import Interval
+from costmodel.kernels.families import GENERATION_SPREAD, Interval
 from costmodel.kernels.kinds import KernelKind, kernel_class, kernel_kind
 
 #: Families below this many rows start from their kin.
@@ -206,6 +206,7 @@ def _as_table(
             "high": _rounded(interval.high),
             "usual": _rounded(interval.usual),
         },
+        "generation_spread": GENERATION_SPREAD,
     }
 
 

@@ -1,22 +1,33 @@
 """How well families transfer: a GPU predicted as if none of its rows had ever been fitted.
 
 Families are fitted per GPU, so leaving a GPU out leaves its families out; its rows are predicted by
-the nearest of the others, rates scaled by the datasheet, as for any GPU without families. Nothing
-is fitted here, and no predicted row was seen by the families that predict it.
+the nearest of the others, rates scaled by the datasheet, as for any GPU without families. No
+predicted row was seen by the families that predict it; the one number that is fitted here is how
+much wider their intervals become.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from costmodel.calibration.families import errors_percent
+from costmodel.calibration.intervals import COVERED_SHARE
 from costmodel.calibration.tables import Rows, read_table
 from costmodel.hardware import load_hardware
-from costmodel.kernels.families import family_without
+from costmodel.kernels.families import (
+    GENERATION_SPREAD,
+    SISTER_SPREAD,
+    Family,
+    family_without,
+)
 from costmodel.kernels.kinds import kernel_kind
 from costmodel.operation import Array
+
+#: A GPU with fewer rows of a kind says too little of its transfers.
+LEAST_ROWS = 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,3 +90,36 @@ def _judged(
         "roofline_mape": errors_percent(roofline, observed)["mape"],
     }
     return Transferred(kind, device.name, len(observed), errors)
+
+
+def generation_spread(families: Sequence[Family], tables: Sequence[Rows]) -> float:
+    """Spread of the logarithm that a transfer to another generation adds, of one kind.
+
+    Every GPU of the tables is predicted by the ``families`` of the others; what its rows are off
+    beyond their intervals, as squares of logarithms, is the transfer's. Of each GPU the spread that
+    ``COVERED_SHARE`` of its rows need; of those the largest, since the next GPU may be like it.
+    """
+    unmoved = [replace(f, generation_spread=0.0) for f in families]
+    needed: dict[str, list[NDArray[np.float64]]] = {}
+    for rows in tables:
+        key, device = rows.key, load_hardware(rows.key.hardware)
+        family = family_without(
+            key.hardware,
+            key.kind,
+            key.engine,
+            device,
+            variant=key.variant,
+            kernel=key.kernel,
+            within={k: float(np.median(v)) for k, v in rows.shape.items()},
+            families=unmoved,
+        )
+        if family is None:
+            continue
+        low, mid, high = family.time_s(device, rows.shape, cold=False)
+        off = np.log(rows.observed_s / mid)
+        reach = np.log(np.where(off < 0.0, mid / low, high / mid))
+        beyond = np.sqrt(np.maximum(off**2 - reach**2, 0.0))
+        needed.setdefault(key.hardware, []).append(np.broadcast_to(beyond, off.shape))
+    by_gpu = [np.concatenate(parts) for parts in needed.values()]
+    spreads = [np.quantile(x, COVERED_SHARE) for x in by_gpu if x.size >= LEAST_ROWS]
+    return float(max([SISTER_SPREAD, *spreads])) if spreads else GENERATION_SPREAD

@@ -15,7 +15,8 @@ NOTES = (
     "beside those of the datasheet roofline; coverage, interval_width: of intervals judged on "
     "unseen rows. The parameters themselves are of a fit to all rows; half_fits: of one half of "
     "each split. interval: factors on a prediction on which those differ as usual (standard "
-    "deviation of the logarithm).",
+    "deviation of the logarithm). generation_spread: what a transfer to another generation adds to "
+    "it, as squares of logarithms: the most that any GPU left out needed.",
     "Table: {source}",
     "Rows were left out where a device could not have run them: {n_rejected}.",
 )

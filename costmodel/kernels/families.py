@@ -43,11 +43,12 @@ _PLACES = {
     "blackwell-ultra": 6.5,
 }
 #: A transfer errs by itself, however well a family fits its own GPU: spreads that add to an
-#: interval's logarithm as squares. By distance (the same GPU, the same generation, another):
-#: published for H100 to H200, mean errors of 7 to 15 %; leaving out each of the four GPUs in turn
-#: (``costmodel.calibration.transfer``), 18 to 27 % for GEMM, decode and prefill. Two engines'
-#: families of one kernel and GPU differ by a median of 13.5 %.
-TRANSFER_SPREAD = (0.0, 0.15, 0.4)
+#: interval's logarithm as squares. Within a generation: published for H100 to H200, mean errors of
+#: 7 to 15 %. To another one every kind has its own (``costmodel.calibration.transfer``); this one
+#: stands where no GPU could be left out. Two engines' families of one kernel and GPU differ by a
+#: median of 13.5 %.
+SISTER_SPREAD = 0.15
+GENERATION_SPREAD = 0.4
 ENGINE_SPREAD = 0.2
 #: A shape this many times outside the rows of a family that ships is extrapolation: fits of the
 #: smaller half of the tables predict calls 4 to 64 times larger with the error of other small ones.
@@ -112,6 +113,7 @@ class Family:
     ranges      shapes covered by the rows: column -> (least, most)
     held_out    error on unseen rows, in percent: mape, median, p90, bias, roofline_mape, n
     half_fits   fitted parameters of fits to halves of the rows: name -> one value per fit
+    generation_spread   of the logarithm, that a transfer to another generation adds
     """
 
     kind: KernelKind
@@ -131,6 +133,7 @@ class Family:
     spread: float = 0.0
     far: float = FAR
     half_fits: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    generation_spread: float = GENERATION_SPREAD
 
     def time_s(
         self, device: HardwareProfile, shape: Mapping[str, Array], *, cold: bool = True
@@ -200,6 +203,7 @@ def family_from_table(kind: str, row: Mapping[str, Any]) -> Family:
         held_out=row["held_out_percent"],
         source=row["source"],
         half_fits=row["half_fits"],
+        generation_spread=row["generation_spread"],
     )
 
 
@@ -249,10 +253,13 @@ def family_without(
     variant: str = "",
     kernel: str = "",
     within: Mapping[str, float] | None = None,
+    families: Sequence[Family] | None = None,
 ) -> Family | None:
-    """The family that would answer if none had been fitted on the GPU ``left_out``."""
-    families = [f for f in shipped_families(kind) if f.variant == variant]
-    others = [f for f in families if f.hardware != left_out]
+    """The family that would answer if none had been fitted on the GPU ``left_out``; of those that
+    ship, or of ``families``.
+    """
+    known = shipped_families(kind) if families is None else families
+    others = [f for f in known if f.variant == variant and f.hardware != left_out]
     shape = tuple(sorted((within or {}).items()))
     asked = (_place(hardware), engine.lower(), kernel.lower(), shape)
     return _nearest(others, *asked) if others else None
@@ -321,9 +328,10 @@ def _nearest(
     distance = _distance(best, place)
     same = engine in ("", best.engine) or not best.engine
     same = same and _kernel_distance(best, kernel) < 2
-    spread = math.hypot(TRANSFER_SPREAD[distance], 0.0 if same else ENGINE_SPREAD)
+    own = (0.0, SISTER_SPREAD, best.generation_spread)[distance]
+    spread = math.hypot(own, 0.0 if same else ENGINE_SPREAD)
     basis: Basis = "calibrated" if distance == 0 and same else "transferred"
-    if not spread:
+    if distance == 0 and same:
         return replace(best, basis=basis, distance=distance)
     if distance:
         best = _moved(best, place)

@@ -1,15 +1,22 @@
 """Predictions know nothing of what was observed; a GPU left out is predicted by the others."""
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from costmodel.calibration.tables import read_table
-from costmodel.calibration.transfer import transfer_errors
+from costmodel.calibration.tables import FamilyKey, Rows, read_table
+from costmodel.calibration.transfer import generation_spread, transfer_errors
 from costmodel.hardware import load_hardware
-from costmodel.kernels.families import family_without, load_family
+from costmodel.kernels.families import (
+    GENERATION_SPREAD,
+    Interval,
+    family_without,
+    load_family,
+    shipped_families,
+)
 
 DATA = Path(__file__).resolve().parents[1] / "data" / "kernels"
 TABLES = sorted(p.name for p in DATA.glob("*.csv"))
@@ -58,3 +65,30 @@ def test_transfer_between_generations_beats_the_datasheet() -> None:
     assert {(t.kind, t.hardware) for t in found} >= {("gemm", "h100-sxm"), ("gemm", "b200-sxm")}
     for t in found:
         assert t.errors["mape"] < t.errors["roofline_mape"], t
+
+
+def test_the_spread_of_a_transfer_is_what_the_worst_gpu_left_out_needs() -> None:
+    """Rows observed at e^+-0.5 and e^+-0.3 of their prediction, with intervals of 0.1: what is
+    missing, as squares, is root(0.25 - 0.01) and root(0.09 - 0.01).
+    """
+    shape = {n: np.full(60, v) for n, v in (("m", 64.0), ("n", 4096.0), ("k", 4096.0))}
+    certain = Interval(float(np.exp(-0.1)), float(np.exp(0.1)))
+    families = [
+        replace(f, interval=certain, half_fits={})
+        for f in shipped_families("gemm")
+        if f.engine == "vllm" and f.variant == "bf16"
+    ]
+
+    def rows(gpu: str, off: float) -> Rows:
+        device = load_hardware(gpu)
+        family = family_without(gpu, "gemm", "vllm", device, variant="bf16", families=families)
+        assert family is not None
+        seconds = family.time_s(device, shape, cold=False)[1]
+        either = np.exp(off * np.where(np.arange(60) % 2 == 0, 1.0, -1.0))
+        key = FamilyKey("gemm", "bf16", gpu, "vllm", family.kernel)
+        return Rows(key, shape, seconds * either, np.arange(60))
+
+    worst, better = rows("h100-sxm", 0.5), rows("l40s", 0.3)
+    assert generation_spread(families, [worst, better]) == pytest.approx(0.24**0.5)
+    assert generation_spread(families, [better]) == pytest.approx(0.08**0.5)
+    assert generation_spread(families, []) == GENERATION_SPREAD

@@ -11,7 +11,7 @@ from costmodel.kernels import moe_tiles
 from costmodel.kernels.families import (
     ENGINE_SPREAD,
     MOST_SUSTAINED,
-    TRANSFER_SPREAD,
+    SISTER_SPREAD,
     Family,
     Interval,
     disagreement,
@@ -39,15 +39,15 @@ def test_a_sister_gpu_is_transferred_with_a_wider_interval() -> None:
     sister = family("gemm", "sglang", load_hardware("h200-sxm"), variant="bf16")
     assert (sister.hardware, sister.basis, sister.distance) == ("h100-sxm", "transferred", 1)
     assert sister.parameters == own.parameters
-    assert sister.interval == own.interval.wider(TRANSFER_SPREAD[1])
+    assert sister.interval == own.interval.wider(SISTER_SPREAD)
 
 
 def test_another_generation_takes_the_nearest_and_the_widest_interval() -> None:
     own = family("gemm", "vllm", load_hardware("a100-sxm-80gb"), variant="bf16")
     old = family("gemm", "vllm", load_hardware("t4"), variant="bf16")
     assert (old.hardware, old.basis, old.distance) == ("a100-sxm-80gb", "transferred", 2)
-    assert old.interval == own.interval.wider(TRANSFER_SPREAD[2])
-    assert old.spread == TRANSFER_SPREAD[2]
+    assert old.interval == own.interval.wider(own.generation_spread)
+    assert old.spread == own.generation_spread > SISTER_SPREAD
 
 
 def test_fixed_times_of_a_transferred_kernel_are_cycles_and_its_host_s_are_not() -> None:
