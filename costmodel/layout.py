@@ -20,7 +20,7 @@ from costmodel.engines import Engine
 from costmodel.hardware import HardwareProfile
 from costmodel.methods.stack import MethodStack
 from costmodel.mixers import Attention, Linear
-from costmodel.mlps import MoE
+from costmodel.mlps import DenseMLP, MoE
 from costmodel.operation import Array, Operation, Operations
 from costmodel.weights import compute_dtype, linear_bytes, weights_bytes
 from costmodel.workload import Point
@@ -54,6 +54,7 @@ class Execution:
     small_parameters: float
     mlp_width: float
     mlp_widths: tuple[tuple[float, bool], ...]
+    has_gelu: bool
     n_all_reduces: int
     weights_bytes: float
 
@@ -97,6 +98,10 @@ class Execution:
             small_parameters=_small_parameters(sharded),
             mlp_width=_mlp_width(sharded),
             mlp_widths=_mlp_widths(sharded),
+            has_gelu=any(
+                isinstance(mlp, DenseMLP) and mlp.activation == "gelu_tanh"
+                for mlp, _ in sharded.mlp_groups
+            ),
             n_all_reduces=sum(bool(x.mixers) + bool(x.mlps) for x in sharded.layers),
             weights_bytes=weights_bytes(sharded, weight_dtype, dtype, tp)
             + stack.prompt_weights_bytes(),
@@ -269,7 +274,7 @@ def _elementwise(run: Execution, point: Point, tokens: Array) -> Operation:
         count=n_layers,
         weight_bytes=run.small_parameters * b / n_layers,
         activation_bytes=tokens * ((4.0 * d * blocks + 0.75 * run.mlp_width) * b),
-        shape={"blocks": blocks},
+        shape={"blocks": blocks, "gelu": float(run.has_gelu)},
         launches=point.engine.elementwise_launches,
         transient_bytes=alive * (_alive(run, point.engine) * b),
         dtype=point.dtype,

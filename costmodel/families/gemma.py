@@ -52,7 +52,9 @@ def _gemma(c: ConfigReader, wrapper: ConfigReader | None, generation: int) -> Mo
         eager=generation == 2,  # its soft cap
         extra_parameters=2 * head_dim if third else 0,
     )
-    mlp = DenseMLP(d_ff=c.integer("intermediate_size", default=9216 if third else None))
+    mlp = DenseMLP(
+        d_ff=c.integer("intermediate_size", default=9216 if third else None), activation="gelu_tanh"
+    )
     norms = 2 if generation == 1 else 4
     window: int | None = None
     types: tuple[str, ...] = (FULL,) * n_layers
@@ -102,7 +104,7 @@ def _gemma4(c: ConfigReader, wrapper: ConfigReader | None) -> Model:
     for i, kind in enumerate(types):
         shares = i >= n_layers - n_shared
         if (kind, shares) not in cache:
-            mlp = DenseMLP(d_ff=d_ff * (2 if wide and shares else 1))
+            mlp = DenseMLP(d_ff=d_ff * (2 if wide and shares else 1), activation="gelu_tanh")
             mixer = mixers[kind]
             if shares:
                 mixer = replace(mixer, owns_cache=False, extra_parameters=mixer.head_dim)

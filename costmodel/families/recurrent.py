@@ -23,7 +23,7 @@ def _recurrent_gemma(c: ConfigReader, wrapper: ConfigReader | None) -> Model:
     width = c.integer("lru_width", default=d)
     if width % heads.n_heads:
         raise c.error("lru_width", f"a multiple of the {heads.n_heads} heads", width)
-    mlp = DenseMLP(d_ff=c.integer("intermediate_size") // 2, bias=True)
+    mlp = DenseMLP(d_ff=c.integer("intermediate_size") // 2, bias=True, activation="gelu_tanh")
     recurrent = RGLRU(
         width=width, n_blocks=heads.n_heads, conv_kernel=c.integer("conv1d_width", default=4)
     )

@@ -60,8 +60,14 @@ def windowed(operation: Operation) -> Measured | None:
 
 
 def measured(operation: Operation) -> Iterator[Measured]:
-    """Where to read the curves of the operation's own name, then those of its kind."""
-    yield _RULES.get(operation.name, _plain)(operation)._replace(kind=operation.name)
+    """Where to read the curves of the operation's own name, then those of its kind.
+
+    What runs between matmuls has curves of its own where the MLPs' activation is tanh-GELU.
+    """
+    own = _RULES.get(operation.name, _plain)(operation)
+    if operation.shape.get("gelu"):
+        yield own._replace(kind=f"{operation.name}_gelu")
+    yield own._replace(kind=operation.name)
     yield _RULES.get(operation.kind, _plain)(operation)
 
 

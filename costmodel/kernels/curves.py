@@ -26,7 +26,8 @@ selective_state_update, ..._step        state elements            state element 
                                                                                       d_state
 causal_conv1d                           elements                  element             kernel
 select, update_and_evict                scores                    score
-norm_rope_activation                    activation bytes          byte                blocks
+norm_rope_activation, with tanh-GELU    activation bytes          byte                blocks
+norm_rope_activation_gelu
 gather_kept, chunk_kda, ...             bytes moved               byte
 stream (any other elementwise)          bytes moved               byte, plus
                                                                   ``dispatch``

@@ -1,11 +1,11 @@
 """Matmuls with cold weights, what runs between them, plain copies, and the cost of starting one."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, silu
+from torch.nn.functional import gelu, linear, silu
 
 from costmodel.kernels.curves import curve_name
 from measure.engine import TORCH_DTYPES
@@ -83,7 +83,8 @@ def elementwise(bench: Bench, dtype: str) -> None:
     """Norms, rotary embedding, activation and residual sums of one layer of the engine.
 
     Seconds per byte as the cost model counts them: 8 d + 3 F elements per token of a layer with
-    attention and an MLP (two blocks), 4 d where a layer is one recurrent mixer (one block). What
+    attention and an MLP (two blocks), 4 d where a layer is one recurrent mixer (one block); with
+    SiLU, and with the tanh-GELU of Gemma's kin, which takes several times as long. What
     runs between two matmuls is timed alone: every matmul drives the code of the next few small
     operations out of the core's cache. Timed as one call a layer of one token took a third.
     """
@@ -92,12 +93,13 @@ def elementwise(bench: Bench, dtype: str) -> None:
     for rows in bench.plan.layer_rows:
         between = _Between(bench.plan.layer, rows, kind)
         block, spread = bench.cold(between.sum_and_norm)
-        parts = (between.turn, between.join, between.activate)
-        layer = 2 * block + sum(bench.cold(part)[0] for part in parts)
-        for blocks, elements, seconds in ((1, 4.0 * d, block), (2, 8.0 * d + 3.0 * f, layer)):
-            n_bytes = rows * elements * kind.itemsize
-            name = curve_name("norm_rope_activation", dtype, blocks=blocks)
-            bench.results.add_point(name, (n_bytes, seconds / n_bytes, spread))
+        shared = 2 * block + sum(bench.cold(part)[0] for part in (between.turn, between.join))
+        for suffix, activation in (("", silu), ("_gelu", partial(gelu, approximate="tanh"))):
+            layer = shared + bench.cold(partial(between.activate, activation))[0]
+            for blocks, elements, seconds in ((1, 4.0 * d, block), (2, 8.0 * d + 3.0 * f, layer)):
+                n_bytes = rows * elements * kind.itemsize
+                name = curve_name(f"norm_rope_activation{suffix}", dtype, blocks=blocks)
+                bench.results.add_point(name, (n_bytes, seconds / n_bytes, spread))
 
 
 class _Between:
@@ -134,10 +136,10 @@ class _Between:
         """Before the output projection."""
         return self.attended.transpose(1, 2).flatten(2)
 
-    def activate(self) -> Tensor:
+    def activate(self, activation: Callable[[Tensor], Tensor]) -> Tensor:
         """Between the matmuls of a gated MLP."""
         gate, up = self.gate_up.chunk(2, dim=-1)
-        return silu(gate) * up
+        return activation(gate) * up
 
 
 def _copy_next(target: Tensor, buffers: Iterator[Tensor]) -> None:

@@ -68,7 +68,9 @@ def convolutions(bench: Bench, dtype: str) -> None:
 def scans(bench: Bench, dtype: str) -> None:
     """Every recurrent mixer of the plan, over a prompt and in a step."""
     for mixer, tokens in _mixers(bench.plan):
-        runner = runner_of(mixer, Numerics())
+        # RG-LRU layers are RecurrentGemma's, whose gate is a GELU
+        numerics = Numerics(activation="gelu_tanh") if isinstance(mixer, RGLRU) else Numerics()
+        runner = runner_of(mixer, numerics)
         assert isinstance(runner, RecurrentRunner)
         generator = torch.Generator(device=torch.get_default_device()).manual_seed(0)
         kind = TORCH_DTYPES[dtype]

@@ -3,11 +3,14 @@
 import numpy as np
 import pytest
 
-from costmodel.hardware import Curve, HardwareProfile
+from costmodel.hardware import Curve, HardwareProfile, load_hardware
 from costmodel.kernels import time_operation
 from costmodel.kernels.curve_sizes import tiled_causal_pairs
 from costmodel.kernels.curves import NOISE_FRACTION, curve_name, curve_time_s
+from costmodel.model import Model
 from costmodel.operation import Operation
+from costmodel.options import Options
+from costmodel.registry import load_architecture
 
 
 def profile(**curves: Curve) -> HardwareProfile:
@@ -160,3 +163,27 @@ def test_small_operations_of_a_layer_count_activations_by_its_blocks():
     )  # fmt: skip
     found = curve_time_s(layer, profile(**curves))
     assert float(found.seconds) == pytest.approx(2e-5)  # half an octave from both: their mean
+
+
+def test_small_operations_with_a_gelu_have_curves_of_their_own_or_those_of_others():
+    curves = {"norm_rope_activation__bf16__blocks=2": Curve(x=(1e3,), y=(1e-8,), spread=0.1)}
+    own = {"norm_rope_activation_gelu__bf16__blocks=2": Curve(x=(1e3,), y=(3e-8,), spread=0.1)}
+
+    def seconds(gelu: float, **measured: Curve) -> float:
+        layer = Operation(
+            name="norm_rope_activation", kind="elementwise", activation_bytes=1e3,
+            shape={"blocks": 2.0, "gelu": gelu},
+        )  # fmt: skip
+        return float(curve_time_s(layer, profile(**measured)).seconds)
+
+    assert seconds(1.0, **curves, **own) == pytest.approx(3e-5)
+    assert seconds(0.0, **curves, **own) == pytest.approx(1e-5)
+    assert seconds(1.0, **curves) == pytest.approx(1e-5)  # a profile made before there were any
+
+
+@pytest.mark.parametrize(
+    ("name", "gelu"), [("gemma-2-2b", True), ("recurrentgemma-2b", True), ("llama-3.2-1b", False)]
+)
+def test_models_say_which_activation_they_have(name, gelu):
+    model = Model.of(load_architecture(name), "full", load_hardware("h100-sxm"), Options())
+    assert model.run.has_gelu is gelu
