@@ -1,6 +1,6 @@
 """Fit the families that ship: ``python -m costmodel.calibration --data DIR --output DIR``.
 
-Reads every kernel table in a folder, fits and judges all its families, writes one TOML file per
+Reads every kernel table in a folder, fits and judges all its families, writes one JSON file per
 kind, and prints what was reached on unseen rows. Takes some minutes on one core.
 """
 
@@ -42,7 +42,7 @@ def main() -> None:
     """Fit, judge, write, print."""
     parser = argparse.ArgumentParser(prog="python -m costmodel.calibration", description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder with the kernel tables")
-    parser.add_argument("--output", type=Path, required=True, help="folder for the TOML files")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the JSON files")
     parser.add_argument("--kind", action="append", help="only this kind (repeat)")
     arguments = parser.parse_args()
     for name in TABLES:
