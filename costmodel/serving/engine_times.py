@@ -2,7 +2,8 @@
 
     step    = t0 + L t_layer + a matmuls + b attention + a other + m experts + L_e t_expert
               + c collectives
-    prompt  = t_s + t0 + L t_layer + p (matmuls + attention + other) + m_p experts + c collectives
+    prompt  = t_s + t0 + L t_layer + p (matmuls + b_p attention + other) + m_p experts
+              + c collectives
     TPOT    = step + q (n - 1) (prompt without its constants) / output tokens
 
 each at least what the host needs to start its kernels where there is no captured graph. Under
@@ -13,14 +14,15 @@ together before anybody decodes. n is what fits in the KV pool when that is less
     t0  host time per step                    t_layer   gaps between kernels of a layer
     a   kernels in a step against alone       b         decode attention against its family
     m   expert roofline to attained time      t_expert  fixed cost of an expert layer
-    p   kernels of a prompt against alone     t_s       what the first token takes besides
-    c   collectives against their tables
+    p   kernels of a prompt against alone     b_p       attention of a prompt against its family
+    c   collectives against their tables      t_s       what the first token takes besides
 
 What is ignored: preemption, lengths that vary, batches smaller than the load while prompts wait,
 speculative decoding.
 """
 
 import functools
+import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -120,17 +122,26 @@ class EngineTimes:
         return "calibrated" if own else "transferred"
 
     def interval(self, kind: str, mid: Array, gpu: str) -> tuple[Array, Array]:
-        """(low, high) around a time of a class of metric; NaN where none was judged.
+        """(low, high) around a time of a class of metric.
 
         A class the engine has no runs of takes the interval of engines left out of the fit of all;
-        a GPU it has none of, that of GPUs left out.
+        a GPU it has none of, that of GPUs left out. A class no engine has runs of (first tokens of
+        sparse models) errs as that metric does of other models, and as other metrics of such models
+        do: the worst of either, added as squares.
         """
         table = self if kind in self.scatter else load_engine_times(POOLED)
         scatter = table.scatter.get(kind)
         if scatter is None:
-            unknown = np.full(np.shape(mid), np.nan)
-            return unknown, unknown
-        low, high = factors(scatter.get(gpu, scatter[""]))
+            ends = kind.split("_")
+            size = math.hypot(
+                *(
+                    max(s[""] for name, s in table.scatter.items() if e in name.split("_"))
+                    for e in ends
+                )
+            )
+        else:
+            size = scatter.get(gpu, scatter[""])
+        low, high = factors(size)
         return mid * low, mid * high
 
 
@@ -165,7 +176,8 @@ def prompt_work_from(p: Parameters, served: Served, parts: Parts) -> Array:
     """The part of a prompt that grows with it: what stands between others' tokens."""
     narrow = p.narrow(served.matmul_precision)
     seconds: Array = (
-        p.prefill_factor * (narrow * parts.matmul_s + parts.attention_s + parts.other_s)
+        p.prefill_factor
+        * (narrow * parts.matmul_s + p.prompt_attention_factor * parts.attention_s + parts.other_s)
         + p.expert_factor_prefill * parts.expert_s
         + p.collective_factor * parts.collective_s
     )

@@ -169,14 +169,15 @@ def fit(
         from scipy.optimize import least_squares
     except ImportError as error:
         raise MissingExtraError("fitting needs scipy: pip install 'lccost[plan]'") from error
-    names = list(PRIORS)
+    fixed = {} if _own_attention(runs) else {"prompt_attention_factor": 1.0}
+    names = [n for n in PRIORS if n not in fixed]
     log_prior = np.log([PRIORS[n][0] if kin is None else getattr(kin, n) for n in names])
     spread = np.array([PRIORS[n][1] for n in names]) * (1.0 if kin is None else KIN_SPREAD)
     chosen = [r.mask for r in runs] if masks is None else masks
     log_observed = [np.log(r.observed_s[m & r.mask]) for r, m in zip(runs, chosen, strict=True)]
 
     def residuals(x: Floats) -> Floats:
-        parameters = Parameters(**dict(zip(names, np.exp(x).tolist(), strict=True)))
+        parameters = Parameters(**fixed, **dict(zip(names, np.exp(x).tolist(), strict=True)))
         parts = [
             np.log(r.predicted_s(parameters, m)) - o
             for r, m, o in zip(runs, chosen, log_observed, strict=True)
@@ -186,7 +187,11 @@ def fit(
     least, most = np.log([LIMITS.get(n, (1e-12, 1e12)) for n in names]).T
     start = np.clip(log_prior, least + 1e-6, most - 1e-6)
     best = least_squares(residuals, start, loss="soft_l1", f_scale=SCATTER, bounds=(least, most))
-    return Parameters(**dict(zip(names, np.exp(best.x).tolist(), strict=True)))
+    return Parameters(**fixed, **dict(zip(names, np.exp(best.x).tolist(), strict=True)))
+
+
+def _own_attention(runs: Sequence[Runs]) -> bool:
+    return bool(runs) and all(facts_of(r.engine).own_attention for r in runs)
 
 
 class Kin:

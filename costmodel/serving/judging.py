@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from costmodel.intervals import factors, scatter_of
 from costmodel.serving.fit import Bools, Floats, Kin, Runs, fit, in_first_half
-from costmodel.serving.parameters import Parameters, default_parameters
+from costmodel.serving.parameters import Parameters
 
 Labels = Callable[[Runs], NDArray[np.str_]]
 
@@ -86,9 +86,7 @@ def _held_out(
         start = None
         if kin is not None:
             start = kin.without(f"{name}:{label}", others, sparse=runs[0].is_sparse)
-        parameters = start or default_parameters()
-        if any(m.any() for m in masks):
-            parameters = fit(runs, masks, kin=start)
+        parameters = fit(runs, masks, kin=start)
         for seconds, r, k, m in zip(out, runs, own, inside, strict=True):
             left_out = m & (k == label)
             seconds[left_out] = r.predicted_s(parameters, left_out)

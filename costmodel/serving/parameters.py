@@ -6,7 +6,9 @@ from dataclasses import dataclass
 #: parameter -> (prior, spread of its logarithm; 0: not fitted). Kernels in a step take what they
 #: take alone, in a prompt a fifth more (sustained power); weights stream at 0.7 to 0.9 of the
 #: bandwidth; prefill interferes once. Products that quantise their activations and carry scales
-#: take longer against their roofline: by 1.6 in tables of fp8 against bf16.
+#: take longer against their roofline: by 1.6 in tables of fp8 against bf16. Attention kernels
+#: written in Triton reach 0.4 of the tensor rate where FlashAttention and FlashInfer reach 0.6 to
+#: 0.8.
 PRIORS: Mapping[str, tuple[float, float]] = {
     "step_s": (4e-4, 1.0),
     "layer_s": (4e-6, 1.0),
@@ -17,6 +19,7 @@ PRIORS: Mapping[str, tuple[float, float]] = {
     "attention_factor": (1.0, 0.25),
     "packed_attention_factor": (0.9, 0.2),
     "prefill_factor": (1.2, 0.2),
+    "prompt_attention_factor": (1.7, 0.4),
     "expert_factor_16": (1.4, 0.5),
     "expert_factor_8": (1.3, 0.5),
     "expert_factor_4": (1.1, 0.5),
@@ -56,6 +59,8 @@ class Parameters:
     packed_attention_factor   attention on a packed integer cache against that on the 16-bit cache
                       it replaces, where the engine unpacks inside its kernel
     prefill_factor    kernels of a prompt against their tables, p: clocks under sustained load
+    prompt_attention_factor   more of it for attention over a prompt, where the engine attends with
+                      kernels of its own; else 1
     expert_factor_16, _8, _4   expert roofline to attained time in decode, by bits of the weights
     expert_factor_integer      the same for integer weights
     expert_factor_prefill      the same in prefill, any format
@@ -73,6 +78,7 @@ class Parameters:
     attention_factor: float
     packed_attention_factor: float
     prefill_factor: float
+    prompt_attention_factor: float
     expert_factor_16: float
     expert_factor_8: float
     expert_factor_4: float
@@ -114,6 +120,7 @@ class Facts:
     kin               one of the engines that serve under load with kernels of the same makers: its
                       fit starts from the fit to all of them together
     rules             engine of ``costmodel/data/engines.toml`` whose accounting rules hold
+    own_attention     attends over prompts with kernels of which there are no tables
     with_method       its runs are of this method, whose kernels it brings
     own_forms         runs methods in forms of its own, not in those their authors published
     """
@@ -122,5 +129,6 @@ class Facts:
     memory_fraction: float = 0.93
     kin: bool = False
     rules: str = "vllm"
+    own_attention: bool = False
     with_method: str = "full"
     own_forms: bool = False

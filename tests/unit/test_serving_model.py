@@ -195,6 +195,15 @@ def test_a_gpu_without_runs_widens_the_interval() -> None:
     assert wide_low < low < 1.0 < high < wide_high
 
 
+def test_a_class_nobody_ran_errs_as_its_metric_and_as_its_models() -> None:
+    pooled = load_engine_times("any")
+    assert "ttft_sparse" not in pooled.scatter
+    low, high = load_engine_times("vllm").interval("ttft_sparse", np.float64(1.0), "h100-sxm")
+    sparse = max(s[""] for name, s in pooled.scatter.items() if name.endswith("sparse"))
+    both = np.hypot(pooled.scatter["ttft_dense"][""], sparse)
+    assert np.log(high) == pytest.approx(-np.log(low)) == pytest.approx(np.log(5) * both)
+
+
 @pytest.mark.parametrize("draw", ["laplace", "normal"])
 def test_intervals_hold_four_in_five_whatever_the_shape_of_the_errors(draw: str) -> None:
     rng = np.random.default_rng(0)
