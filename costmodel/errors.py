@@ -35,8 +35,11 @@ class UnknownNameError(LccostError):
         if len(near) < 3:
             import difflib  # only for the user's mistakes
 
-            close = difflib.get_close_matches(low, names, n=3, cutoff=0.45)
-            near += [n for n in close if n not in near]
+            # of "owner/model" the model says more than who publishes it
+            for wanted, cutoff in ((low.rpartition("/")[2], 0.7), (low, 0.45)):
+                close = difflib.get_close_matches(wanted, names, n=3, cutoff=cutoff)
+                near += [n for n in close if n not in near]
+            near = near[:5]
         text = f"unknown {kind} {name!r}."
         if near:
             text += f" Did you mean: {', '.join(near)}?"
