@@ -173,17 +173,17 @@ def _attention(record: Record) -> Read:
 
 
 def _mla(record: Record) -> Read:
-    variant = "fp8" if dtype(record, "kv_cache_dtype").startswith("fp8") else "bf16"
+    fp8 = dtype(record, "kv_cache_dtype").startswith("fp8")
     shape = {
         "batch": count(record, "batch_size"),
         "n_heads": count(record, "num_heads"),
-        "element_bytes": 1.0 if variant == "fp8" else 2.0,
+        "element_bytes": 1.0 if fp8 else 2.0,
     }
     phase = text(record, "phase")
     if phase == "decode":
-        return "mla_decode_attention", variant, shape | {"kv_len": count(record, "kv_len")}
+        return "mla_decode_attention", "", shape | {"kv_len": count(record, "kv_len")}
     if phase == "prefill":
-        return "mla_prefill_attention", variant, shape | {"q_len": count(record, "kv_len")}
+        return "mla_prefill_attention", "", shape | {"q_len": count(record, "kv_len")}
     raise ConfigError(f"phase: expected decode or prefill, got {phase[:40]!r}")
 
 

@@ -3,7 +3,8 @@
 Families are fitted per GPU, so leaving a GPU out leaves its families out; its rows are predicted by
 the nearest of the others, rates scaled by the datasheet, as for any GPU without families. No
 predicted row was seen by the families that predict it; the one number that is fitted here is how
-much wider their intervals become.
+much wider their intervals become. Which kernel ran is known by its name, and with it tiles and
+forms; nothing of its times is.
 """
 
 from collections.abc import Sequence

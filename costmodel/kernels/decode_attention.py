@@ -17,6 +17,9 @@ streams through one CTA per query head. And with several KV heads the swap is a 
 much as joining splits. fp8 caches add a start-up cost, and their CTAs stream at another rate
 because they convert what they read.
 
+FlashInfer runs groups below 4 of an unquantised cache in a kernel without tensor cores, whose CTAs
+cost less (``plain_group``). Groups above 32 need a wider tile, and with it another kernel.
+
 What is ignored: page tables, the append of the new token, tensor-core time (two FLOPs per byte
 and query head: it shows only above some 64 query heads per KV head).
 """
@@ -43,6 +46,10 @@ from costmodel.operation import Array
 
 #: Query heads of one KV head that one CTA packs into a tile of rows.
 PACKED_HEADS = 64.0
+#: Groups above this run in a kernel of wider tiles.
+NARROW_HEADS = 32.0
+#: FlashInfer's smallest group on tensor cores.
+FLASHINFER_GROUP = 4.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +71,10 @@ class DecodeAttentionParameters:
     cache_rate_fraction  attained share of the last-level cache's rate, h
     cache_fraction       share of the last-level cache that holds a replayed KV cache
     unhidden_fraction    share of the shorter activity that nothing hides, u
+    wide_s               extra start where more than 32 query heads share a KV head
+    plain_cta_ratio      cost of a CTA of groups below ``plain_group``, against t_cta
     swaps_heads          1: packs a group's heads as FlashAttention-2 does; 0: in the kernel
+    plain_group          groups smaller than this run without tensor cores, unless in fp8
     """
 
     launch_s: float
@@ -82,7 +92,10 @@ class DecodeAttentionParameters:
     cache_rate_fraction: float
     cache_fraction: float
     unhidden_fraction: float
+    wide_s: float = 0.0
+    plain_cta_ratio: float = 1.0
     swaps_heads: float = 0.0
+    plain_group: float = 0.0
 
 
 PRIORS: dict[str, Prior] = {
@@ -101,6 +114,11 @@ PRIORS: dict[str, Prior] = {
     "cache_rate_fraction": Prior(0.3, 0.6, 0.03, 1.0, "attained share of the cache's rate"),
     "cache_fraction": Prior(0.8, 0.3, 0.1, 1.5, "cache share that holds a replayed KV cache"),
     "unhidden_fraction": Prior(0.3, 0.5, 0.001, 1.0, "share of the shorter activity not hidden"),
+    "wide_s": Prior(1e-6, 0.8, 1e-9, 1e-5, "extra start of groups above 32"),
+}
+#: FlashInfer has a second kernel.
+PLAIN_PRIORS = PRIORS | {
+    "plain_cta_ratio": Prior(0.6, 0.6, 0.02, 2.0, "a CTA of small groups against others"),
 }
 
 
@@ -127,7 +145,7 @@ def decode_attention_time_s(
     tokens = np.asarray(kv_len, dtype=np.float64)
     if np.any(window):
         tokens = np.where(np.asarray(window) > 0, np.minimum(tokens, window), tokens)
-    group = np.asarray(n_heads, dtype=np.float64) / n_kv_heads
+    sharing = group = np.asarray(n_heads, dtype=np.float64) / n_kv_heads
     packs = np.ceil(group / PACKED_HEADS)
     if p.swaps_heads and np.any(window):
         packs = np.where(np.asarray(window) > 0, group, packs)
@@ -141,8 +159,12 @@ def decode_attention_time_s(
 
     stream = p.stream_bytes_per_s * clock_ratio(device) * np.where(is_fp8, p.fp8_stream_ratio, 1.0)
     sms = units(device)
+    cta_s: Array = p.cta_s
+    if p.plain_group:
+        plain = np.less(group, p.plain_group) & ~is_fp8
+        cta_s = np.where(plain, p.plain_cta_ratio * p.cta_s, p.cta_s)
     rounds = waves(n_units * splits / (sms * p.ctas_per_unit), p.wave_rounding)
-    ctas = rounds * (kv_bytes / (splits * stream) + p.cta_s)
+    ctas = rounds * (kv_bytes / (splits * stream) + cta_s)
 
     bandwidth = device.hbm_bytes_per_s
     miss: Array = np.float64(1.0)
@@ -153,8 +175,11 @@ def decode_attention_time_s(
     # Queries and outputs, or the fp32 partial outputs of the splits, stay in the cache.
     row_s = n_heads * (width / 2.0) * (4.0 / cache_rate)
     rows = batch * row_s * splits
+    start: Array = p.launch_s
+    if np.any(np.greater(sharing, NARROW_HEADS)):
+        start = np.where(np.greater(sharing, NARROW_HEADS), p.launch_s + p.wide_s, p.launch_s)
     seconds = (
-        p.launch_s
+        start
         + p.combine_s * joined
         + np.where(is_fp8, p.fp8_s, 0.0)
         + overlapped(ctas, memory, p.unhidden_fraction)
@@ -215,7 +240,13 @@ def _work(device: HardwareProfile, shape: Shape, variant: str) -> Work:
 
 
 def _structure(kernel: str, variant: str) -> dict[str, float]:
-    return {"swaps_heads": float(kernel_class(kernel) == "fa2")}
+    known = kernel_class(kernel)
+    plain_group = FLASHINFER_GROUP if known == "flashinfer" else 0.0
+    return {"swaps_heads": float(known == "fa2"), "plain_group": plain_group}
+
+
+def _priors(kernel: str, variant: str) -> dict[str, Prior]:
+    return PLAIN_PRIORS if kernel_class(kernel) == "flashinfer" else PRIORS
 
 
 SHAPE = ("batch", "kv_len", "n_heads", "n_kv_heads", "head_dim", "element_bytes", "window")
@@ -224,7 +255,7 @@ KIND = KernelKind(
     parameters=DecodeAttentionParameters,
     shape=SHAPE,
     variants=("",),
-    priors=lambda kernel, variant: PRIORS,
+    priors=_priors,
     structure=_structure,
     time_s=_time,
     work=_work,

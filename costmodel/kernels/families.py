@@ -23,6 +23,7 @@ import numpy as np
 from costmodel.files import DATA
 from costmodel.hardware import HardwareProfile, load_hardware
 from costmodel.kernels.kinds import KernelKind, kernel_class, kernel_kind
+from costmodel.kernels.moved import Place, built_as, moved, place_of
 from costmodel.operation import Array
 
 Basis = Literal["calibrated", "transferred", "prior"]
@@ -237,7 +238,7 @@ def load_family(
         With ``basis``, ``distance`` and an interval widened where it is transferred.
     """
     shape = tuple(sorted((within or {}).items()))
-    asked = (_place(hardware), engine.lower(), kernel.lower(), shape)
+    asked = (place_of(hardware), engine.lower(), kernel.lower(), shape)
     own = [f for f in _own_families(kind, hardware) if f.variant == variant]
     if own:
         return _nearest(own, *asked)
@@ -261,46 +262,13 @@ def family_without(
     known = shipped_families(kind) if families is None else families
     others = [f for f in known if f.variant == variant and f.hardware != left_out]
     shape = tuple(sorted((within or {}).items()))
-    asked = (_place(hardware), engine.lower(), kernel.lower(), shape)
+    asked = (place_of(hardware), engine.lower(), kernel.lower(), shape)
     return _nearest(others, *asked) if others else None
-
-
-#: Kinds whose long calls fill the tensor cores, and the most of the peak that any sustains.
-POWER_LIMITED = frozenset({"gemm", "prefill_attention"})
-MOST_SUSTAINED = 0.95
-
-
-#: Kinds whose kernels go by rules of their software, whatever GPU they were fitted on.
-RULED = frozenset({"moe_gemm"})
-
-
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """Where a device stands among the fitted ones; what is not known of it is 0.
-
-    w_per_flops   TDP over the 16-bit peak
-    """
-
-    hardware: str
-    generation: str
-    clock_hz: float
-    w_per_flops: float
-
-
-def _place(hardware: HardwareProfile) -> _Place:
-    peaks = hardware.peak_flops_per_s
-    peak = peaks.get("bf16") or peaks.get("fp16")
-    return _Place(
-        hardware.name,
-        hardware.generation,
-        hardware.clock_hz or 0.0,
-        (hardware.tdp_w or 0.0) / peak if peak else 0.0,
-    )
 
 
 @functools.lru_cache(maxsize=1024)
 def _nearest_shipped(
-    kind: str, variant: str, place: _Place, engine: str, kernel: str, within: Within
+    kind: str, variant: str, place: Place, engine: str, kernel: str, within: Within
 ) -> Family | None:
     families = [f for f in shipped_families(kind) if f.variant == variant]
     if not families:
@@ -309,7 +277,7 @@ def _nearest_shipped(
 
 
 def _nearest(
-    families: Sequence[Family], place: _Place, engine: str, kernel: str, within: Within
+    families: Sequence[Family], place: Place, engine: str, kernel: str, within: Within
 ) -> Family | None:
     def rank(f: Family) -> tuple[float, ...]:
         ends = [(f.ranges.get(name, (value, value)), value) for name, value in within]
@@ -337,7 +305,7 @@ def _nearest(
         best = _moved(best, place)
     return replace(
         best,
-        parameters=_ruled(best.parameters, best, kernel),
+        parameters=built_as(best.kind, best.variant, best.parameters, best.kernel, kernel),
         basis=basis,
         distance=distance,
         interval=best.interval.wider(spread),
@@ -345,50 +313,23 @@ def _nearest(
     )
 
 
-def _moved(family: Family, place: _Place) -> Family:
-    """A family with the parameters it has on another device, rates being shares of the datasheet's.
-
-    Starting a kernel, filling a pipeline or joining splits takes a number of cycles: fitted starts
-    of matrix products differ by 2.1 between A100 and L40S, whose clocks differ by 1.8. Times of the
-    host (``eager``, ``uncaptured``) and of links between GPUs stay.
-
-    Products that fill the tensor cores run at the clock that the power limit allows, and power goes
-    as the cube of the clock: their share of the peak goes as the cube root of the watts that a
-    device has for it, which differ fivefold (0.44 W per TFLOP/s on B200, 2.7 on RTX 4090).
-    """
-    own = _place(load_hardware(family.hardware))
-    ratios: dict[str, float] = {}
-    if family.kind.name != "collective" and own.clock_hz and place.clock_hz:
-        names = [f.name for f in fields(family.parameters)]
-        ratios = dict.fromkeys(filter(_is_device_time, names), own.clock_hz / place.clock_hz)
-    if family.kind.name in POWER_LIMITED and own.w_per_flops and place.w_per_flops:
-        ratios["tensor_fraction"] = (place.w_per_flops / own.w_per_flops) ** (1.0 / 3.0)
-
-    def moved(name: str, value: float) -> float:
-        most = max(value, MOST_SUSTAINED) if name == "tensor_fraction" else math.inf
-        return min(value * ratios.get(name, 1.0), most)
-
+def _moved(family: Family, place: Place) -> Family:
+    """A family with the parameters it has on another device."""
+    own = place_of(load_hardware(family.hardware))
     p, fits = family.parameters, family.half_fits
+    values = {f.name: getattr(p, f.name) for f in fields(p)}
+    there = [
+        moved(family.kind, dict(zip(fits, values, strict=True)), own, place)
+        for values in zip(*fits.values(), strict=True)
+    ]
     return replace(
         family,
-        parameters=replace(p, **{name: moved(name, getattr(p, name)) for name in ratios}),
-        half_fits={name: [moved(name, v) for v in values] for name, values in fits.items()},
+        parameters=replace(p, **moved(family.kind, values, own, place)),
+        half_fits={name: [fit[name] for fit in there] for name in fits},
     )
 
 
-def _ruled(parameters: Any, family: Family, kernel: str) -> Any:
-    """Parameters with the rules that the kernel asked for goes by, where its name tells them."""
-    if family.kind.name not in RULED or kernel in ("", family.kernel):
-        return parameters
-    return replace(parameters, **family.kind.structure(kernel, family.variant))
-
-
-def _is_device_time(name: str) -> bool:
-    is_time = name.endswith("_s") and not name.endswith("per_s")
-    return is_time and not name.startswith(("eager", "uncaptured"))
-
-
-def _distance(family: Family, place: _Place) -> int:
+def _distance(family: Family, place: Place) -> int:
     if family.hardware == place.hardware:
         return 0
     return 1 if family.generation == place.generation else 2

@@ -295,7 +295,7 @@ def _mla_decode(operation: Operation) -> Asked | None:
         return None
     asked = {name: shape[name] for name in ("batch", "kv_len", "n_heads")}
     more = {"element_bytes": 1.0 if is_fp8 else 2.0}
-    return Asked("mla_decode_attention", "fp8" if is_fp8 else "bf16", asked | more, mask=mask)
+    return Asked("mla_decode_attention", "", asked | more, within=more, mask=mask)
 
 
 def _mla_prefill(operation: Operation) -> Asked | None:
@@ -308,7 +308,7 @@ def _mla_prefill(operation: Operation) -> Asked | None:
     if not np.any(mask):
         return None
     asked = {name: shape[name] for name in ("batch", "q_len", "n_heads")} | {"element_bytes": 2.0}
-    return Asked("mla_prefill_attention", "bf16", asked, mask=mask)
+    return Asked("mla_prefill_attention", "", asked, mask=mask)
 
 
 def _scan(operation: Operation) -> Asked | None:

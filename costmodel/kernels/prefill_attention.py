@@ -44,6 +44,8 @@ KEY_BLOCK = 128.0
 MIN_ROWS = 16.0
 #: Head sizes run as the next multiple of this.
 HEAD_DIM_STEP = 32.0
+#: Head sizes that leave room for tiles of more rows where a kernel has them.
+SLIM_HEAD_DIM = 96.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +69,8 @@ class PrefillAttentionParameters:
     cache_rate_fraction  attained share of the last-level cache's rate
     fp8_s, fp8_passes    extra start with an fp8 cache, and passes over keys and values
     tile_rows            rows of a tile; packs_heads 1: rows of a group's heads fill tiles together;
-                         fits_rows 1: short prompts get smaller tiles
+                         swaps_heads 1: those of single queries do; fits_rows 1: short prompts get
+                         smaller tiles; slim_rows: rows of a tile for heads of at most 96, if not 0
     """
 
     launch_s: float
@@ -90,7 +93,9 @@ class PrefillAttentionParameters:
     fp8_passes: float
     tile_rows: float = 128.0
     packs_heads: float = 1.0
+    swaps_heads: float = 1.0
     fits_rows: float = 0.0
+    slim_rows: float = 0.0
 
 
 PRIORS: dict[str, Prior] = {
@@ -140,7 +145,7 @@ def prefill_attention_time_s(
     q = np.asarray(q_len, dtype=np.float64)
     keys = q if kv_len is None else np.asarray(kv_len, dtype=np.float64)
     v_dim = head_dim if v_head_dim is None else v_head_dim
-    tiles, rows = _tiles(p, q, n_heads, n_kv_heads)
+    tiles, rows = _tiles(p, q, (n_heads, n_kv_heads), head_dim)
     mean_keys, most_keys, pairs = _walk(p, q, keys, window, causal)
     per_pair = _seconds_per_pair(p, device, head_dim, v_dim, element_bytes)
     mean = rows * mean_keys * per_pair + p.cta_s
@@ -177,20 +182,23 @@ def prefill_attention_time_s(
 
 
 def _tiles(
-    p: PrefillAttentionParameters, q: Array, n_heads: Array, n_kv_heads: Array
+    p: PrefillAttentionParameters, q: Array, heads: tuple[Array, Array], head_dim: Array
 ) -> tuple[Array, Array]:
-    """Row tiles of one sequence over all heads, and the rows one of them computes."""
-    heads = np.asarray(n_heads, dtype=np.float64)
-    group = heads / n_kv_heads
-    apart = heads * np.ceil(q / p.tile_rows)
-    together = n_kv_heads * np.ceil(q * group / p.tile_rows)
-    # Kernels that do not pack still swap a single query's heads into rows.
-    packed = np.asarray(q <= 1.0) | bool(p.packs_heads)
-    tiles = np.where(packed, together, apart)
-    if not p.fits_rows:
-        return tiles, np.float64(p.tile_rows)
+    """Row tiles of one sequence over all heads, and the rows one of them computes.
+
+    ``heads``: query heads and KV heads.
+    """
+    n_heads, n_kv_heads = np.asarray(heads[0], dtype=np.float64), heads[1]
+    group = n_heads / n_kv_heads
+    tile: Array = np.float64(p.tile_rows)
+    if p.slim_rows:
+        tile = np.where(np.less_equal(head_dim, SLIM_HEAD_DIM), p.slim_rows, tile)
+    packed = bool(p.packs_heads) | (np.less_equal(q, 1.0) & bool(p.swaps_heads))
     used = np.where(packed, q * group, q)
-    return tiles, np.minimum(p.tile_rows, np.ceil(used / MIN_ROWS) * MIN_ROWS)
+    tiles = np.where(packed, n_kv_heads, n_heads) * np.ceil(used / tile)
+    if not p.fits_rows:
+        return tiles, tile
+    return tiles, np.minimum(tile, np.ceil(used / MIN_ROWS) * MIN_ROWS)
 
 
 def _walk(
@@ -239,15 +247,23 @@ def _seconds_per_pair(
     return overlapped(products, exponential, p.unhidden_exponential)
 
 
-#: Row tiles of known implementations: (tile_rows, packs_heads, fits_rows).
-STRUCTURES = {
-    "fa2": (64.0, 0.0, 0.0),
-    "fa3": (128.0, 1.0, 0.0),
-    "fa4": (256.0, 1.0, 1.0),
-    "trtllm": (256.0, 0.0, 0.0),
-    "flashinfer": (128.0, 1.0, 1.0),
+#: Row tiles of known implementations, after their sources: FlashAttention-3 has tiles of 192 rows
+#: for narrow heads; of the others only FlashAttention-2 turns the heads of a single query into
+#: rows, and TensorRT-LLM's prompt kernel runs one CTA per query head whatever the prompt.
+STRUCTURES: dict[str, dict[str, float]] = {
+    "fa2": {"tile_rows": 64.0, "packs_heads": 0.0},
+    "fa3": {"tile_rows": 128.0, "packs_heads": 1.0, "slim_rows": 192.0},
+    "fa4": {"tile_rows": 256.0, "packs_heads": 1.0, "fits_rows": 1.0},
+    "trtllm": {"tile_rows": 256.0, "packs_heads": 0.0, "swaps_heads": 0.0},
+    "flashinfer": {"tile_rows": 128.0, "packs_heads": 1.0, "fits_rows": 1.0},
 }
-USUAL_STRUCTURE = (128.0, 1.0, 0.0)
+USUAL_STRUCTURE = {
+    "tile_rows": 128.0,
+    "packs_heads": 1.0,
+    "swaps_heads": 1.0,
+    "fits_rows": 0.0,
+    "slim_rows": 0.0,
+}
 
 
 def _time(
@@ -284,8 +300,9 @@ def _work(device: HardwareProfile, shape: Shape, variant: str) -> Work:
 
 
 def _structure(kernel: str, variant: str) -> dict[str, float]:
-    rows, packs, fits = STRUCTURES.get(kernel_class(kernel), USUAL_STRUCTURE)
-    return {"tile_rows": rows, "packs_heads": packs, "fits_rows": fits}
+    known = USUAL_STRUCTURE | STRUCTURES.get(kernel_class(kernel), {})
+    # Short prompts may go to the decode kernel, which packs.
+    return known | {"packs_heads": 1.0} if "decode" in kernel.lower() else known
 
 
 SHAPE = ("batch", "q_len", "n_heads", "n_kv_heads", "head_dim", "element_bytes", "window", "causal")

@@ -59,6 +59,29 @@ def test_a_gpu_left_out_is_predicted_by_the_others() -> None:
     assert family.basis == "transferred"
 
 
+def test_the_kernel_named_decides_the_form_on_a_gpu_left_out() -> None:
+    """SGLang's FlashAttention-3 absorbs and converts; TensorRT-LLM's kernels do neither."""
+    h100, b200 = load_hardware("h100-sxm"), load_hardware("b200-sxm")
+    for kind, name in (
+        ("mla_prefill_attention", "absorbed"),
+        ("mla_decode_attention", "converts_cache"),
+    ):
+        to_h100 = family_without("h100-sxm", kind, "sglang", h100, kernel="flash_attention")
+        to_b200 = family_without("b200-sxm", kind, "sglang", b200, kernel="trtllm_mla")
+        unnamed = family_without("b200-sxm", kind, "sglang", b200)
+        found = [getattr(f.parameters, name) for f in (to_h100, to_b200, unnamed) if f is not None]
+        assert found == [1.0, 0.0, 1.0], kind
+
+
+def test_latent_attention_of_a_gpu_left_out() -> None:
+    found = transfer_errors([DATA / "mla.csv"], ("h100-sxm", "b200-sxm"))
+    n_rows = [t.n_rows for t in found]
+    assert sum(n_rows) >= 30
+    for name, least, most in (("mape", 0.0, 27.0), ("coverage", 85.0, 100.0)):
+        figure = np.average([t.errors[name] for t in found], weights=n_rows)
+        assert least <= figure <= most, name
+
+
 def test_transfer_between_generations_beats_the_datasheet() -> None:
     tables = [DATA / f"{n}.csv" for n in ("gemm", "decode_attention", "prefill_attention")]
     found = transfer_errors(tables, ("h100-sxm", "b200-sxm"))

@@ -97,6 +97,24 @@ def test_swapped_heads_copy_with_several_kv_heads_and_stand_alone_in_a_window() 
     assert windowed == pytest.approx(1e-5 + 2 * (65536 / 1e11 + 1e-6), rel=1e-6)
 
 
+def test_groups_above_32_start_later() -> None:
+    wide = replace(DECODE, wide_s=4e-6)
+    for heads, more in ((32, 0.0), (33, 4e-6), (64, 4e-6)):
+        t = [decode_attention_time_s(p, device(), 200, 4096, heads, 1, 128) for p in (wide, DECODE)]
+        assert t[0] - t[1] == pytest.approx(more, abs=1e-12), heads
+
+
+def test_small_groups_of_flashinfer_run_in_cheaper_ctas() -> None:
+    # 512 sequences x 8 KV heads = 4,096 units: 41 rounds on 100 SMs, 1 us per CTA or half of that.
+    flashinfer = replace(DECODE, plain_group=4.0, plain_cta_ratio=0.5, unhidden_fraction=1.0)
+    for group, width, rounds in ((2, 2.0, 41), (4, 2.0, 0), (2, 1.0, 0)):
+        plain, usual = (
+            decode_attention_time_s(p, device(), 512, 16, 8 * group, 8, 128, width)
+            for p in (flashinfer, replace(flashinfer, plain_group=0.0))
+        )
+        assert usual - plain == pytest.approx(rounds * 0.5e-6, abs=1e-12), (group, width)
+
+
 def test_decode_fp8_reads_half_and_starts_later() -> None:
     t = decode_attention_time_s(DECODE, device(), 200, 4096, 32, 8, 128, 1.0)
     assert t == pytest.approx(1e-5 + 3e-6 + 1.6777216e9 / 0.5e12, rel=1e-6)
@@ -158,6 +176,33 @@ def test_head_sizes_run_padded_to_32() -> None:
     assert odd == pytest.approx(float(padded))
 
 
+def test_narrow_heads_may_run_in_taller_tiles() -> None:
+    # 50 sequences of 384 queries, 2 heads: 3 tiles of 128 rows or 2 of 192, 1 us each on 100 SMs.
+    flat = replace(PREFILL, tensor_fraction=1e6, cta_s=1e-6, bandwidth_fraction=1e6)
+    tall = replace(flat, slim_rows=192.0)
+    for parameters, head_dim, tiles in (
+        (flat, 64, 3),
+        (tall, 64, 2),
+        (tall, 96, 2),
+        (tall, 128, 3),
+    ):
+        t = prefill_attention_time_s(
+            parameters, device(peak_flops_per_s={"bf16": 1e30}), 50, 384, 2, 2, head_dim, cold=False
+        )
+        assert t - 1e-5 == pytest.approx(50 * 2 * tiles / 100 * 1e-6, rel=0.01), head_dim
+
+
+def test_a_single_query_is_one_tile_per_head_or_per_kv_head() -> None:
+    # 100 sequences, 32 query heads on 4 KV heads: 32 or 4 tiles per SM.
+    apart = replace(PREFILL, cta_s=1e-6, packs_heads=0.0, bandwidth_fraction=1e6)
+    for swaps, tiles in ((1.0, 4), (0.0, 32)):
+        parameters = replace(apart, swaps_heads=swaps)
+        t = prefill_attention_time_s(parameters, device(), 100, 1, 32, 4, 128, cold=False)
+        # Its 128 rows walk the diagonal and half a block of 128 keys, at 512 FLOPs a pair.
+        per_tile = 1e-6 + 128 * (1 + 64) * 4 * 128 / 1e12
+        assert t == pytest.approx(1e-5 + tiles * per_tile, rel=1e-3)
+
+
 def test_exponentials_bind_narrow_heads() -> None:
     # 1e9 exponentials per SM and second against 256 FLOPs at 1 TFLOP/s per pair: 1 ns beats 0.256.
     slow = replace(PREFILL, exponentials_per_s=1e9)
@@ -194,6 +239,43 @@ def test_latent_decode_of_many_heads_is_bound_by_tensor_cores() -> None:
     # 8192 tokens x 2 x 64 x 1088 FLOPs / 1 TFLOP/s = 1140.9 us each.
     t = mla_decode_time_s(MLA, device(), 100, 8192, 128)
     assert t == pytest.approx(1e-5 + 2 * 8192 * 2 * 64 * 1088 / 1e12, rel=1e-6)
+
+
+def test_a_converted_fp8_latent_is_read_in_bf16_after_it_was_converted() -> None:
+    # 943.7 MB of bf16 as above, behind 100 x 8192 x 576 elements at 100 SMs x 1e9/s = 4718.6 us.
+    converting = replace(MLA, converts_cache=1.0, convert_per_s=1e9, fp8_s=3e-6)
+    t = mla_decode_time_s(converting, device(), 100, 8192, 16, 1.0)
+    elements = 100 * 8192 * 576
+    assert t == pytest.approx(1.3e-5 + elements / 1e11 + 2 * elements / 0.5e12, rel=1e-6)
+    assert mla_decode_time_s(converting, device(), 100, 8192, 16) == mla_decode_time_s(
+        MLA, device(), 100, 8192, 16
+    )
+
+
+def test_a_native_fp8_latent_is_half_the_bytes() -> None:
+    t = mla_decode_time_s(MLA, device(), 100, 8192, 16, 1.0)
+    assert t == pytest.approx(1e-5 + 100 * 8192 * 576 / 0.5e12, rel=1e-6)
+
+
+def test_narrow_tiles_read_the_latent_once_per_16_heads_and_pairs_once_per_128() -> None:
+    # Bound by what a CTA streams, 1152 bytes at 10 GB/s a token, whole rounds on 100 SMs; too many
+    # sequences for the narrow tiles of small calls.
+    slow = replace(MLA, stream_bytes_per_s=1e10, wave_rounding=1.0, bandwidth_fraction=1e6)
+    gpu = device(peak_flops_per_s={"bf16": 1e17})
+    narrow = replace(slow, narrow_tiles=1.0)
+    one_round = 8192 * 1152 / 1e10
+    for heads, of_slow, of_narrow in ((16, 1, 1), (32, 1, 2), (64, 1, 1), (128, 2, 1)):
+        for parameters, rounds in ((slow, of_slow), (narrow, of_narrow)):
+            t = mla_decode_time_s(parameters, gpu, 100, 8192, heads, cold=False)
+            assert t == pytest.approx(1e-5 + rounds * one_round, rel=1e-3), heads
+
+
+def test_small_calls_of_many_heads_run_in_narrow_tiles() -> None:
+    # 5 sequences x 128 heads = 40 tiles of 16 heads on 100 SMs, over 512 tokens (1,024 at most):
+    # 2.5 splits, and the products of 16 rows.
+    bound = replace(MLA, narrow_tiles=1.0, wave_rounding=1.0, stream_bytes_per_s=1e18)
+    t = mla_decode_time_s(bound, device(), 5, 512, 128, cold=False)
+    assert t == pytest.approx(1e-5 + 512 / 2.5 * 2 * 16 * 1088 / 1e12, rel=1e-3)
 
 
 def test_absorbed_prefill_costs_three_point_four_times_the_expanded() -> None:

@@ -1,6 +1,7 @@
 """Which family answers for a device and an engine, and what an operation asks of it."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,6 @@ from costmodel.hardware import load_hardware
 from costmodel.kernels import moe_tiles
 from costmodel.kernels.families import (
     ENGINE_SPREAD,
-    MOST_SUSTAINED,
     SISTER_SPREAD,
     Family,
     Interval,
@@ -20,6 +20,7 @@ from costmodel.kernels.families import (
 )
 from costmodel.kernels.fitted import fitted_time
 from costmodel.kernels.kinds import kernel_class, kernel_kind, kind_names
+from costmodel.kernels.moved import MOST_SUSTAINED, built_as, moved, place_of
 from costmodel.operation import Operation, causal_pairs
 
 
@@ -59,9 +60,9 @@ def test_fixed_times_of_a_transferred_kernel_are_cycles_and_its_host_s_are_not()
     assert there.parameters.bandwidth_fraction == own.parameters.bandwidth_fraction
     product = family("gemm", "vllm", load_hardware("h100-sxm"), variant="fp8_block")
     faster = replace(load_hardware("h100-sxm"), name="h100-fast", clock_hz=2 * 1.83e9)
-    moved = family("gemm", "vllm", faster, variant="fp8_block")
-    assert moved.parameters.eager_s == product.parameters.eager_s > 0.0
-    assert moved.parameters.stream_bytes_per_s == product.parameters.stream_bytes_per_s
+    there = family("gemm", "vllm", faster, variant="fp8_block")
+    assert there.parameters.eager_s == product.parameters.eager_s > 0.0
+    assert there.parameters.stream_bytes_per_s == product.parameters.stream_bytes_per_s
 
 
 def test_a_transferred_product_sustains_what_the_power_limit_allows() -> None:
@@ -95,6 +96,38 @@ def test_experts_go_by_the_tile_rule_of_the_kernel_asked_for() -> None:
     newer = family("moe_gemm", "vllm", a100, variant="bf16", kernel=asked)
     assert own.parameters.tile_rule == moe_tiles.OLDER
     assert newer.parameters == replace(own.parameters, tile_rule=moe_tiles.NEWER)
+
+
+def test_streams_of_a_cache_are_built_for_the_bandwidth_of_another_generation() -> None:
+    """Twice the bandwidth per SM: twice the stream; half of it: what it was, as in a generation."""
+    h100 = load_hardware("h100-sxm")
+    own = family("decode_attention", "vllm", h100)
+    for generation, bandwidth, times in (("other", 2, 2), ("other", 0.5, 1), ("hopper", 2, 1)):
+        there = replace(
+            h100, generation=generation, hbm_bytes_per_s=bandwidth * h100.hbm_bytes_per_s
+        )
+        found = moved(own.kind, {"stream_bytes_per_s": 1e11}, place_of(h100), place_of(there))
+        assert found == {"stream_bytes_per_s": pytest.approx(times * 1e11)}
+    product = family("gemm", "vllm", h100, variant="bf16")
+    there = replace(h100, generation="other", hbm_bytes_per_s=2 * h100.hbm_bytes_per_s)
+    found = moved(product.kind, {"stream_bytes_per_s": 1e11}, place_of(h100), place_of(there))
+    assert found == {"stream_bytes_per_s": 1e11}
+
+
+def test_a_kernel_of_another_class_keeps_its_own_structure() -> None:
+    own = family("decode_attention", "vllm", load_hardware("h100-sxm"))
+    assert own.kernel == "vllm_flash_attn_fa3"
+
+    def built(kernel: str) -> Any:
+        return built_as(own.kind, "", own.parameters, own.kernel, kernel)
+
+    assert built("") == built("fa3") == built("my_kernel") == own.parameters
+    flash2 = built("vllm_flash_attn_fa2")
+    assert flash2.swaps_heads == 1.0
+    assert replace(flash2, swaps_heads=0.0) == own.parameters
+    flashinfer = built("flashinfer")
+    centre = own.kind.priors("flashinfer", "")["plain_cta_ratio"].value
+    assert (flashinfer.plain_group, flashinfer.plain_cta_ratio) == (4.0, centre)
 
 
 def test_another_engine_is_transferred() -> None:
