@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from costmodel.calibration.transfer import transfer_errors
 from costmodel.serving.__main__ import read_tables
 from costmodel.serving.engine_times import EngineTimes, facts_of
 from costmodel.serving.fit import Kin, Runs, read_runs
@@ -36,6 +37,8 @@ DECODE_ATTENTION_BOUND = 9.0
 DECODE_ATTENTION_A100_BOUND = 10.0
 PREFILL_ATTENTION_BOUND = 10.5
 MLA_BOUND = 9.0  # roofline 80
+#: Latent attention on a GPU of which nothing was fitted, the kernel known by its name.
+MLA_LEFT_OUT_BOUND = 21.0
 SCAN_BOUND = 13.0  # roofline 74
 SPARSE_ATTENTION_BOUND = 17.0  # roofline 76
 MOE_BOUND = 18.0  # roofline 59; routing of the published rows is random, and unknown row by row
@@ -220,6 +223,17 @@ def test_shipped_engines_halve_the_error_of_the_datasheet(name: str, tmp_path: P
     assert ours.overall.n == datasheet.overall.n > 50
     assert datasheet.overall.mape_percent is not None
     assert possible(ours) <= 0.5 * datasheet.overall.mape_percent
+
+
+def test_latent_attention_of_a_gpu_left_out(tmp_path: Path) -> None:
+    found = transfer_errors([table("mla", tmp_path)], ("h100-sxm", "b200-sxm"))
+    assert {t.hardware for t in found} == {"h100-sxm", "b200-sxm"}
+    rows = [t.n_rows for t in found]
+    mape, coverage = (
+        np.average([t.errors[n] for t in found], weights=rows) for n in ("mape", "coverage")
+    )
+    assert mape <= MLA_LEFT_OUT_BOUND
+    assert COVERAGE_LEAST <= coverage <= COVERAGE_MOST
 
 
 def test_memory_is_calculated(tmp_path: Path) -> None:
