@@ -307,7 +307,8 @@ def _mla_prefill(operation: Operation) -> Asked | None:
     mask = _close(shape["pairs"], causal_pairs(shape["q_len"]))
     if not np.any(mask):
         return None
-    asked = {name: shape[name] for name in ("batch", "q_len", "n_heads")} | {"element_bytes": 2.0}
+    asked = {name: shape[name] for name in ("batch", "q_len", "n_heads")}
+    asked |= {"element_bytes": 2.0, "absorbed": 0.0}
     return Asked("mla_prefill_attention", "", asked, mask=mask)
 
 

@@ -16,12 +16,15 @@ TensorRT-LLM (``narrow_tiles``)
 
 Prefill: either expanded (192-wide keys and 128-wide values per head) or, in some kernels,
 absorbed: the decode form over a prompt, 3.4 times the FLOPs (``absorbed`` 1), in tiles of 64 rows.
-The rest is as in prefill attention.
+The rest is as in prefill attention. SGLang's FlashAttention-3 was measured absorbed; its engine, as
+vLLM, expands prompts without a cached prefix, so operations ask for that form (``absorbed`` 0 in
+the shape) and such a family answers with its rates and the tiles of the expanded one.
 
 What is ignored: the up-projections around it, which are dense products of their own.
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -269,6 +272,21 @@ def _decode_work(device: HardwareProfile, shape: Shape, variant: str) -> Work:
     return Work(flops, tensor_peak(device, "bf16"), pairs * 576.0 * shape["element_bytes"])
 
 
+def expanded(parameters: MlaPrefillParameters) -> MlaPrefillParameters:
+    """What a kernel that absorbs takes for expanded keys and values, one KV head per query head.
+
+    Its rates and fixed times stay; its tiles are those of any prompt, and no keys or values are
+    written away, since engines cache the latents.
+    """
+    return replace(
+        parameters,
+        absorbed=0.0,
+        packs_heads=0.0,
+        tile_rows=EXPANDED_TILE_ROWS,
+        append_fraction=math.inf,
+    )
+
+
 def _prefill_time(
     parameters: MlaPrefillParameters,
     device: HardwareProfile,
@@ -276,6 +294,8 @@ def _prefill_time(
     variant: str,
     cold: bool,
 ) -> Array:
+    if parameters.absorbed and not shape.get("absorbed", 1.0):
+        parameters = expanded(parameters)
     args = (shape[name] for name in PREFILL_SHAPE)
     return mla_prefill_time_s(parameters, device, *args, cold=cold)
 
@@ -288,8 +308,9 @@ def _prefill_work(device: HardwareProfile, shape: Shape, variant: str) -> Work:
     return Work(flops, tensor_peak(device, "bf16"), n_bytes)
 
 
-#: Rows of a tile of the kernels known: FlashAttention-3's at values of 512.
+#: Rows of a tile of the kernels known: FlashAttention-3's at values of 512; and at values of 128.
 PREFILL_TILE_ROWS = {"fa3": 64.0, "trtllm": 256.0}
+EXPANDED_TILE_ROWS = 128.0
 
 
 def _prefill_structure(kernel: str, variant: str) -> dict[str, float]:

@@ -13,6 +13,7 @@ from costmodel.kernels.decode_attention import (
     decode_attention_time_s,
 )
 from costmodel.kernels.families import shipped_families
+from costmodel.kernels.kinds import kernel_kind
 from costmodel.kernels.mla import (
     MlaDecodeParameters,
     MlaPrefillParameters,
@@ -285,6 +286,19 @@ def test_absorbed_prefill_costs_three_point_four_times_the_expanded() -> None:
     a = mla_prefill_time_s(absorbed, device(), 1, 16384, 64) - 1e-5
     e = mla_prefill_time_s(expanded, device(), 1, 16384, 64) - 1e-5
     assert a / e == pytest.approx((576 + 512) / (192 + 128), rel=0.01)  # 3.4
+
+
+def test_a_kernel_measured_absorbed_runs_an_operation_that_expands() -> None:
+    absorbed = MlaPrefillParameters(
+        **{f: getattr(PREFILL, f) for f in PREFILL.__dataclass_fields__}, absorbed=1.0
+    )
+    shape = {"batch": 1.0, "q_len": 16384.0, "n_heads": 64.0, "element_bytes": 2.0}
+    kind = kernel_kind("mla_prefill_attention")
+    measured = kind.time_s(absorbed, device(), shape, "", True) - 1e-5
+    asked = kind.time_s(absorbed, device(), shape | {"absorbed": 0.0}, "", True) - 1e-5
+    assert measured / asked == pytest.approx((576 + 512) / (192 + 128), rel=0.01)
+    # 64 heads x 16384 x 16385 / 2 pairs x 640 FLOPs at 100 TFLOP/s, the diagonal tiles whole.
+    assert asked == pytest.approx(64 * 16384 * 16385 / 2 * 640 / 1e14, rel=0.02)
 
 
 KINDS = (
