@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from costmodel import load_architecture, load_hardware
+from costmodel.architecture import Architecture
 from costmodel.errors import ConfigError, NotApplicableError
 from costmodel.intervals import factors, scatter_of
 from costmodel.serving import Deployment, Load, Served, load_engine_times, metric
@@ -36,7 +38,7 @@ def load(concurrency: float, prompt: float = 1024, output: float = 1024) -> Load
 
 def seconds(kind: str, served: Served, at: Load, engine: str = "vllm") -> float:
     times = load_engine_times(engine)
-    return float(np.ravel(metric(kind, times, served, at)(times.parameters))[0])
+    return float(np.ravel(metric(kind, times, served, at)(times.of(served)))[0])
 
 
 def test_experts_of_one_gpu_by_hand() -> None:
@@ -176,6 +178,57 @@ def test_every_metric_is_finite_and_positive(
     served = Served.of(LLAMA, H100, "vllm", deployment=Deployment(tp=2))
     value = seconds(kind, served, load(concurrency, prompt, output))
     assert 0 < value < 1e5
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    model=st.sampled_from(["llama-3.1-8b", "mixtral-8x7b", "deepseek-r1"]),
+    gpu=st.sampled_from(["a100-sxm-80gb", "h100-sxm", "b200-sxm", "l40s", "h200-sxm", "rtx-a6000"]),
+    engine=st.sampled_from([*known_engines(), "another"]),
+    kind=st.sampled_from(["tpot", "step", "ttft", "run", "request", "offline"]),
+    at=st.tuples(st.integers(1, 512), st.integers(1, 131_072), st.integers(1, 4096)),
+    better=st.sampled_from(["hbm_bytes_per_s", "clock_hz", "link_bytes_per_s", "peak_flops_per_s"]),
+    factor=st.floats(1.01, 3.0),
+)
+def test_a_better_device_is_never_slower(
+    model: str,
+    gpu: str,
+    engine: str,
+    kind: str,
+    at: tuple[int, int, int],
+    better: str,
+    factor: float,
+) -> None:
+    here = load_hardware(gpu)
+    rate = getattr(here, better)
+    if rate is None:
+        return
+    more: Any = {k: v * factor for k, v in rate.items()} if better[:4] == "peak" else rate * factor
+    slow, fast = (
+        seconds(
+            kind,
+            Served.of(load_architecture(model), device, "vllm", deployment=Deployment(tp=8)),
+            load(*at),
+            engine,
+        )
+        for device in (here, replace(here, **{better: more}))
+    )
+    assert fast <= slow * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("kind", ["tpot", "step", "ttft", "run", "request"])
+@pytest.mark.parametrize("model", [LLAMA, MIXTRAL, R1])
+def test_longer_prompts_never_take_less(model: Architecture, kind: str) -> None:
+    served = Served.of(model, H100, "vllm", deployment=Deployment(tp=8))
+    prompts = np.unique(np.geomspace(16, 262_144, 120).astype(int)).astype(float)
+    at = Load(
+        concurrency=np.full(prompts.shape, 1.0),
+        input_tokens=prompts,
+        output_tokens=np.full(prompts.shape, 128.0),
+    )
+    times = load_engine_times("sglang")
+    taken = np.asarray(metric(kind, times, served, at)(times.of(served)))
+    assert np.all(np.diff(taken) >= -1e-9 * taken[1:])
 
 
 def test_engines_without_runs_take_the_pooled_parameters() -> None:
