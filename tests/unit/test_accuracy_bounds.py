@@ -48,10 +48,10 @@ POWER_BOUND = 25.0
 #: Time per output token per engine (the worst has 11 runs), and over all engines.
 SERVING_DENSE_BOUND, SERVING_DENSE_OVERALL_BOUND = 12.0, 8.0
 SERVING_SPARSE_BOUND, SERVING_SPARSE_OVERALL_BOUND = 25.0, 15.5
-#: First tokens of all lengths (most prompts below 10,000 tokens), steps of static batches, whole runs.
+#: First tokens (two in three prompts below 10,000 tokens), steps of static batches, whole runs.
 FIRST_TOKEN_BOUND, STEP_BOUND, THROUGHPUT_BOUND = 9.0, 6.0, 16.0
-#: Mean |log| of runs under load whose GPU was left out: 0.39 where parameters of runs of sparse models
-#: were carried over.
+#: Mean |log| of runs under load whose GPU was left out: 0.39 of dense models where parameters of
+#: runs of sparse ones were carried over.
 LEFT_OUT_SCATTER_BOUND = 0.25
 #: Half a split is one of four that are judged: its figure scatters by so much.
 ONE_SPLIT_SLACK = 1.15
