@@ -44,8 +44,9 @@ KEY_BLOCK = 128.0
 MIN_ROWS = 16.0
 #: Head sizes run as the next multiple of this.
 HEAD_DIM_STEP = 32.0
-#: Head sizes that leave room for tiles of more rows where a kernel has them.
+#: Head sizes that leave room for tiles of more rows, or only for fewer, in kernels with several.
 SLIM_HEAD_DIM = 96.0
+DEEP_HEAD_DIM = 256.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +71,8 @@ class PrefillAttentionParameters:
     fp8_s, fp8_passes    extra start with an fp8 cache, and passes over keys and values
     tile_rows            rows of a tile; packs_heads 1: rows of a group's heads fill tiles together;
                          swaps_heads 1: those of single queries do; fits_rows 1: short prompts get
-                         smaller tiles; slim_rows: rows of a tile for heads of at most 96, if not 0
+                         smaller tiles; slim_rows, deep_rows: rows of a tile for heads of at most 96
+                         and at least 256, if not 0
     """
 
     launch_s: float
@@ -96,6 +98,7 @@ class PrefillAttentionParameters:
     swaps_heads: float = 1.0
     fits_rows: float = 0.0
     slim_rows: float = 0.0
+    deep_rows: float = 0.0
 
 
 PRIORS: dict[str, Prior] = {
@@ -193,6 +196,8 @@ def _tiles(
     tile: Array = np.float64(p.tile_rows)
     if p.slim_rows:
         tile = np.where(np.less_equal(head_dim, SLIM_HEAD_DIM), p.slim_rows, tile)
+    if p.deep_rows:
+        tile = np.where(np.greater_equal(head_dim, DEEP_HEAD_DIM), p.deep_rows, tile)
     packed = bool(p.packs_heads) | (np.less_equal(q, 1.0) & bool(p.swaps_heads))
     used = np.where(packed, q * group, q)
     tiles = np.where(packed, n_kv_heads, n_heads) * np.ceil(used / tile)
@@ -248,14 +253,15 @@ def _seconds_per_pair(
 
 
 #: Row tiles of known implementations, after their sources: FlashAttention-3 has tiles of 192 rows
-#: for narrow heads; of the others only FlashAttention-2 turns the heads of a single query into
-#: rows, and TensorRT-LLM's prompt kernel runs one CTA per query head whatever the prompt.
+#: for narrow heads, FlashInfer of 64 for wide ones; of those that do not pack, only
+#: FlashAttention-2 turns the heads of a single query into rows: TensorRT-LLM's prompt kernel runs
+#: one CTA per query head whatever the prompt.
 STRUCTURES: dict[str, dict[str, float]] = {
     "fa2": {"tile_rows": 64.0, "packs_heads": 0.0},
     "fa3": {"tile_rows": 128.0, "packs_heads": 1.0, "slim_rows": 192.0},
     "fa4": {"tile_rows": 256.0, "packs_heads": 1.0, "fits_rows": 1.0},
     "trtllm": {"tile_rows": 256.0, "packs_heads": 0.0, "swaps_heads": 0.0},
-    "flashinfer": {"tile_rows": 128.0, "packs_heads": 1.0, "fits_rows": 1.0},
+    "flashinfer": {"tile_rows": 128.0, "packs_heads": 1.0, "fits_rows": 1.0, "deep_rows": 64.0},
 }
 USUAL_STRUCTURE = {
     "tile_rows": 128.0,
@@ -263,6 +269,7 @@ USUAL_STRUCTURE = {
     "swaps_heads": 1.0,
     "fits_rows": 0.0,
     "slim_rows": 0.0,
+    "deep_rows": 0.0,
 }
 
 

@@ -177,8 +177,8 @@ def test_head_sizes_run_padded_to_32() -> None:
     assert odd == pytest.approx(float(padded))
 
 
-def test_narrow_heads_may_run_in_taller_tiles() -> None:
-    # 50 sequences of 384 queries, 2 heads: 3 tiles of 128 rows or 2 of 192, 1 us each on 100 SMs.
+def test_narrow_heads_may_run_in_taller_tiles_and_wide_ones_in_lower() -> None:
+    # 50 sequences of 384 queries, 2 heads: 3 tiles of 128 rows, 2 of 192, 6 of 64; 1 us each.
     flat = replace(PREFILL, tensor_fraction=1e6, cta_s=1e-6, bandwidth_fraction=1e6)
     tall = replace(flat, slim_rows=192.0)
     for parameters, head_dim, tiles in (
