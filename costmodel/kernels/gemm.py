@@ -5,14 +5,15 @@ C[m, n] = A[m, k] B[k, n], stored elements of ``a`` bytes, 2-byte outputs.
 A kernel cuts C into tiles and gives one thread block (CTA) each tile, or each part of its k range
 (split-k). With S SMs, x = tiles / S:
 
-    tile time   p = k max(2 bm bn S / peak', (min(m, bm) + bn) a / r) + t_tile
+    tile time   p = k (max(2 bm bn S / peak', (min(m, bm) + bn) a / r) + t_step) + t_tile
     compute     waves(x) p                       without split-k
                 p / s + t_split + 8 s m n / 2 bw with s = S / tiles CTAs per tile (s a power of two)
     memory      [(m k + k n) a + 2 m n + re-read] miss / (e_b bw)
-    time        t0 + longer + u shorter
+    time        t0 + longer + u shorter + w 2 m n / (e_b bw)
 
 The best of a short menu of tiles counts, as a library's heuristics intend. r is what one SM can
-stream from the cache. Tiles are visited along m in groups of g columns, so where A outgrows the
+stream from the cache. Tiles that end together write together, so a share w of the writes to C is
+not hidden. Tiles are visited along m in groups of g columns, so where A outgrows the
 cache it is read again for every group: m k a (n / 128 / max(g, S 128 / m) - 1) bytes.
 fp8 adds the kernel that quantises the activations: m t_row + 3 m k bytes. A table made without a
 captured graph shows the host instead where the host is slower.
@@ -33,12 +34,12 @@ from costmodel.kernels.kinds import KernelKind, Shape, Work, peak_of
 from costmodel.kernels.physics import (
     Prior,
     burst_gain,
-    cache_bytes,
     clock_ratio,
     element_bytes,
     limited,
     miss_fraction,
     overlapped,
+    seen_cache_bytes,
     tensor_peak,
     units,
     waves,
@@ -53,7 +54,7 @@ TILES = ((64, 64), (64, 128), (128, 128), (128, 256))
 MIN_SPLIT_K = 128.0
 MAX_SPLITS = 16.0
 #: Calls shorter than about this run at a higher clock.
-BURST_S = 3e-4
+BURST_S = 1e-3
 #: Copies of the weights that the published tables rotate through (six layers per captured graph).
 REPLAYED_COPIES = 6.0
 #: Several matrices share the cache: residency ends softly, as z^4.
@@ -77,11 +78,13 @@ class GemmParameters:
     tensor_fraction           attained share of the dense peak in long calls
     stream_bytes_per_s        what one SM streams from the cache at 1.8 GHz, r
     tile_s                    prologue and epilogue of one tile, t_tile
+    step_s                    wait per element of k that loading ahead does not hide, t_step
     wave_rounding             0 perfect sharing .. 1 whole waves
     split_s                   extra cost of split-k, t_split
     unhidden_fraction         share of the shorter of compute and memory that nothing hides, u
-    cache_fraction            share of the last-level cache that holds replayed operands
-    burst_gain                tensor rate gained by calls much shorter than 0.3 ms
+    write_fraction            share of writing C that nothing hides, w
+    cache_fraction            share of the cache an SM sees that holds replayed operands
+    burst_gain                tensor rate gained by calls much shorter than 1 ms
     raster_columns            columns of tiles visited together, g
     quantise_row_s            activation quantiser: seconds per row
     quantise_bandwidth_fraction   and its share of DRAM bandwidth
@@ -99,6 +102,8 @@ class GemmParameters:
     cache_fraction: float
     burst_gain: float
     raster_columns: float
+    step_s: float = 0.0
+    write_fraction: float = 0.0
     quantise_row_s: float = 0.0
     quantise_bandwidth_fraction: float = 0.5
     eager_s: float = 0.0
@@ -110,10 +115,12 @@ PRIORS: dict[str, Prior] = {
     "tensor_fraction": Prior(0.75, 0.20, 0.2, 1.0, "attained share of the dense peak"),
     "stream_bytes_per_s": Prior(1.5e11, 0.40, 1e10, 1e12, "one SM from the cache, at 1.8 GHz"),
     "tile_s": Prior(8e-7, 0.5, 1e-8, 1e-5, "prologue and epilogue of a tile"),
+    "step_s": Prior(3e-10, 0.7, 1e-12, 1e-7, "wait per element of k"),
     "wave_rounding": Prior(0.3, 0.5, 0.02, 1.0, "0 perfect sharing, 1 whole waves"),
     "split_s": Prior(2.2e-6, 0.5, 1e-8, 1.2e-5, "extra cost of split-k"),
     "unhidden_fraction": Prior(0.25, 0.5, 0.001, 1.0, "share of the shorter activity not hidden"),
-    "cache_fraction": Prior(0.5, 0.4, 0.1, 1.5, "cache share that holds replayed operands"),
+    "write_fraction": Prior(0.3, 0.6, 0.001, 1.0, "share of writing C not hidden"),
+    "cache_fraction": Prior(1.0, 0.4, 0.1, 1.5, "share of the seen cache that holds operands"),
     "burst_gain": Prior(0.15, 0.7, 0.001, 1.0, "tensor rate gained by short calls"),
     "raster_columns": Prior(4.0, 0.8, 0.5, 200.0, "tile columns visited together"),
 }
@@ -158,6 +165,7 @@ def gemm_time_s(
     rate = peak * p.tensor_fraction * burst_gain(busy, p.burst_gain, BURST_S)
     compute = _compute_s(p, device, (m, n, k), rate, width)
     seconds = p.launch_s + overlapped(compute, memory, p.unhidden_fraction)
+    seconds += m * (n * (2.0 * p.write_fraction / (p.bandwidth_fraction * device.hbm_bytes_per_s)))
     if width == 1.0:
         bandwidth = p.quantise_bandwidth_fraction * device.hbm_bytes_per_s
         seconds = seconds + m * (p.quantise_row_s + QUANTISE_BYTES * k / bandwidth)
@@ -176,7 +184,7 @@ def _memory_s(
     """``parts`` are the bytes of A, of B and of A, B and C together."""
     m, n = mn
     a_bytes, b_bytes, n_bytes = parts
-    resident = p.cache_fraction * cache_bytes(device)
+    resident = p.cache_fraction * seen_cache_bytes(device)
     columns = np.maximum(p.raster_columns, units(device) / np.ceil(m / RASTER_TILE))
     passes = np.maximum(np.ceil(n / RASTER_TILE) / columns, 1.0)
     moved = n_bytes
@@ -250,6 +258,7 @@ def _tile_s(
         (2.0 * rows * columns * sms) / rate,
         (np.minimum(m, rows) + columns) * stream_s_per_element,
     )
+    per_k += p.step_s
     loop = per_k * k
     x = tiles / sms
     seconds: Array = waves(x, p.wave_rounding) * (loop + p.tile_s)

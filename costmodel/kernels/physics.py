@@ -26,6 +26,9 @@ from costmodel.operation import Array
 CACHE_BYTES_PER_UNIT_PER_CLOCK = 64.0
 #: Clock assumed where a profile gives none.
 TYPICAL_CLOCK_HZ = 1.8e9
+#: Generations whose large dies have a cache in two partitions; GA102 has the 6 MB of one.
+PARTITIONED = frozenset({"ampere", "hopper", "blackwell", "blackwell-ultra"})
+LEAST_PARTITIONED_BYTES = 2e7
 #: Cache assumed where a profile gives none: nothing stays resident.
 NO_CACHE_BYTES = 1.0
 
@@ -60,6 +63,18 @@ def units(device: HardwareProfile) -> float:
 def cache_bytes(device: HardwareProfile) -> float:
     """Last-level cache, or next to nothing where the profile does not say."""
     return device.l2_bytes or NO_CACHE_BYTES
+
+
+def seen_cache_bytes(device: HardwareProfile) -> float:
+    """Cache that holds what every SM reads: half of one in two partitions, which keep a copy each.
+
+    So since GA100 (NVIDIA A100 whitepaper, "each L2 partition caches data for memory accesses from
+    SMs in the GPCs directly connected to the partition"); the small caches of GA102 and Ada's are
+    of one piece.
+    """
+    n_bytes = cache_bytes(device)
+    partitioned = device.generation in PARTITIONED and n_bytes >= LEAST_PARTITIONED_BYTES
+    return n_bytes / 2.0 if partitioned else n_bytes
 
 
 def cache_bytes_per_s(device: HardwareProfile) -> float:

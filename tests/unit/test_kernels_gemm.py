@@ -64,6 +64,17 @@ def test_split_k_fills_an_idle_machine() -> None:
     assert split == pytest.approx(1e-6 + tile / 16 + 1e-6 + 16 * 64 * 64 * 8 / 2e12, rel=1e-6)
 
 
+def test_writes_that_nothing_hides_and_waits_per_step_of_k_come_on_top() -> None:
+    # C: 4096 x 4096 x 2 bytes at 1 TB/s = 33.55 us, of which half is not hidden.
+    writing = replace(IDEAL, write_fraction=0.5)
+    t = gemm_time_s(writing, device(), 4096, 4096, 4096)
+    assert t == pytest.approx(1e-6 + 1374.39e-6 + 16.78e-6, rel=1e-4)
+    # 4096 x 1 ns in each tile; with 128 x 256, 512 tiles go round 100 SMs 5.12 times.
+    waiting = replace(IDEAL, step_s=1e-9)
+    t = gemm_time_s(waiting, device(), 4096, 4096, 4096)
+    assert t == pytest.approx(1e-6 + 1374.39e-6 + 5.12 * 4.096e-6, rel=1e-4)
+
+
 def test_activations_larger_than_the_cache_are_read_again_per_group_of_columns() -> None:
     # A: 65536 x 2048 x 2 = 268 MB (cache 10 MB). n = 1280 = 10 tile columns; all 512 tile rows
     # exceed the SMs, so one column is visited at a time: A passes 10 times.

@@ -28,6 +28,15 @@ def device(**changes: object) -> HardwareProfile:
     return HardwareProfile(**(fields | changes))  # type: ignore[arg-type]
 
 
+def test_a_cache_in_two_partitions_holds_half_of_what_all_read() -> None:
+    # GA100 and GH100 keep a copy per partition; GA102's 6 MB and Ada's 96 MB are of one piece.
+    large = {g: device(generation=g, l2_bytes=4e7) for g in ("ampere", "ada", "hopper")}
+    assert {g: physics.seen_cache_bytes(d) for g, d in large.items()} == {
+        "ampere": 2e7, "ada": 4e7, "hopper": 2e7,
+    }  # fmt: skip
+    assert physics.seen_cache_bytes(device(generation="ampere", l2_bytes=6e6)) == 6e6
+
+
 def test_a_set_half_the_cache_stays_and_twice_the_cache_misses() -> None:
     # z = 0.5: 2^-16 / (1 + 2^-16) = 1 / 65537; z = 2: 65536 / 65537; z = 1: one half.
     miss = physics.miss_fraction(np.array([5.0, 10.0, 20.0]), 10.0)
