@@ -130,9 +130,11 @@ def _kernel_time(
     if asked.kind == "collective":
         if in_situ is not None:
             mid, launch = mid * in_situ.collective_factor, launch * in_situ.collective_factor
+        floor = family.kind.roofline_s(hardware, asked.shape, family.variant)
+        mid = np.maximum(mid, floor)  # starts hide behind other kernels, bytes on a link do not
         low, high = _factors(family, hardware, asked, in_situ)
         return KernelTime(
-            low_s=mid * low,
+            low_s=np.maximum(mid * low, floor),
             mid_s=mid,
             high_s=mid * high,
             compute_s=0.0,

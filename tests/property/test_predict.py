@@ -54,12 +54,13 @@ def test_nothing_is_below_its_floor(
     tp: int,
     engine: str | None,
 ) -> None:
+    hardware = load_hardware(gpu)
     try:
         p = predict(
             load_architecture(model),
             method,
             Workload.of(batch, tokens),
-            load_hardware(gpu),
+            hardware,
             level=level,  # type: ignore[arg-type]
             tp=tp,
             dtype="bf16",
@@ -74,6 +75,11 @@ def test_nothing_is_below_its_floor(
     for name in ("ttft", "tpot"):
         assert np.all(p[f"{name}_low_s"] <= p[f"{name}_s"])
         assert np.all(p[f"{name}_s"] <= p[f"{name}_high_s"])
+    # bytes between GPUs take their time on the link; Hopper's switch adds, and n + 1 parts do
+    rate = hardware.link_bytes_per_s or hardware.host_link_bytes_per_s
+    least = min(1.0, (tp + 1) / (2 * max(tp - 1, 1))) if gpu == "h100-sxm" else 1.0
+    assert np.all(p["prefill_collective_bytes"] * least / rate <= p["ttft_low_s"] * exact)
+    assert np.all(p["decode_collective_bytes"] * least / rate <= p["tpot_low_s"] * exact)
     assert np.all(p["peak_prefill_bytes"] >= p["weights_bytes"] + p["state_bytes"] * (1 - 1e-12))
     assert np.all(p["peak_decode_bytes"] >= p["weights_bytes"])
     assert np.all(p["state_allocated_bytes"] >= p["state_bytes"] * (1 - 1e-12))

@@ -8,6 +8,7 @@ import pytest
 
 from costmodel.errors import ConfigError
 from costmodel.hardware import load_hardware
+from costmodel.in_situ import in_situ
 from costmodel.kernels import moe_tiles
 from costmodel.kernels.families import (
     ENGINE_SPREAD,
@@ -285,6 +286,16 @@ def test_weight_only_products_stay_with_the_prior() -> None:
 
 def test_products_that_spill_intermediates_stay_with_the_prior() -> None:
     assert fitted_time(gemm(workspace_bytes=1e9), H100, "vllm") is None
+
+
+def test_a_collective_in_a_pass_is_not_faster_than_its_link() -> None:
+    """Its start hides behind other kernels: 1 GiB over the 32 GB/s of PCI Express does not."""
+    sends = 2.0 * 7.0 / 8.0 * 2.0**30
+    shape = {"message_bytes": 2.0**30, "n_gpus": 8.0}
+    op = Operation(name="all_reduce", kind="collective", link_bytes=sends, shape=shape)
+    t = fitted_time(op, load_hardware("l40s"), "vllm", in_situ())
+    assert t is not None
+    assert sends / 32e9 <= t.low_s <= t.mid_s <= t.high_s
 
 
 def decode(kv_bytes_per_element: float) -> Operation:
