@@ -3,7 +3,9 @@
 Kernel tables hold single kernels, replayed for milliseconds at boost clocks on constant data. In a
 pass they run hotter and closer together:
 
-    kernel in a pass    = t0 + factor (its time alone - t0)
+    kernel in a pass    = its time + (factor - 1) (its time - t0)           factors above 1
+                        = its time - (1 - factor) (its time - its roofline) below: what a replayed
+                          graph saves, never the moving of bytes
     factor              = compute_factor             kernels of a prompt (attention, scans)
                         = memory factor              kernels of a step (attention, scans)
                         = memory factor (1 - s) + compute_factor s      products, which are in both
@@ -17,9 +19,10 @@ caches). What draws power is multiplying, not what waits for what: s goes by the
 not by which limit of the device binds it, so neither a better device nor less work ever takes
 longer. The factors are the parameters of all engines' published runs of dense models, of which
 ``costmodel/data/serving.toml`` says what was fitted on how many runs and how far off unseen ones
-were. Leaving any engine or any GPU out of that fit moves compute_factor between 1.14 and 1.36, the
-memory factors between 0.83 and 1.06, layer_s between 1.2 and 3.2 us, the host time per step between
-0.17 and 0.47 ms and first_token_s between 0.9 and 4.6 ms.
+were. Leaving any engine or any GPU out of that fit moves compute_factor between 1.14 and 1.35, the
+factor on products in steps between 0.95 and 1.07, that on attention in steps between 0.35 and 0.63,
+layer_s between 1.6 and 3.6 us, the host time per step between 0.2 and 0.57 ms and first_token_s
+between 0.8 and 4.6 ms.
 """
 
 import functools
@@ -76,7 +79,7 @@ class InSitu:
         return self.attention_memory_factor if attends else self.matmul_memory_factor
 
     def kernel_factor(self, operation: Operation) -> Array:
-        """The factor on the time of an operation's kernel, but for its launch."""
+        """The factor on the time of an operation's kernel; see the module's docstring."""
         if operation.kind in _PREFILL:
             return self.compute_factor
         memory = self.memory_factor(operation.kind)

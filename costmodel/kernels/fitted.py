@@ -72,7 +72,11 @@ def fitted_time(
     mid = _seconds(family, family.parameters, hardware, asked)
     if in_situ is not None and asked.kind != "collective":
         launch = float(getattr(family.parameters, "launch_s", 0.0))
-        mid = mid + (in_situ.kernel_factor(operation) - 1.0) * np.maximum(mid - launch, 0.0)
+        more = in_situ.kernel_factor(operation) - 1.0
+        floor = _floor_s(operation, hardware)
+        mid = mid + np.where(
+            more > 0.0, more * np.maximum(mid - launch, 0.0), more * np.maximum(mid - floor, 0.0)
+        )
     found = _kernel_time(operation, hardware, family, asked, mid, in_situ, middle_only)
     if np.all(asked.mask):
         return found
@@ -146,7 +150,7 @@ def _kernel_time(
         )
     compute = operation.flops / hardware.peak(operation.dtype) if some(operation.flops) else 0.0
     memory = operation.moved_bytes / hardware.hbm_bytes_per_s
-    floor = np.maximum(compute, operation.hbm_bytes / hardware.hbm_bytes_per_s)
+    floor = _floor_s(operation, hardware)
     scale = (mid - launch) / np.maximum(np.maximum(compute, memory), 1e-300)
     compute, memory = compute * scale, memory * scale
     mid = np.maximum(mid, floor)
@@ -175,6 +179,14 @@ def _factors(
     if in_situ is None:
         return family.factors(lambda fit: _seconds(family, fit, hardware, asked))
     return in_situ.interval(family.spread)
+
+
+def _floor_s(operation: Operation, hardware: HardwareProfile) -> Array:
+    """The datasheet roofline of one run with cold caches."""
+    memory: Array = operation.hbm_bytes / hardware.hbm_bytes_per_s
+    if not some(operation.flops):
+        return memory
+    return np.maximum(operation.flops / hardware.peak(operation.dtype), memory)
 
 
 def _close(a: Array, b: Array) -> Mask:

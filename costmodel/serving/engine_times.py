@@ -6,10 +6,12 @@
               + c collectives
     TPOT    = step + q (n - 1) (prompt without its constants) / output tokens
 
-each at least what the host needs to start its kernels where there is no captured graph. Under
-continuous batching a request decodes while the n - 1 others of its rank are admitted once per
-output it makes: their prefill stands between its tokens (q = 1), less where prompts are admitted
-together before anybody decodes. n is what fits in the KV pool when that is less than the load.
+Decode attention takes b times its family's time where b > 1; below, only what it takes beyond its
+roofline shrinks, for no graph moves bytes faster. A step and a prompt are at least what the host
+needs to start their kernels where there is no captured graph. Under continuous batching a request
+decodes while the n - 1 others of its rank are admitted once per output it makes: their prefill
+stands between its tokens (q = 1), less where prompts are admitted together before anybody decodes.
+n is what fits in the KV pool when that is less than the load.
 
     t0  host time per step                    t_layer   gaps between kernels of a layer
     a   kernels in a step against alone       b         decode attention against its family
@@ -156,12 +158,16 @@ class Terms:
 
 def step_from(p: Parameters, served: Served, parts: Parts) -> Array:
     """A decode step; see the module's docstring."""
+    b = p.attention_factor
+    attention = np.maximum(
+        parts.attention_s, p.packed_attention_factor * parts.unpacked_attention_s
+    )
     device = (
         p.layer_s * served.n_layers
         + p.matmuls(served.matmul_precision) * parts.matmul_s
         + p.matmul_factor * parts.other_s
-        + p.attention_factor
-        * np.maximum(parts.attention_s, p.packed_attention_factor * parts.unpacked_attention_s)
+        + b * attention
+        + max(1.0 - b, 0.0) * np.minimum(parts.attention_roofline_s, attention)
         + p.expert_factor(served.precision) * parts.expert_s
         + p.expert_layer_s * served.n_expert_layers
         + p.collective_factor * parts.collective_s

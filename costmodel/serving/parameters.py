@@ -55,7 +55,8 @@ class Parameters:
     integer_matmul_factor   the same for integer weights, which are widened before they multiply
     narrow_matmul_factor    more of it for products in fp4, of which there are no tables; in prompts
                       too
-    attention_factor  decode attention against its family, b
+    attention_factor  decode attention against its family, b; below 1 of what it takes beyond its
+                      roofline
     packed_attention_factor   attention on a packed integer cache against that on the 16-bit cache
                       it replaces, where the engine unpacks inside its kernel
     prefill_factor    kernels of a prompt against their tables, p: clocks under sustained load

@@ -43,6 +43,7 @@ class Parts:
 
     matmul_s      dense matrix products
     attention_s   attention kernels
+    attention_roofline_s   the same at datasheet rates
     unpacked_attention_s   attention on the 16-bit cache that a packed one replaces, else 0
     other_s       norms, activations, scans, everything else on the GPU
     expert_s      roofline of the routed experts
@@ -53,6 +54,7 @@ class Parts:
 
     matmul_s: Array
     attention_s: Array
+    attention_roofline_s: Array
     unpacked_attention_s: Array
     other_s: Array
     expert_s: Array
@@ -197,7 +199,7 @@ class Served:
     def _parts(self, operations: Operations, tokens: Array) -> Parts:
         """``tokens`` are those of one attention rank."""
         hardware, name = self.run.hardware, self.engine.name
-        matmul, attention, other, collective = (np.zeros(np.shape(tokens)) for _ in range(4))
+        matmul, attention, floor, other, collective = np.zeros((5, *np.shape(tokens)))
         rest = tuple(op for op in operations if op.kind != "moe_gemm")
         for op in (*rest, *self._exchanges(tokens)):
             seconds = op.count * time_operation(op, hardware, name, middle_only=True).mid_s
@@ -207,6 +209,9 @@ class Served:
                 matmul = matmul + seconds
             elif op.kind in _ATTENTION:
                 attention = attention + seconds
+                floor = floor + op.count * np.maximum(
+                    op.flops / hardware.peak(op.dtype), op.hbm_bytes / hardware.hbm_bytes_per_s
+                )
             else:
                 other = other + seconds
         experts = self._expert_operations(tokens)
@@ -220,6 +225,7 @@ class Served:
         return Parts(
             matmul_s=matmul,
             attention_s=attention,
+            attention_roofline_s=floor,
             unpacked_attention_s=np.zeros(np.shape(tokens)),
             other_s=other,
             expert_s=expert_s,
