@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from costmodel.errors import ConfigError
 from costmodel.files import DATA
 from costmodel.hardware import HardwareProfile, load_hardware
 from costmodel.kernels.kinds import KernelKind, kernel_class, kernel_kind
@@ -57,6 +58,9 @@ FAR = 4.0
 #: The same for families of a user's own, of which nothing of the kind is known.
 NOT_FAR = 1.0
 
+
+#: Around families of a user's own that say nothing of it.
+OWN_INTERVAL = {"low": 0.8, "high": 1.25}
 
 #: Disagreement at which a prediction scatters twice as much as one on which all fits agree: what
 #: the form of a model does not explain is there however many rows are fitted.
@@ -372,6 +376,14 @@ def _own_families(kind: str, hardware: HardwareProfile) -> list[Family]:
             if key.startswith(ENDS[0]) and key.replace(*ENDS, 1) in numbers
         }
         model = kernel_kind(kind)
+        parameters = model.build(numbers)
+        model.check(numbers, kernel, variant)
+        low, high = (numbers.get(f"interval_{end}", value) for end, value in OWN_INTERVAL.items())
+        if not 0.0 < low <= 1.0 <= high:
+            raise ConfigError(
+                f"families.{name}: expected interval_low in (0, 1] and interval_high of at least "
+                f"1, got {low:g} and {high:g}"
+            )
         out.append(
             Family(
                 kind=model,
@@ -380,10 +392,8 @@ def _own_families(kind: str, hardware: HardwareProfile) -> list[Family]:
                 engine=engine,
                 hardware=hardware.name,
                 generation=hardware.generation,
-                parameters=model.build(numbers),
-                interval=Interval(
-                    numbers.get("interval_low", 0.8), numbers.get("interval_high", 1.25)
-                ),
+                parameters=parameters,
+                interval=Interval(low, high),
                 n_rows=int(numbers.get("n_rows", 0)),
                 ranges=ranges,
                 held_out={

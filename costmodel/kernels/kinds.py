@@ -65,6 +65,24 @@ class KernelKind:
             raise ConfigError(f"families.{self.name}: expected also {', '.join(missing)}")
         return self.parameters(**{k: float(v) for k, v in values.items() if k in known})
 
+    def check(self, values: Mapping[str, float], kernel: str, variant: str) -> None:
+        """Refuse parameters that no kernel has: ten times outside what a fit may find, below 0, or
+        0 where a size or a ratio is asked for. Raises ``ConfigError``.
+        """
+        priors = self.priors(kernel, variant)
+        for f in fields(self.parameters):
+            if f.name not in values or values[f.name] == f.default:
+                continue
+            may_be_0 = f.default in (MISSING, 0.0) or f.name in SWITCHES
+            low, high = (0.0 if may_be_0 else 1e-3), 1e15
+            if f.name in priors:
+                low, high = priors[f.name].low / BEYOND, priors[f.name].high * BEYOND
+            if not low <= values[f.name] <= high:
+                raise ConfigError(
+                    f"families.{self.name}: {f.name}: expected {low:g} to {high:g}, "
+                    f"got {values[f.name]:g}"
+                )
+
     def roofline_s(self, device: HardwareProfile, shape: Shape, variant: str) -> Array:
         """Seconds at datasheet rates: max(FLOPs / peak, bytes / bandwidth)."""
         work = self.work(device, shape, variant)
@@ -74,6 +92,11 @@ class KernelKind:
         )
         return seconds
 
+
+#: Parameters of a profile's own families may lie this many times outside the limits of fits.
+BEYOND = 10.0
+#: Parameters of 1 that 0 turns off.
+SWITCHES = frozenset({"packs_heads", "swaps_heads"})
 
 #: Module and constant of each kind; imported when it is first used.
 _MODULES = {

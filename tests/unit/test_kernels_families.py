@@ -1,6 +1,6 @@
 """Which family answers for a device and an engine, and what an operation asks of it."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -163,13 +163,15 @@ def test_an_fp8_cache_takes_the_kernel_measured_with_one() -> None:
     assert fp8.kernel == "vllm_flashinfer_fidecode"
 
 
+OWN = {"launch_s": 1e-6, "bandwidth_fraction": 0.5, "tensor_fraction": 0.5,
+       "stream_bytes_per_s": 1e11, "tile_s": 1e-6, "wave_rounding": 0.5, "split_s": 1e-6,
+       "unhidden_fraction": 0.2, "cache_fraction": 0.5, "burst_gain": 0.1,
+       "raster_columns": 4.0, "n_rows": 77.0, "interval_low": 0.9, "interval_high": 1.2,
+       "least_m": 1.0, "most_m": 4096.0}  # fmt: skip
+
+
 def test_a_profile_with_its_own_family_answers_itself() -> None:
-    own = {"launch_s": 1e-6, "bandwidth_fraction": 0.5, "tensor_fraction": 0.5,
-           "stream_bytes_per_s": 1e11, "tile_s": 1e-6, "wave_rounding": 0.5, "split_s": 1e-6,
-           "unhidden_fraction": 0.2, "cache_fraction": 0.5, "burst_gain": 0.1,
-           "raster_columns": 4.0, "n_rows": 77.0, "interval_low": 0.9, "interval_high": 1.2,
-           "least_m": 1.0, "most_m": 4096.0}  # fmt: skip
-    mine = replace(load_hardware("h100-sxm"), families={"gemm/bf16": own})
+    mine = replace(load_hardware("h100-sxm"), families={"gemm/bf16": OWN})
     f = family("gemm", "vllm", mine, variant="bf16")
     assert (f.n_rows, f.basis, f.parameters.bandwidth_fraction) == (77, "calibrated", 0.5)
     assert f.interval == Interval(0.9, 1.2)
@@ -353,3 +355,26 @@ def test_a_cpu_has_no_gpu_families() -> None:
 def test_a_profiles_family_without_its_parameters_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"families\.gemm: expected also launch_s"):
         kernel_kind("gemm").build({"foo": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("tensor_fraction", 0.0),
+        ("bandwidth_fraction", -0.5),
+        ("stream_bytes_per_s", 1e-300),
+        ("launch_s", 3.0),  # microseconds taken for seconds
+        ("interval_low", 0.0),
+        ("interval_high", 0.9),
+    ],
+)
+def test_a_profile_s_family_that_no_kernel_has_is_refused(name: str, value: float) -> None:
+    mine = replace(load_hardware("h100-sxm"), families={"gemm/bf16": OWN | {name: value}})
+    with pytest.raises(ConfigError, match=name):
+        family("gemm", "vllm", mine, variant="bf16")
+
+
+def test_every_family_that_ships_may_stand_in_a_profile() -> None:
+    for kind in map(kernel_kind, kind_names()):
+        for f in shipped_families(kind.name):
+            kind.check(asdict(f.parameters), f.kernel, f.variant)
