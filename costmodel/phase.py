@@ -150,7 +150,9 @@ def busy_of(operations: Operations, hardware: HardwareProfile, engine: Engine) -
         n = op.count
         mid_s = n * t.mid_s
         bases[t.basis] = bases.get(t.basis, 0.0) + float(np.sum(mid_s))
-        extrapolated = np.maximum(extrapolated, t.extrapolated)
+        if some(t.extrapolated):
+            runs = np.where(np.asarray(n) > 0.0, t.extrapolated, 0.0)
+            extrapolated = np.maximum(extrapolated, runs)
         launches = _more(launches, n, op.launches)
         host_waits = _waiting(host_waits, op)
         launch = _more(launch, n, t.launch_s)

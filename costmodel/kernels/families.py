@@ -69,9 +69,10 @@ UNEXPLAINED = 0.03
 
 def disagreement(seconds: Array) -> Array:
     """How far fits to halves of the same rows differ: the standard deviation of the logarithm of
-    their predictions, one fit per line. 0 of a single fit.
+    their predictions, one fit per line. 0 of a single fit, and of calls that take no time.
     """
-    logs = np.log(np.asarray(seconds))
+    some = np.asarray(seconds)
+    logs = np.log(np.where(some > 0.0, some, 1.0))
     if len(logs) < 2:
         return np.zeros(logs.shape[1:])
     spread: Array = logs.std(axis=0, ddof=1)

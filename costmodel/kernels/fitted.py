@@ -242,14 +242,18 @@ def _moe(operation: Operation) -> Asked | None:
 def _decode(operation: Operation) -> Asked | None:
     shape = operation.shape
     needed = {"batch", "kv_len", "n_heads", "n_kv_heads", "head_dim", "v_head_dim", "kv_bytes"}
-    if not needed <= shape.keys() or some(operation.workspace_bytes):
+    if not needed <= shape.keys():
         return None
+    # Scores, copies: no fitted kernel writes them.
+    plain = (
+        np.asarray(operation.workspace_bytes) == 0.0 if some(operation.workspace_bytes) else True
+    )
     width = np.asarray(shape["head_dim"]) + shape["v_head_dim"]
     elements = np.asarray(shape["batch"]) * shape["kv_len"] * (shape["n_kv_heads"] * width)
     stored = np.asarray(shape["kv_bytes"]) / np.maximum(elements, 1.0)
     names = ("batch", "kv_len", "n_heads", "n_kv_heads", "head_dim", "v_head_dim")
     for element_bytes in (2.0, 1.0):
-        mask = _close(stored, element_bytes)
+        mask = _close(stored, element_bytes) & plain
         if np.any(mask):
             break
     else:

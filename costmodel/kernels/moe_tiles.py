@@ -7,6 +7,10 @@ newer     the same kernel since: other shapes take tiles that grow with the toke
 
 The defaults are those of ``get_default_config`` in vLLM's ``fused_moe.py`` before and after pull
 request 34846; the shapes with a file are listed in ``costmodel/data/fused_moe_tuned.json``.
+
+A tile that a default takes for more tokens is tried for fewer as well, and the faster one counts.
+What a library would take may be the slower by up to half; but a step with fewer tokens is then
+never priced above one with more, and the published rows are predicted as well either way.
 """
 
 import functools
@@ -82,17 +86,15 @@ def tiles(
     if tuned.all():
         return out
     if rule == OLDER:
-        few = tokens <= experts
         share = OLDER_SHARE * default_share
-        out.append(Tile(rows=16.0, columns=32.0, allowed=~tuned & few, share=share))
-        out.append(Tile(rows=64.0, columns=64.0, allowed=~tuned & ~few, share=share))
+        few = ~tuned & (tokens <= experts)
+        out.append(Tile(rows=16.0, columns=32.0, allowed=few, share=share))
+        out.append(Tile(rows=64.0, columns=64.0, allowed=~tuned, share=share))
         return out
-    least = -np.inf
     for most, rows, columns in NEWER_BLOCK_TILES if variant == "fp8_block" else NEWER_TILES:
-        allowed = ~tuned & (tokens > least) & (tokens <= most)
+        allowed = ~tuned & (tokens <= most)
         if allowed.any():
             out.append(Tile(rows=rows, columns=columns, allowed=allowed, share=default_share))
-        least = most
     return out
 
 

@@ -306,9 +306,12 @@ def attend_packed(
         launches=8,
         formula="codes, scales and zeros read; a copy of b bytes an element written and read",
     )
+    # No kernel for a cache of so many bytes: what it reads is counted above.
+    shape = {**attention.shape, "kv_bytes": np.where(packed, 0.0, attention.shape["kv_bytes"])}
     over_copy = replace(
         attention,
         name="dequantised_attention",
+        shape=shape,
         state_bytes=attention.state_bytes - packed,
         vector_flops=0.0,
         formula="scores and weighted sum over the copy, and over what is not packed",
@@ -323,7 +326,8 @@ def reads_copy(operation: Operation, copy_bytes: Array, *, repeated: bool = Fals
     """
     shape = dict(operation.shape)
     if np.any(copy_bytes):
-        shape["kv_bytes"] = copy_bytes
+        # Points without a copy read the cache itself.
+        shape["kv_bytes"] = np.where(copy_bytes, copy_bytes, shape["kv_bytes"])
     if repeated:
         shape["n_kv_heads"] = shape["n_heads"]
     return replace(operation, workspace_bytes=operation.workspace_bytes + copy_bytes, shape=shape)

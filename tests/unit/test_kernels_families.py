@@ -187,6 +187,7 @@ def test_a_variant_nobody_fitted_has_no_family() -> None:
 def test_fits_that_agree_disagree_by_nothing_and_one_fit_knows_no_other() -> None:
     assert disagreement(np.full((3, 2), 7.0)).tolist() == [0.0, 0.0]
     assert disagreement(np.ones((1, 2))).tolist() == [0.0, 0.0]
+    assert disagreement(np.zeros((3, 2))).tolist() == [0.0, 0.0]
     # logarithms -0.1, 0, 0.1
     assert disagreement(np.exp([[-0.1], [0.0], [0.1]])) == pytest.approx([0.1])
 

@@ -90,17 +90,29 @@ def taken(rule: float, tokens: float, experts: float, inner: float, variant: str
 
 
 def test_default_tiles_are_those_of_the_library() -> None:
-    # vLLM's get_default_config, as its source has it; (8, 4096) has a tuned file on A100.
+    # vLLM's get_default_config, as its source has it, and those of more tokens; (8, 4096) has a
+    # tuned file on A100.
     older = moe_tiles.OLDER_SHARE * 0.8
-    assert taken(moe_tiles.OLDER, 8, 8, 1000) == {(16, 32, older)}
+    assert taken(moe_tiles.OLDER, 8, 8, 1000) == {(16, 32, older), (64, 64, older)}
     assert taken(moe_tiles.OLDER, 9, 8, 1000) == {(64, 64, older)}
-    for tokens, rows, columns in ((32, 16, 64), (64, 32, 64), (96, 32, 128), (513, 128, 128)):
-        assert taken(moe_tiles.NEWER, tokens, 8, 1000) == {(rows, columns, 0.8)}
+    menu = [(16, 64, 0.8), (32, 64, 0.8), (32, 128, 0.8), (64, 128, 0.8), (128, 128, 0.8)]
+    for tokens, first in ((32, 0), (64, 1), (96, 2), (512, 3), (513, 4)):
+        assert taken(moe_tiles.NEWER, tokens, 8, 1000) == set(menu[first:])
     assert taken(moe_tiles.NEWER, 65, 8, 1000, "fp8_block") == {(64, 128, 0.8)}
     tuned = taken(moe_tiles.OLDER, 9, 8, 4096)
     assert {rows for rows, _, _ in tuned} == {16, 32, 64, 128}
     assert {share for _, _, share in tuned} == {1.0}
     assert tuned == taken(moe_tiles.NEWER, 9, 8, 4096)
+
+
+@pytest.mark.parametrize("rule", [moe_tiles.BEST, moe_tiles.OLDER, moe_tiles.NEWER])
+@pytest.mark.parametrize("variant", ["bf16", "fp8_block"])
+def test_more_tokens_never_take_less_time(rule: float, variant: str) -> None:
+    p = replace(MOE, tile_rule=rule, default_share=0.8, tile_s=1e-6, wave_rounding=0.5)
+    tokens = np.arange(1.0, 2000.0)
+    for experts, inner in ((8, 1000), (64, 640), (512, 64)):
+        seconds = moe_time_s(p, device(), tokens, 2048, inner, 2, experts, experts, variant)
+        assert np.all(np.diff(seconds) >= -1e-12)
 
 
 def test_a_shape_without_a_file_runs_at_the_defaults_share_of_the_tensor_rate() -> None:
