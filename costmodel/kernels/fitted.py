@@ -74,9 +74,9 @@ def fitted_time(
         launch = float(getattr(family.parameters, "launch_s", 0.0))
         more = in_situ.kernel_factor(operation) - 1.0
         floor = _floor_s(operation, hardware)
-        mid = mid + np.where(
-            more > 0.0, more * np.maximum(mid - launch, 0.0), more * np.maximum(mid - floor, 0.0)
-        )
+        # a start that the roofline hides is none: a quicker one must not make the rest longer
+        running = np.maximum(mid - launch, np.minimum(mid, floor))
+        mid = mid + more * np.where(more > 0.0, running, np.maximum(mid - floor, 0.0))
     found = _kernel_time(operation, hardware, family, asked, mid, in_situ, middle_only)
     if np.all(asked.mask):
         return found

@@ -283,6 +283,25 @@ def test_a_gemm_is_priced_by_its_family_and_not_below_the_roofline() -> None:
     assert t.launch_s + np.maximum(t.compute_s, t.memory_s) == pytest.approx(float(t.mid_s))
 
 
+def test_a_quicker_start_never_makes_a_product_in_a_pass_longer() -> None:
+    """Also where the roofline hides the start: on an H20, of little compute for its bandwidth."""
+    h20 = load_hardware("h20-sxm")
+    m = np.array([256.0, 512.0, 1024.0, 2048.0])
+    shape = {"m": m, "n": 4096.0, "k": 4096.0}
+    op = gemm(
+        flops=2.0 * m * 4096 * 4096,
+        weight_bytes=4096 * 4096 * 2.0,
+        activation_bytes=m * 8192 * 2.0,
+        shape=shape,
+    )
+    times = []
+    for factor in (1.0, 1.5, 3.0):
+        t = fitted_time(op, replace(h20, clock_hz=h20.clock_hz * factor), "sglang", in_situ())
+        assert t is not None
+        times.append(t.mid_s)
+    assert np.all(np.diff(times, axis=0) <= 1e-12 * np.asarray(times[1:]))
+
+
 def test_weight_only_products_stay_with_the_prior() -> None:
     assert fitted_time(gemm(weight_bytes=14336 * 4096 * 0.5), H100, "vllm") is None
 
