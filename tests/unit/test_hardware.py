@@ -168,6 +168,18 @@ t0_s = "fast"
     assert "did you mean l2_bytes?" in message
 
 
+def test_kilowatts_are_no_watts(tmp_path: Path) -> None:
+    text = MINIMAL.replace("[peak_flops_per_s]", "tdp_w = 0.7\n[peak_flops_per_s]")
+    assert text != MINIMAL
+    with pytest.raises(ConfigError, match=r"tdp_w: expected watts \(700, not 0\.7 kW\)"):
+        load_hardware(write(tmp_path, text))
+
+
+def test_a_generation_compares_without_case(tmp_path: Path) -> None:
+    profile = load_hardware(write(tmp_path, MINIMAL.replace('"hopper"', '"Hopper "')))
+    assert profile.generation == "hopper"
+
+
 @pytest.mark.parametrize("key", ["name", "generation", "hbm_bytes_per_s", "memory_bytes"])
 def test_missing_keys_are_named(tmp_path: Path, key: str) -> None:
     text = "\n".join(line for line in MINIMAL.splitlines() if not line.startswith(key))
