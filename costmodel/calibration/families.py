@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from costmodel.calibration.fit import Floats, fit_parameters, halves, narrowed
 from costmodel.calibration.intervals import covered_percent, intervals_of
@@ -68,7 +69,7 @@ def fit_families(
     held_out = [np.empty((len(seeds), len(rows))) for rows in tables]
     half_fits: list[list[dict[str, float]]] = [[] for _ in tables]
     for s, seed in enumerate(seeds):
-        first = [halves(len(rows), seed + 7 * i) for i, rows in enumerate(tables)]
+        first = [half_of_shapes(rows, seed + 7 * i) for i, rows in enumerate(tables)]
         for masks in (first, [~mask for mask in first]):
             fitted = fitter.fit([r.where(m) for r, m in zip(tables, masks, strict=True)])
             for i, (rows, mask) in enumerate(zip(tables, masks, strict=True)):
@@ -86,6 +87,12 @@ def fit_families(
         )
         for i, rows in enumerate(tables)
     ]
+
+
+def half_of_shapes(rows: Rows, seed: int) -> NDArray[np.bool_]:
+    """Pick a seeded half of the shapes: a call that was repeated stands on one side of it."""
+    index = rows.shape_index()
+    return halves(int(index.max(initial=-1)) + 1, seed)[index]
 
 
 class _Fitter:
@@ -154,7 +161,7 @@ def judged_intervals(fitted: Sequence[Fitted]) -> list[tuple[float, Floats]]:
     coverage = np.zeros(len(fitted))
     width = [np.zeros(f.held_out_s.shape) for f in fitted]
     for seed in INTERVAL_SEEDS:
-        first = [halves(len(f.rows), seed) for f in fitted]
+        first = [half_of_shapes(f.rows, seed) for f in fitted]
         for masks in (first, [~mask for mask in first]):
             intervals = intervals_of(
                 [f.held_out_s[:, m] for f, m in zip(fitted, masks, strict=True)],

@@ -26,6 +26,8 @@ from costmodel.prices import bundled_prices
 
 #: Rows a family needs: fewer say less than the beliefs they would replace.
 LEAST_ROWS = 12
+#: Different shapes among them: repeats of one call say nothing of another.
+LEAST_SHAPES = 3
 #: Seeded splits that judge a family.
 JUDGING_SEEDS = (0, 1, 2)
 
@@ -57,7 +59,8 @@ def calibrate_table(
     """Fit every family of a table on the device ``base``.
 
     Raises ``ConfigError`` where the file is no table of kernels of that device, or no family is
-    left with ``LEAST_ROWS`` good rows. Bad rows are in the result, each with its line and reason.
+    left with ``LEAST_ROWS`` good rows of ``LEAST_SHAPES``. Bad rows are in the result, each with
+    its line and reason.
     """
     if base.is_cpu or not base.n_units:
         raise ConfigError(
@@ -65,8 +68,8 @@ def calibrate_table(
             "itself: lccost calibrate --device cpu"
         )
     table = read_table(path, kind=kind, profile=base)
-    enough = [rows for rows in table.families if len(rows) >= LEAST_ROWS]
-    too_few = tuple(rows for rows in table.families if len(rows) < LEAST_ROWS)
+    enough = [rows for rows in table.families if _suffice(rows)]
+    too_few = tuple(rows for rows in table.families if not _suffice(rows))
     if not enough:
         raise ConfigError(_nothing_left(path, table, base))
     by_kind: dict[str, list[Rows]] = {}
@@ -82,14 +85,21 @@ def calibrate_table(
     return Calibration(text, calibrated, table.rejected, too_few)
 
 
+def _suffice(rows: Rows) -> bool:
+    return len(rows) >= LEAST_ROWS and rows.n_shapes() >= LEAST_SHAPES
+
+
 def _nothing_left(path: Path, table: Table, base: HardwareProfile) -> str:
-    n_good = max((len(rows) for rows in table.families), default=0)
+    found = "none"
+    if table.families:
+        most = max(table.families, key=len)
+        found = f"at most {len(most)} of {most.n_shapes()} shapes"
     first = ""
     if table.rejected:
         first = f"; first: line {table.rejected[0].line}, {table.rejected[0].reason}"
     return (
         f"{path}: expected at least {LEAST_ROWS} good rows of one kernel family on {base.name}, "
-        f"found at most {n_good} ({len(table.rejected)} left out{first})"
+        f"of at least {LEAST_SHAPES} shapes; found {found} ({len(table.rejected)} left out{first})"
     )
 
 

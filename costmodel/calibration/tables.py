@@ -72,6 +72,17 @@ class Rows:
         shape = {name: column[mask] for name, column in self.shape.items()}
         return Rows(self.key, shape, self.observed_s[mask], self.lines[mask])
 
+    def shape_index(self) -> NDArray[np.int64]:
+        """Number of each row's shape, in the order they first occur."""
+        columns = np.column_stack(list(self.shape.values()))
+        _, first, inverse = np.unique(columns, axis=0, return_index=True, return_inverse=True)
+        order: NDArray[np.int64] = np.argsort(np.argsort(first))[inverse.ravel()]
+        return order
+
+    def n_shapes(self) -> int:
+        """How many different calls there are."""
+        return int(self.shape_index().max(initial=-1)) + 1
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Table:

@@ -3,7 +3,7 @@
 ``costmodel/data/families/<kind>.json`` holds one table per family: the kernel of one engine on one
 GPU, its parameters with units in their names, the rows and shapes they were fitted on, and the
 error on rows no fit had seen. A profile can carry families of its own (``calibrate`` writes them);
-they go first.
+they go first, but for a kernel they are not of and that ships for this very GPU.
 
 Nearest wins: the same GPU before the same generation before another one, then the kernel asked
 for, its class of implementation, the engine. What is not a family of this GPU and engine is
@@ -245,9 +245,14 @@ def load_family(
     shape = tuple(sorted((within or {}).items()))
     asked = (place_of(hardware), engine.lower(), kernel.lower(), shape)
     own = [f for f in _own_families(kind, hardware) if f.variant == variant]
-    if own:
-        return _nearest(own, *asked)
-    return _nearest_shipped(kind, variant, *asked)
+    if not own:
+        return _nearest_shipped(kind, variant, *asked)
+    if kernel and (nearest := min(_kernel_distance(f, kernel.lower()) for f in own)):
+        # A profile calibrated from rows of one kernel says less of another than its own rows do.
+        shipped = _nearest_shipped(kind, variant, *asked)
+        if shipped and not shipped.distance and _kernel_distance(shipped, kernel.lower()) < nearest:
+            return shipped
+    return _nearest(own, *asked)
 
 
 def family_without(
@@ -300,7 +305,7 @@ def _nearest(
         return None
     distance = _distance(best, place)
     same = engine in ("", best.engine) or not best.engine
-    same = same and _kernel_distance(best, kernel) < 2
+    same = same and _is_like(best, kernel)
     own = (0.0, SISTER_SPREAD, best.generation_spread)[distance]
     spread = math.hypot(own, 0.0 if same else ENGINE_SPREAD)
     basis: Basis = "calibrated" if distance == 0 and same else "transferred"
@@ -350,6 +355,16 @@ def _kernel_distance(family: Family, kernel: str) -> int:
     if not kernel or not family.kernel or family.kernel == kernel:
         return 0
     return 1 if kernel_class(family.kernel) == kernel_class(kernel) else 2
+
+
+def _is_like(family: Family, kernel: str) -> bool:
+    """Whether a family is of a kernel or of its class. Names that say nothing may mean anything,
+    but in products: cuBLAS is behind all of them.
+    """
+    apart = _kernel_distance(family, kernel)
+    return not apart or (
+        apart == 1 and (kernel_class(kernel) != "other" or family.kind.name == "gemm")
+    )
 
 
 #: What the keys of the least and the largest value of a shape start with.

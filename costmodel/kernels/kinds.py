@@ -140,6 +140,8 @@ _CLASSES = (
     ("deepgemm", "deepgemm"),
     ("cutlass", "cutlass"),
     ("fp8_scaled_mm", "cutlass"),
+    ("_eager", "eager"),  # collectives that the host starts one by one, and those in a graph
+    ("_graph", "graph"),
 )
 
 

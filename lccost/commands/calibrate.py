@@ -142,7 +142,7 @@ def _report(table: Path, found: "Calibration") -> None:
     for rows in found.too_few:
         click.echo(
             f"left out: {rows.key.kernel or rows.key.kind} of {rows.key.engine or 'any engine'} "
-            f"{rows.key.variant}: only {len(rows)} good rows",
+            f"{rows.key.variant}: only {len(rows)} good rows of {rows.n_shapes()} shapes",
             err=True,
         )
     for c in found.families:

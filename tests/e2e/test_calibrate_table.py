@@ -174,6 +174,7 @@ def test_validate_judges_with_the_profile(calibrated: tuple[Path, Result]) -> No
     ("name", "text", "message"),
     [
         ("few.csv", None, "at least 12 good rows"),
+        ("again.csv", None, "at most 60 of 1 shapes"),
         ("missing.csv", "hw,m,n,k\nx,1,1,1\n", "lacks: dtype, latency_us"),
         ("twice.csv", "hw,m,n,k,m,dtype,latency_us\n", "twice: m"),
         ("empty.csv", "hw,m,n,k,dtype,latency_us\n", "no rows"),
@@ -185,7 +186,7 @@ def test_what_is_no_table_is_a_message(
 ) -> None:
     path = folder / name
     if text is None:
-        write(path, rows()[:8])
+        write(path, {"few.csv": rows()[:8], "again.csv": rows()[:1] * 60}[name])
     else:
         path.write_text(text, encoding="utf-8")
     out = folder / "never.toml"

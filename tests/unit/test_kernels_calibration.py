@@ -7,7 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from costmodel.calibration.families import as_tables, errors_percent, fit_families
+from costmodel.calibration.families import (
+    as_tables,
+    errors_percent,
+    fit_families,
+    half_of_shapes,
+)
 from costmodel.calibration.fit import fit_parameters, halves
 from costmodel.calibration.intervals import covered_percent, intervals_of
 from costmodel.calibration.schemas import SCHEMAS
@@ -153,6 +158,21 @@ def test_halves_are_disjoint_seeded_and_even() -> None:
     assert mask.sum() == 51
     assert np.array_equal(mask, halves(101, 3))
     assert not np.array_equal(mask, halves(101, 4))
+
+
+def test_a_repeated_call_is_never_on_both_sides() -> None:
+    rng = np.random.default_rng(1)
+    m, again = rng.permutation(30) + 1.0, rng.permutation(90)
+    key = FamilyKey("gemm", "bf16", "h100-sxm", "vllm", "linear")
+    shape = {"m": np.tile(m, 3)[again], "n": np.full(90, 64.0), "k": np.full(90, 64.0)}
+    rows = Rows(key, shape, rng.random(90), np.arange(90))
+    for seed in range(4):
+        mask = half_of_shapes(rows, seed)
+        assert mask.sum() == 45
+        assert not set(shape["m"][mask]) & set(shape["m"][~mask])
+    # and where nothing repeats it is a half of the rows
+    once = rows.where(again < 30)
+    assert np.array_equal(half_of_shapes(once, 3), halves(30, 3))
 
 
 def test_held_out_rows_are_predicted_without_them() -> None:

@@ -236,11 +236,49 @@ def test_fits_of_halves_move_to_another_device_as_the_parameters_do() -> None:
         ("vllm_flashinfer_trtllmprefill", "trtllm"),
         ("vllm_flashinfer_fidecode", "flashinfer"),
         ("CutlassFP8ScaledMMLinearKernel", "cutlass"),
+        ("VLLM_Custom_eager", "eager"),
+        ("SGLang_CustomAllReduce_graph", "graph"),
         ("torch.nn.functional.linear", "other"),
     ],
 )
 def test_a_kernel_name_says_its_class(kernel: str, expected: str) -> None:
     assert kernel_class(kernel) == expected
+
+
+def test_a_kernel_without_a_family_is_never_called_calibrated() -> None:
+    h100 = load_hardware("h100-sxm")
+    graph = family("collective", "vllm", h100, variant="all_reduce", kernel="vllm_custom_graph")
+    assert graph.kernel == "sglang_customallreduce_graph", "not vLLM's, which the host starts"
+    assert graph.basis == "transferred"
+    unheard = family("scan", "sglang", h100, variant="scan_prefill", kernel="of_my_own")
+    assert unheard.basis == "transferred"
+    assert unheard.spread == ENGINE_SPREAD
+    # whatever its name, a 16-bit product is cuBLAS's
+    product = family("gemm", "vllm", h100, variant="bf16", kernel="of_my_own")
+    assert product.basis == "calibrated"
+
+
+def test_own_families_leave_other_kernels_of_the_gpu_to_those_that_ship() -> None:
+    gpu = load_hardware("a100-sxm-80gb")
+    theirs = next(
+        f for f in shipped_families("collective")
+        if (f.hardware, f.kernel) == (gpu.name, "vllm_custom_graph")
+    )  # fmt: skip
+    numbers = asdict(theirs.parameters)
+    mine = replace(gpu, families={"collective/all_reduce/vllm/vllm_custom_graph": numbers})
+    own = "calibration of this profile"
+    for kernel, source in (
+        ("", own),
+        ("vllm_custom_graph", own),
+        ("vllm_other_graph", own),
+        ("sglang_customallreduce_eager", theirs.source),
+    ):
+        answers = family("collective", "vllm", mine, variant="all_reduce", kernel=kernel)
+        assert answers.source == source, kernel
+    # another GPU's rows of a kernel say less than this one's of its like
+    elsewhere = replace(mine, name="my-card")
+    answers = family("collective", "vllm", elsewhere, variant="all_reduce", kernel=kernel)
+    assert answers.source == own
 
 
 # of our own kernels there are no records yet: they are priors
