@@ -236,7 +236,9 @@ def transferred_kernels(paths: Sequence[Path]) -> list[Judged]:
                 by_kind.setdefault(rows.key.kind, []).append(rows)
         for kind, members in by_kind.items():
             for hardware in dict.fromkeys(rows.key.hardware for rows in members):
-                # How much wider an interval becomes is of the other GPUs as well.
+                # How much wider an interval becomes is of the other GPUs' rows as well, of which
+                # this one's families may be the nearest: without them pairs are further apart, and
+                # intervals wider than those that ship.
                 others = [rows for rows in members if rows.key.hardware != hardware]
                 spread = generation_spread(shipped_families(kind), others)
                 families = [replace(f, generation_spread=spread) for f in shipped_families(kind)]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from costmodel.in_situ import in_situ
 from lccost.cli import COMMANDS, cli
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,3 +49,17 @@ def test_readme_names_the_two_commands_and_links_exist() -> None:
         for target in re.findall(r"\]\(([^)#]+)", (ROOT / page).read_text("utf-8")):
             if not target.startswith(("http:", "https:", "mailto:")):
                 assert (base / target).exists(), f"{page} links to {target}"
+
+
+def test_the_model_page_quotes_the_pooled_fit() -> None:
+    page = " ".join((ROOT / "docs/model.md").read_text("utf-8").split())
+    p = in_situ()
+    for words in (
+        f"compute-bound time takes {p.compute_factor:.2f} times",
+        f"attention of a step {p.attention_memory_factor:.2f} of what",
+        f"collectives {p.collective_factor:.2f} times",
+        f"A step adds {p.step_s * 1e3:.1f} ms, every layer {p.layer_s * 1e6:.0f} us",
+        f"a first token {p.first_token_s * 1e3:.1f} ms",
+        f"the parameters of {p.n_runs} published runs",
+    ):
+        assert words in page
