@@ -4,8 +4,9 @@ Kernel tables hold single kernels, replayed for milliseconds at boost clocks on 
 pass they run hotter and closer together:
 
     kernel in a pass    = its time + (factor - 1) (its time - t0)           factors above 1
-                        = its time - (1 - factor) (its time - its roofline) below: what a replayed
-                          graph saves, never the moving of bytes
+                        = its time - (1 - factor) (its time - its roofline at the bandwidth that
+                          its family attains) below: what a replayed graph saves, never the moving
+                          of bytes
     factor              = compute_factor             kernels of a prompt (attention, scans)
                         = memory factor              kernels of a step (attention, scans)
                         = memory factor (1 - s) + compute_factor s      products, which are in both

@@ -73,10 +73,11 @@ def fitted_time(
     if in_situ is not None and asked.kind != "collective":
         launch = float(getattr(family.parameters, "launch_s", 0.0))
         more = in_situ.kernel_factor(operation) - 1.0
-        floor = _floor_s(operation, hardware)
         # a start that the roofline hides is none: a quicker one must not make the rest longer
-        running = np.maximum(mid - launch, np.minimum(mid, floor))
-        mid = mid + more * np.where(more > 0.0, running, np.maximum(mid - floor, 0.0))
+        running = np.maximum(mid - launch, np.minimum(mid, _floor_s(operation, hardware)))
+        attained = float(getattr(family.parameters, "bandwidth_fraction", 1.0))
+        besides = np.maximum(mid - _floor_s(operation, hardware, attained), 0.0)
+        mid = mid + more * np.where(more > 0.0, running, besides)
     found = _kernel_time(operation, hardware, family, asked, mid, in_situ, middle_only)
     if np.all(asked.mask):
         return found
@@ -181,9 +182,11 @@ def _factors(
     return in_situ.interval(family.spread)
 
 
-def _floor_s(operation: Operation, hardware: HardwareProfile) -> Array:
-    """The datasheet roofline of one run with cold caches."""
-    memory: Array = operation.hbm_bytes / hardware.hbm_bytes_per_s
+def _floor_s(operation: Operation, hardware: HardwareProfile, attained: float = 1.0) -> Array:
+    """The roofline of one run with cold caches at an ``attained`` share of the bandwidth; 1: the
+    datasheet's.
+    """
+    memory: Array = operation.hbm_bytes / (attained * hardware.hbm_bytes_per_s)
     if not some(operation.flops):
         return memory
     return np.maximum(operation.flops / hardware.peak(operation.dtype), memory)

@@ -379,6 +379,19 @@ def test_decode_attention_reads_its_cache_at_the_fitted_rate() -> None:
     assert 335e-6 < t.mid_s < 375e-6
 
 
+def test_attention_of_a_long_step_streams_no_faster_than_its_kernel_ever_did() -> None:
+    """A pass saves starts: a gigabyte still moves at what the family attains of the bandwidth."""
+    l40s = load_hardware("l40s")
+    attained = family("decode_attention", "vllm", l40s, within={"element_bytes": 2.0}).parameters
+    op = decode(2.0)
+    alone = fitted_time(op, l40s, "vllm")
+    inside = fitted_time(op, l40s, "vllm", in_situ())
+    assert alone is not None
+    assert inside is not None
+    streaming = op.state_bytes / (attained.bandwidth_fraction * l40s.hbm_bytes_per_s)
+    assert streaming < inside.mid_s < alone.mid_s
+
+
 def test_a_compressed_cache_stays_with_the_prior() -> None:
     assert fitted_time(decode(0.5625), H100, "vllm") is None
     assert fitted_time(decode(1.0), H100, "vllm") is not None
