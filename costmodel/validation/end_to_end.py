@@ -6,6 +6,8 @@ from dataclasses import replace
 import numpy as np
 
 from costmodel.errors import LccostError
+from costmodel.hardware import HardwareProfile
+from costmodel.kernels.families import load_family
 from costmodel.serving import Served, load_engine_times, metric
 from costmodel.serving.engine_times import EngineTimes
 from costmodel.serving.metrics import roofline_s
@@ -79,6 +81,13 @@ def predicted_blocks(
     return blocks, unsupported
 
 
+def _basis(times: EngineTimes, kind: str, hardware: HardwareProfile, engine: str) -> str:
+    """The engine's, or that of its kernels where none were fitted near the device."""
+    if load_family("gemm", engine, hardware, variant="bf16") is None:
+        return "prior"
+    return times.basis(kind, hardware.name)
+
+
 def _block(
     case: Case,
     served: Served,
@@ -106,7 +115,7 @@ def _block(
         )
         if kind in _LIMITED:
             low = np.maximum(low, np.minimum(roofline, mid))
-        basis = times.basis(metric_class(kind, served), served.run.hardware.name)
+        basis = _basis(times, metric_class(kind, served), served.run.hardware, case.engine)
     part = SPARSE if served.n_expert_layers else DENSE
     group = {
         "hw": served.run.hardware.name,

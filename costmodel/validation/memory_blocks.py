@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from costmodel.engines import load_engine
-from costmodel.errors import LccostError
+from costmodel.errors import LccostError, NotApplicableError
 from costmodel.hardware import HardwareProfile
 from costmodel.mlps import MoE
 from costmodel.predict import predict
@@ -194,6 +194,8 @@ def _values(
         profile: Floats = weights + activations
         return profile
     pool: Floats = hardware.memory_bytes * case.memory_fraction - weights - activations - own
+    if np.any(pool <= 0.0):
+        raise NotApplicableError(f"weights and activations leave no memory of {hardware.name}")
     if case.quantity == "kv_pool":
         return pool
     tokens: Floats = pool / (state / (batch * context))

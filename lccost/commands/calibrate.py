@@ -5,7 +5,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lccost.commands.common import EXIT_USAGE, CommandError, handle_errors, write_atomic
+from lccost.commands.common import (
+    EXIT_USAGE,
+    CommandError,
+    handle_errors,
+    refuse_inputs,
+    write_atomic,
+)
 
 if TYPE_CHECKING:
     from costmodel.calibration.profile import Calibration
@@ -81,6 +87,7 @@ def calibrate(
     --anchor: the profile of --gpu with one factor per phase, taken from runs: for the models and
     sizes near them (basis anchored). Do not judge it by the same runs.
     """
+    refuse_inputs(output, table, anchor)
     if anchor is not None:
         others = (table, device, kind)
         if gpu is None or quick or threads != 1 or any(x is not None for x in others):
@@ -106,9 +113,10 @@ def calibrate(
 
     base = load_hardware(gpu if gpu is not None else only_device(table, kind))
     found = calibrate_table(table, base, kind=kind)
+    wrote = "replaced" if output.is_file() else "wrote"
     write_atomic(output, found.text)
     _report(table, found)
-    click.echo(f"wrote {output}; use it with --gpu {output}", err=True)
+    click.echo(f"{wrote} {output}; use it with --gpu {output}", err=True)
 
 
 def _anchor(records: Path, profile: str, output: Path) -> None:
@@ -150,6 +158,7 @@ def _report(table: Path, found: "Calibration") -> None:
         h = c.held_out
         click.echo(
             f"{name}: {c.n_rows} rows; unseen rows off by {h['mape']:.1f} % (median "
-            f"{h['median']:.1f}, p90 {h['p90']:.1f}, bias {h['bias']:+.1f})",
+            f"{h['median']:.1f}, p90 {h['p90']:.1f}, bias {h['bias']:+.1f}; low-high x {c.low:.2f} "
+            f"to {c.high:.2f})",
             err=True,
         )

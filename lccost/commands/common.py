@@ -1,8 +1,10 @@
 """What commands share: parameter types, error handling, writing results."""
 
+import contextlib
 import functools
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -139,6 +141,14 @@ def write_atomic(path: Path, data: str | bytes) -> None:
         write_file(path, data)
     except ConfigError as error:
         raise CommandError(str(error), EXIT_USAGE) from error
+
+
+def refuse_inputs(output: Path | None, *inputs: Path | str | None) -> None:
+    """Raise where the file to write is one of those to read: nobody measures that again."""
+    for path in inputs:
+        with contextlib.suppress(OSError, ValueError):
+            if output is not None and path is not None and os.path.samefile(output, path):
+                raise CommandError(f"--output {output}: would replace the input {path}", EXIT_USAGE)
 
 
 def emit(text: str, output: Path | None) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from lccost.commands.common import emit, handle_errors, to_json
+from lccost.commands.common import emit, handle_errors, refuse_inputs, to_json
 
 EXAMPLES = """
 \b
@@ -62,6 +62,7 @@ def validate(
     from lccost.sweep import SCHEMA_VERSION
     from lccost.validation import as_text
 
+    refuse_inputs(output, file, gpu)
     hardware = load_hardware(gpu) if gpu else None
     result = run(file, kind=kind, baseline=baseline, hardware=hardware, n_worst=n_worst)
     if form == "json":

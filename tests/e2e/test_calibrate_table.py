@@ -160,6 +160,26 @@ def test_the_profile_and_its_engine_answer_predict(calibrated: tuple[Path, Resul
     assert before["state_bytes"] == found[0]["state_bytes"]
 
 
+def test_a_profile_replaces_a_profile_and_says_so_but_never_a_table(
+    calibrated: tuple[Path, Result], tmp_path: Path
+) -> None:
+    _, first = calibrated
+    assert "\nwrote " in first.stderr
+    table = write(tmp_path / "t.csv", rows(16))
+    before = table.read_text(encoding="utf-8")
+    base = ("--gpu", str(calibrated[0].parent / "base.toml"))
+    for command in (("calibrate", "--table", str(table), *base), ("validate", str(table), *base)):
+        result = run(*command, "--output", str(table))
+        assert result.exit_code == 2
+        assert "would replace the input" in result.stderr
+        assert table.read_text(encoding="utf-8") == before
+    output = tmp_path / "mine.toml"
+    output.write_text("", encoding="utf-8")
+    again = run("calibrate", "--table", str(table), *base, "--output", str(output))
+    assert again.exit_code == 0, again.output
+    assert f"replaced {output}" in again.stderr
+
+
 def test_validate_judges_with_the_profile(calibrated: tuple[Path, Result]) -> None:
     out, _ = calibrated
     table = write(out.parent / "judged.csv", rows())

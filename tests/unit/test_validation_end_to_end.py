@@ -100,6 +100,8 @@ def test_a_missing_concurrency_is_the_ranks_batches() -> None:
         ("vLLM+FlashAttention-2", "vllm"),
         ("MInference-SGLang", "minference"),
         ("FlexLLMGen", "flexgen"),
+        ("huggingface-transformers", "transformers"),
+        ("KTransformers", "any"),
     ],
 )
 def test_engines_by_their_spelling(spelling: str, engine: str) -> None:
@@ -275,6 +277,27 @@ def test_pools_take_what_their_notes_say(tmp_path: Path) -> None:
     (worst,) = validate(path, n_worst=5).groups
     assert worst[1].bias_percent == pytest.approx(-2.0, abs=2.0)
     assert not validate(path).overall.n  # pools are not part of the overall figures
+
+
+def test_a_pool_that_nothing_is_left_for_is_no_number(tmp_path: Path) -> None:
+    path = memory(
+        tmp_path, "rtx3090,1,Llama-3.1-70B,bf16,bf16,20000,kv_pool_gib,3.81,GiB,vllm,util 0.90"
+    )
+    result = validate(path)
+    assert not result.groups
+    ((reason, n),) = result.unsupported
+    assert n == 1
+    assert "leave no memory" in reason
+
+
+def test_an_engine_on_a_gpu_that_no_kernel_was_fitted_near_is_a_prior(tmp_path: Path) -> None:
+    found = {}
+    for hw in ("h100_sxm", "h200_sxm", "mi300x"):
+        path = tmp_path / f"{hw}.csv"
+        row = {**SERVING, "system": hw, "silicon_tpot_ms": "15", "silicon_ttft_ms": "90"}
+        path.write_text(f"{','.join(row)}\n{','.join(row.values())}\n", encoding="utf-8")
+        found[hw] = {basis for _, _, basis in validate(path).groups}
+    assert found == {"h100_sxm": {"calibrated"}, "h200_sxm": {"transferred"}, "mi300x": {"prior"}}
 
 
 @pytest.mark.parametrize(
