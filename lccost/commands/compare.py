@@ -14,6 +14,7 @@ from lccost.commands.common import (
     CommandError,
     emit,
     handle_errors,
+    refuse_inputs,
     to_json,
 )
 
@@ -95,6 +96,8 @@ def compare(
     from reports.records import read_records
     from reports.tables import error_table, render, unjoined_table
 
+    refuse_inputs(output, *records)
+    refuse_inputs(plot, *records)
     hardware = load_hardware(gpu) if gpu else None
 
     def predicted(fields: Mapping[str, Any]) -> Mapping[str, Any]:

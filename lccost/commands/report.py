@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from lccost.commands.common import handle_errors
+from lccost.commands.common import handle_errors, refuse_inputs
 
 EXAMPLES = """
 \b
@@ -47,6 +47,7 @@ def report(records: tuple[Path, ...], output: Path, gpus: tuple[str, ...], title
     from reports.records import read_records
     from reports.report import build_report
 
+    refuse_inputs(output, *records)
     read = read_records(records)
     profiles = profiles_of(read.measurements + read.predictions, gpus)
     by_name = {p.name: p for p in profiles}

@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from lccost import __version__
-from lccost.commands.common import emit, handle_errors, to_csv, to_json
+from lccost.commands.common import emit, handle_errors, refuse_inputs, to_csv, to_json
 
 EXAMPLES = """
 \b
@@ -42,6 +42,7 @@ def stats(files: tuple[Path, ...], form: str, output: Path | None) -> None:
     """Rate, burstiness, lengths and reusable prefixes of each trace."""
     from costmodel.planning.traces import read_trace
 
+    refuse_inputs(output, *files)
     rows = [read_trace(file).stats() for file in files]
     if form == "json":
         inputs = {"files": [str(f) for f in files]}
@@ -68,6 +69,7 @@ def convert(file: Path, output: Path | None, rows: int | None) -> None:
     """
     from costmodel.planning.traces import as_csv, as_mooncake, read_trace
 
+    refuse_inputs(output, file)
     if file.suffix.lower() in (".toml", ".json"):
         from lccost.commands.plan import read_plan_file
 

@@ -213,3 +213,13 @@ def test_a_roofline_is_of_one_device(two: Path, tmp_path: Path) -> None:
     assert result.exit_code == 2
     assert "h100-sxm, l40s" in result.output
     assert not (tmp_path / "r.png").exists()
+
+
+@pytest.mark.parametrize("command", ["compare", "report", "trace stats", "trace convert"])
+def test_records_are_never_replaced_by_what_is_made_of_them(two: Path, command: str) -> None:
+    before = two.read_bytes()
+    for output in (two, two.parent / "." / two.name):
+        result = run(*command.split(), two, "--output", output)
+        assert result.exit_code == 2
+        assert "would replace the input" in result.stderr
+    assert two.read_bytes() == before
