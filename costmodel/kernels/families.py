@@ -3,7 +3,7 @@
 ``costmodel/data/families/<kind>.json`` holds one table per family: the kernel of one engine on one
 GPU, its parameters with units in their names, the rows and shapes they were fitted on, and the
 error on rows no fit had seen. A profile can carry families of its own (``calibrate`` writes them);
-they go first, but for a kernel they are not of and that ships for this very GPU.
+they go first, but for a kernel or an engine they are not of and that ships for this very GPU.
 
 Nearest wins: the same GPU before the same generation before another one, then the kernel asked
 for, its class of implementation, the engine. What is not a family of this GPU and engine is
@@ -247,10 +247,12 @@ def load_family(
     own = [f for f in _own_families(kind, hardware) if f.variant == variant]
     if not own:
         return _nearest_shipped(kind, variant, *asked)
-    if kernel and (nearest := min(_kernel_distance(f, kernel.lower()) for f in own)):
-        # A profile calibrated from rows of one kernel says less of another than its own rows do.
+    named = (engine.lower(), kernel.lower())
+    nearest = min(_apart(f, *named) for f in own)
+    if any(nearest):
+        # Rows of one kernel or engine say less of another than rows of its own on the same GPU.
         shipped = _nearest_shipped(kind, variant, *asked)
-        if shipped and not shipped.distance and _kernel_distance(shipped, kernel.lower()) < nearest:
+        if shipped and not shipped.distance and _apart(shipped, *named) < nearest:
             return shipped
     return _nearest(own, *asked)
 
@@ -355,6 +357,12 @@ def _kernel_distance(family: Family, kernel: str) -> int:
     if not kernel or not family.kernel or family.kernel == kernel:
         return 0
     return 1 if kernel_class(family.kernel) == kernel_class(kernel) else 2
+
+
+def _apart(family: Family, engine: str, kernel: str) -> tuple[int, bool]:
+    """How far a family is from a kernel and an engine."""
+    of_another = bool(family.engine) and engine not in ("", family.engine)
+    return _kernel_distance(family, kernel), of_another
 
 
 def _is_like(family: Family, kernel: str) -> bool:

@@ -275,6 +275,10 @@ def test_own_families_leave_other_kernels_of_the_gpu_to_those_that_ship() -> Non
     ):
         answers = family("collective", "vllm", mine, variant="all_reduce", kernel=kernel)
         assert answers.source == source, kernel
+    gemm = next(f for f in shipped_families("gemm") if (f.hardware, f.engine) == (gpu.name, "vllm"))
+    mine = replace(mine, families={"gemm/bf16/vllm/mine": asdict(gemm.parameters)} | mine.families)
+    for engine, source in (("", own), ("vllm", own), ("torch", own), ("sglang", gemm.source)):
+        assert family("gemm", engine, mine, variant="bf16").source == source, engine
     # another GPU's rows of a kernel say less than this one's of its like
     elsewhere = replace(mine, name="my-card")
     answers = family("collective", "vllm", elsewhere, variant="all_reduce", kernel=kernel)
