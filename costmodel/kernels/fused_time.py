@@ -46,7 +46,12 @@ def fused_time(
     # what the shorter of the two leaves unhidden belongs to the longer
     unhidden = alone - launch - np.maximum(memory, arithmetic)
     if fitted and in_situ is not None:
-        memory = memory * in_situ.memory_factor(operation.kind)
+        change = in_situ.memory_factor(operation.kind) - 1.0
+        attained = family.parameters.bandwidth_fraction * hardware.hbm_bytes_per_s
+        # a factor below 1 is what graphs save of a kernel: none of it is of moving bytes
+        memory = memory + change * (
+            memory if change > 0.0 else memory - shape["n_bytes"] / attained
+        )
         arithmetic = arithmetic * in_situ.compute_factor
     floor = np.maximum(
         operation.flops / hardware.peak(operation.dtype),

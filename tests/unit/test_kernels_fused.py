@@ -9,6 +9,7 @@ from costmodel.architecture import MixerGroup
 from costmodel.engines import load_engine
 from costmodel.fused_kernels import KERNELS, work_of
 from costmodel.hardware import load_hardware
+from costmodel.in_situ import in_situ
 from costmodel.kernels import time_operation
 from costmodel.kernels.fused import KIND, PRIORS, arithmetic_s, parts_s
 from costmodel.methods.parse import parse_method
@@ -172,6 +173,20 @@ def test_a_step_is_one_operation_with_the_sum_of_its_parts() -> None:
     scores = at["batch"] * at["tokens"] * 8 * 8
     assert float(joined.state_bytes) == cache + new + scores
     assert float(joined.workspace_bytes) == at["batch"] * at["tokens"] * 32 * 4
+
+
+@pytest.mark.parametrize("kernel", ["attention16", "kivi2", "h2o", "ring"])
+def test_a_measured_kernel_moves_its_bytes_no_faster_inside_a_pass(kernel: str) -> None:
+    own = {name: prior.value for name, prior in PRIORS.items()}
+    gpu = replace(GPU, families={f"fused/{kernel}/lccost": own})
+    op = step(kernel, tokens=131_072.0, batch=32.0)
+    alone = time_operation(op, gpu, "lccost")
+    inside = time_operation(op, gpu, "lccost", in_situ())
+    n_bytes = work_of(op, float(gpu.n_units or 1))["n_bytes"]
+    streaming = n_bytes / (own["bandwidth_fraction"] * gpu.hbm_bytes_per_s)
+    assert inside.basis == alone.basis == "calibrated"
+    assert streaming < inside.mid_s
+    assert inside.mid_s == pytest.approx(alone.mid_s, rel=0.25)
 
 
 def test_more_programs_are_faster_until_the_bandwidth_is_full() -> None:
