@@ -40,19 +40,17 @@ Those of power come from such a split too, as wide as each regime scatters, of o
 `lccost validate FILE` makes such a report of any table; on the tables below its figures are better
 than here, because the shipped parameters have seen them.
 
-What was chosen with these tables in sight: the forms of the laws, of kernels and of engines, by
-comparing variants on the same halves and the same GPUs, models and engines left out that the
-figures below are of; the spread left to an engine after its kin (0.35; 0.5 is worse on a GPU or
-model left out, 0.25 on new runs of a known engine), that engines are fitted to dense and sparse
-models apart and have a factor for products in fp4, the limits of their factors and the spreads of
-their priors (that of fp4 products is 0.1 since 0.2 put one row of GB200 off), the factor that
-LMDeploy's PyTorch engine has for attention over prompts (read off its own residuals), that a CTA's
-stream of a cache grows with the bandwidth of an SM's share from one generation to another (by rows
-of GPUs left out), the rate of older tiles of experts (0.65, by free fits of two families), that
-GA10x takes its kernels from Ada rather than from A100 (by runs on an RTX A6000), that eager
-collectives and those in a graph are different kernels, the spreads of a transfer within a
-generation, to an engine and where none could be left out (0.15, 0.2, 0.4), that intervals of
-engines go by class and GPU, and which attributes of a kernel change its power. Of the intervals
+What was chosen with these tables in sight: the forms of the laws, those of engines and the limits
+of their factors by comparing variants on the same halves and the same GPUs, models and engines left
+out that the figures below are of; the spread left to an engine after its kin (0.35; 0.5 is worse on
+a GPU or model left out, 0.25 on new runs of a known engine); that engines are fitted to dense and
+sparse models apart and have a factor for products in fp4, whose prior was narrowed to 0.1 after one
+row of GB200; the factor that LMDeploy's PyTorch engine has for attention over prompts (read off its
+own residuals); that a CTA's stream of a cache grows with the bandwidth of an SM's share from one
+generation to another (by rows of GPUs left out); the rate of older tiles of experts (0.65, by free
+fits of two families); that GA10x takes its kernels from Ada rather than from A100 (by runs on an
+RTX A6000); that eager collectives and those in a graph are different kernels; that intervals of
+engines go by class and GPU; and which attributes of a kernel change its power. Of the intervals
 of kernels: that they follow the disagreement of fits, the 0.03 (by the likelihood of the
 deviations; 0.02 to 0.05 hardly differ) and that the kind counts as 16 rows of a family, by one half
 of the rows of every family; then, in sight of all rows, the share they aim at (82 %; 83 % is a
