@@ -29,6 +29,9 @@ from costmodel.prices import bundled_prices
 LEAST_ROWS = 12
 #: Different shapes among them: repeats of one call say nothing of another.
 LEAST_SHAPES = 3
+#: Rows of a family that are read at most, a seeded choice: a handful of parameters need no more,
+#: and a fit to these takes a minute.
+MOST_ROWS = 2_000
 #: Seeded splits that judge a family.
 JUDGING_SEEDS = (0, 1, 2)
 
@@ -46,12 +49,15 @@ class Calibrated:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Calibration:
-    """A profile's text, its families, rows left out, and families with too few rows."""
+    """A profile's text, its families, rows left out, families with too few rows, and good rows that
+    were not read since a family had enough.
+    """
 
     text: str
     families: tuple[Calibrated, ...]
     rejected: tuple[Rejected, ...]
     too_few: tuple[Rows, ...]
+    n_unread: int
 
 
 def calibrate_table(
@@ -75,7 +81,7 @@ def calibrate_table(
         raise ConfigError(_nothing_left(path, table, base))
     by_kind: dict[str, list[Rows]] = {}
     for rows in enough:
-        by_kind.setdefault(rows.key.kind, []).append(rows)
+        by_kind.setdefault(rows.key.kind, []).append(_at_most(rows, MOST_ROWS))
     fitted = [
         f
         for families in by_kind.values()
@@ -83,7 +89,17 @@ def calibrate_table(
     ]
     calibrated = tuple(_judged(f) for f in fitted)
     text = _document(base, path, table, fitted, calibrated)
-    return Calibration(text, calibrated, table.rejected, too_few)
+    n_unread = sum(map(len, enough)) - sum(c.n_rows for c in calibrated)
+    return Calibration(text, calibrated, table.rejected, too_few, n_unread)
+
+
+def _at_most(rows: Rows, n: int) -> Rows:
+    """All rows, or a seeded choice of ``n``."""
+    if len(rows) <= n:
+        return rows
+    mask = np.zeros(len(rows), dtype=np.bool_)
+    mask[np.random.default_rng(0).permutation(len(rows))[:n]] = True
+    return rows.where(mask)
 
 
 def _suffice(rows: Rows) -> bool:

@@ -153,6 +153,11 @@ def _report(table: Path, found: "Calibration") -> None:
             f"{rows.key.variant}: only {len(rows)} good rows of {rows.n_shapes()} shapes",
             err=True,
         )
+    if found.n_unread:
+        click.echo(
+            f"{found.n_unread:,} good rows not read: a seeded choice of a family's is enough",
+            err=True,
+        )
     for c in found.families:
         name = " ".join(filter(None, (c.key.kind, c.key.variant, c.key.engine, c.key.kernel)))
         h = c.held_out

@@ -220,6 +220,21 @@ def test_what_is_no_table_is_a_message(
     assert not out.exists()
 
 
+def test_of_a_family_with_very_many_rows_some_are_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("costmodel.calibration.profile.MOST_ROWS", 20)
+    out = folder / "some.toml"
+    result = run(
+        *("calibrate", "--table", str(write(folder / "many.csv", rows()))),
+        *("--gpu", str(folder / "base.toml"), "--output", str(out)),
+    )
+    assert result.exit_code == 0, result.output
+    assert "40 good rows not read" in result.stderr
+    (family,) = tomllib.loads(out.read_text("utf-8"))["families"].values()
+    assert family["n_rows"] == 20
+
+
 def test_options_of_the_other_form_are_refused(folder: Path) -> None:
     out = ("--output", str(folder / "never.toml"))
     assert run("calibrate", "--gpu", "h100-sxm", *out).exit_code == 2
