@@ -30,7 +30,7 @@ LEAST_ROWS = 12
 #: Different shapes among them: repeats of one call say nothing of another.
 LEAST_SHAPES = 3
 #: Rows of a family that are read at most, a seeded choice: a handful of parameters need no more,
-#: and a fit to these takes a minute.
+#: and fits to many more take minutes.
 MOST_ROWS = 2_000
 #: Seeded splits that judge a family.
 JUDGING_SEEDS = (0, 1, 2)
