@@ -53,6 +53,40 @@ def fitted_time(
     ``in_situ``: what becomes of the kernel inside a pass; without it the kernel runs alone.
     ``middle_only``: the interval is of no interest, and is the middle.
     """
+    described = _described(operation, hardware, engine)
+    if described is None:
+        return None
+    asked, family = described
+    mid = _seconds(family, family.parameters, hardware, asked)
+    if in_situ is not None and asked.kind != "collective":
+        launch = float(getattr(family.parameters, "launch_s", 0.0))
+        more = in_situ.kernel_factor(operation) - 1.0
+        # a start that the roofline hides is none: a quicker one must not make the rest longer
+        running = np.maximum(mid - launch, np.minimum(mid, _floor_s(operation, hardware)))
+        besides = np.maximum(mid - _floor_s(operation, hardware, _attained(family)), 0.0)
+        mid = mid + more * np.where(more > 0.0, running, besides)
+    found = _kernel_time(operation, hardware, family, asked, mid, in_situ, middle_only)
+    if np.all(asked.mask):
+        return found
+    return _mixed(asked.mask, found, prior_time(operation, hardware, middle_only=middle_only))
+
+
+def attained_roofline_s(operation: Operation, hardware: HardwareProfile, engine: str) -> Array:
+    """The roofline of one run at the share of the bandwidth that its family attains; the
+    datasheet's where no family describes it.
+    """
+    described = _described(operation, hardware, engine)
+    datasheet = _floor_s(operation, hardware)
+    if described is None:
+        return datasheet
+    asked, family = described
+    return np.where(asked.mask, _floor_s(operation, hardware, _attained(family)), datasheet)
+
+
+def _described(
+    operation: Operation, hardware: HardwareProfile, engine: str
+) -> tuple[Asked, Family] | None:
+    """What an operation asks, and the family that answers; None where there is none."""
     reader = _READERS.get(operation.kind)
     if reader is None or operation.unfitted or hardware.is_cpu or not hardware.n_units:
         return None
@@ -67,21 +101,11 @@ def fitted_time(
         kernel=asked.kernel,
         within=asked.within,
     )
-    if family is None:
-        return None
-    mid = _seconds(family, family.parameters, hardware, asked)
-    if in_situ is not None and asked.kind != "collective":
-        launch = float(getattr(family.parameters, "launch_s", 0.0))
-        more = in_situ.kernel_factor(operation) - 1.0
-        # a start that the roofline hides is none: a quicker one must not make the rest longer
-        running = np.maximum(mid - launch, np.minimum(mid, _floor_s(operation, hardware)))
-        attained = float(getattr(family.parameters, "bandwidth_fraction", 1.0))
-        besides = np.maximum(mid - _floor_s(operation, hardware, attained), 0.0)
-        mid = mid + more * np.where(more > 0.0, running, besides)
-    found = _kernel_time(operation, hardware, family, asked, mid, in_situ, middle_only)
-    if np.all(asked.mask):
-        return found
-    return _mixed(asked.mask, found, prior_time(operation, hardware, middle_only=middle_only))
+    return None if family is None else (asked, family)
+
+
+def _attained(family: Family) -> float:
+    return float(getattr(family.parameters, "bandwidth_fraction", 1.0))
 
 
 def _mixed(mask: Mask, found: KernelTime, prior: KernelTime) -> KernelTime:

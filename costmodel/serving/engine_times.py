@@ -7,11 +7,11 @@
     TPOT    = step + q (n - 1) (prompt without its constants) / output tokens
 
 Decode attention takes b times its family's time where b > 1; below, only what it takes beyond its
-roofline shrinks, for no graph moves bytes faster. A step and a prompt are at least what the host
-needs to start their kernels where there is no captured graph. Under continuous batching a request
-decodes while the n - 1 others of its rank are admitted once per output it makes: their prefill
-stands between its tokens (q = 1), less where prompts are admitted together before anybody decodes.
-n is what fits in the KV pool when that is less than the load.
+roofline at the bandwidth it attains shrinks, for no graph moves bytes faster. A step and a prompt
+are at least what the host needs to start their kernels where there is no captured graph. Under
+continuous batching a request decodes while the n - 1 others of its rank are admitted once per
+output it makes: their prefill stands between its tokens (q = 1), less where prompts are admitted
+together before anybody decodes. n is what fits in the KV pool when that is less than the load.
 
     t0  host time per step                    t_layer   gaps between kernels of a layer
     a   kernels in a step against alone       b         decode attention against its family

@@ -23,6 +23,7 @@ from costmodel.engines import Engine, load_engine
 from costmodel.errors import NotApplicableError
 from costmodel.hardware import HardwareProfile
 from costmodel.kernels import time_operation
+from costmodel.kernels.fitted import attained_roofline_s
 from costmodel.layout import Execution, decode_operations, prefill_operations, total
 from costmodel.memory import state_of
 from costmodel.methods.parse import parse_method
@@ -43,7 +44,7 @@ class Parts:
 
     matmul_s      dense matrix products
     attention_s   attention kernels
-    attention_roofline_s   the same at datasheet rates
+    attention_roofline_s   the same at full peaks and the bandwidth that kernels attain
     unpacked_attention_s   attention on the 16-bit cache that a packed one replaces, else 0
     other_s       norms, activations, scans, everything else on the GPU
     expert_s      roofline of the routed experts
@@ -209,9 +210,7 @@ class Served:
                 matmul = matmul + seconds
             elif op.kind in _ATTENTION:
                 attention = attention + seconds
-                floor = floor + op.count * np.maximum(
-                    op.flops / hardware.peak(op.dtype), op.hbm_bytes / hardware.hbm_bytes_per_s
-                )
+                floor = floor + op.count * attained_roofline_s(op, hardware, name)
             else:
                 other = other + seconds
         experts = self._expert_operations(tokens)
