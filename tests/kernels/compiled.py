@@ -38,7 +38,9 @@ def test_every_kernel_has_a_case() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "case", "architecture"), CASES, ids=lambda x: getattr(x, "name", str(x))
+    ("name", "case", "architecture"),
+    CASES,
+    ids=lambda x: f"sm_{x}" if isinstance(x, int) else getattr(x, "name", str(x)),
 )
 def test_compiles_and_fits(name, case, architecture) -> None:
     used = compile_case(case, architecture).resources
