@@ -25,6 +25,8 @@ from costmodel.kernels.families import ENDS
 from costmodel.kernels.kinds import kernel_kind
 from costmodel.prices import bundled_prices
 
+#: Rows left out that are named one by one.
+SHOWN_ROWS = 1000
 #: Rows a family needs: fewer say less than the beliefs they would replace.
 LEAST_ROWS = 12
 #: Different shapes among them: repeats of one call say nothing of another.
@@ -111,13 +113,20 @@ def _nothing_left(path: Path, table: Table, base: HardwareProfile) -> str:
     if table.families:
         most = max(table.families, key=len)
         found = f"at most {len(most)} of {most.n_shapes()} shapes"
-    first = ""
-    if table.rejected:
-        first = f"; first: line {table.rejected[0].line}, {table.rejected[0].reason}"
-    return (
+    n = len(table.rejected)
+    head = (
         f"{path}: expected at least {LEAST_ROWS} good rows of one kernel family on {base.name}, "
-        f"of at least {LEAST_SHAPES} shapes; found {found} ({len(table.rejected)} left out{first})"
+        f"of at least {LEAST_SHAPES} shapes; found {found} ({n:,} left out)"
     )
+    return "\n".join([head, *left_out(path, table.rejected)])
+
+
+def left_out(path: Path, rejected: Sequence[Rejected]) -> list[str]:
+    """A line for every row that was left out, and why."""
+    lines = [f"{path}:{row.line}: left out: {row.reason}" for row in rejected[:SHOWN_ROWS]]
+    if len(rejected) > SHOWN_ROWS:
+        lines.append(f"... and {len(rejected) - SHOWN_ROWS:,} more rows left out")
+    return lines
 
 
 def _judged(fitted: Fitted) -> Calibrated:

@@ -24,8 +24,6 @@ Examples:
   lccost calibrate --table gemm.csv --gpu h100-sxm --output my-h100.toml
   lccost calibrate --table my-kernels.csv --gpu my-gpu.toml --output my-gpu-calibrated.toml
 """
-#: Rows left out that are named one by one.
-SHOWN_ROWS = 1000
 
 
 @click.command(epilog=EXAMPLES)
@@ -143,10 +141,10 @@ def _measure(device: str, quick: bool, threads: int, gpu: str | None, output: Pa
 
 def _report(table: Path, found: "Calibration") -> None:
     """What was fitted, and every row that was not, on standard error."""
-    for row in found.rejected[:SHOWN_ROWS]:
-        click.echo(f"{table}:{row.line}: left out: {row.reason}", err=True)
-    if len(found.rejected) > SHOWN_ROWS:
-        click.echo(f"... and {len(found.rejected) - SHOWN_ROWS:,} more rows left out", err=True)
+    from costmodel.calibration.profile import left_out
+
+    for line in left_out(table, found.rejected):
+        click.echo(line, err=True)
     for rows in found.too_few:
         click.echo(
             f"left out: {rows.key.kernel or rows.key.kind} of {rows.key.engine or 'any engine'} "

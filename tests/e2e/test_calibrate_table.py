@@ -123,6 +123,18 @@ def test_bad_rows_are_named_with_their_line_and_left_out(calibrated: tuple[Path,
     assert document["calibration"]["rows_left_out"] == str(len(BAD))
 
 
+def test_bad_rows_are_named_where_nothing_else_is_left(folder: Path) -> None:
+    table, out = write(folder / "bad.csv", list(BAD)), folder / "never.toml"
+    result = run(
+        *("calibrate", "--table", str(table), "--gpu", str(folder / "base.toml")),
+        *("--output", str(out)),
+    )
+    assert result.exit_code == 2
+    for i, reason in enumerate(BAD.values()):
+        assert re.search(rf"bad\.csv:{2 + i}: left out: .*{reason}", result.stderr), reason
+    assert not out.exists()
+
+
 def test_the_parameters_are_found_again(calibrated: tuple[Path, Result]) -> None:
     out, _ = calibrated
     device = load_hardware(out)
