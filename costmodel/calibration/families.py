@@ -21,7 +21,8 @@ from costmodel.calibration.intervals import covered_percent, intervals_of
 from costmodel.calibration.tables import FamilyKey, Rows
 from costmodel.errors import ConfigError
 from costmodel.hardware import HardwareProfile, load_hardware
-from costmodel.kernels.families import GENERATION_SPREAD, Interval
+from costmodel.kernels.families import GENERATION_SPREAD
+from costmodel.kernels.interval import Interval
 from costmodel.kernels.kinds import KernelKind, kernel_class, kernel_kind
 
 #: Families below this many rows start from their kin.

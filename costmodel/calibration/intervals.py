@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from costmodel.kernels.families import UNEXPLAINED, Interval, disagreement
+from costmodel.kernels.interval import UNEXPLAINED, Interval, disagreement
 
 Floats = NDArray[np.float64]
 

@@ -12,8 +12,9 @@ import numpy as np
 from costmodel.fused_kernels import work_of
 from costmodel.hardware import HardwareProfile
 from costmodel.in_situ import InSitu
-from costmodel.kernels.families import Family, Interval, load_family
+from costmodel.kernels.families import Family, load_family
 from costmodel.kernels.fused import KIND, PRIORS, arithmetic_s, parts_s
+from costmodel.kernels.interval import Interval
 from costmodel.kernels.physics import values
 from costmodel.kernels.prior import KernelTime
 from costmodel.operation import Operation

@@ -12,11 +12,11 @@ from costmodel.calibration.transfer import generation_spread, transfer_errors
 from costmodel.hardware import load_hardware
 from costmodel.kernels.families import (
     GENERATION_SPREAD,
-    Interval,
     family_without,
     load_family,
     shipped_families,
 )
+from costmodel.kernels.interval import Interval
 
 DATA = Path(__file__).resolve().parents[1] / "data" / "kernels"
 TABLES = sorted(p.name for p in DATA.glob("*.csv"))

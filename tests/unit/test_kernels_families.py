@@ -14,12 +14,11 @@ from costmodel.kernels.families import (
     ENGINE_SPREAD,
     SISTER_SPREAD,
     Family,
-    Interval,
-    disagreement,
     load_family,
     shipped_families,
 )
 from costmodel.kernels.fitted import fitted_time
+from costmodel.kernels.interval import Interval, disagreement
 from costmodel.kernels.kinds import kernel_class, kernel_kind, kind_names
 from costmodel.kernels.moved import MOST_SUSTAINED, built_as, moved, place_of
 from costmodel.operation import Operation, causal_pairs
