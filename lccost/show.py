@@ -212,6 +212,10 @@ def _prefill_sentence(members: Sequence[Row]) -> str:
             f"decode roofline {format_seconds(base['roofline_tpot_s'])} per step for "
             f"{base['method_spec']}: what bounds a step is what a method must shrink to help."
         )
+    beyond = [r["method_spec"] for r in shown if r["extrapolated"]]
+    if beyond:
+        which = "all methods" if len(beyond) == len(shown) > 1 else ", ".join(beyond)
+        lines.append(f"times of {which} are extrapolated far beyond the calls that were measured.")
     return "\n".join(lines)
 
 

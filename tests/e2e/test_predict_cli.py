@@ -359,6 +359,13 @@ def test_what_a_reader_must_know_is_said() -> None:
     assert document["inputs"]["assume"] is None
 
 
+def test_extrapolated_times_are_said_beside_the_table() -> None:
+    """Prompts of 131,072 tokens are eight times what prompt kernels were measured on."""
+    asked = ("predict", "--model", "llama-3.1-8b", "--gpu", "h100-sxm", "--method", "full")
+    assert "extrapolated" in run(*asked, "--context", "128k").stdout
+    assert "extrapolated" not in run(*asked, "--context", "8k").stdout
+
+
 def test_explanations_add_up() -> None:
     document = json.loads(
         run(*BASE, "--method", "kivi,llmlingua2", "--explain", "--format", "json").stdout
