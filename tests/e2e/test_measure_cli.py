@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -173,7 +174,9 @@ def test_an_interrupt_says_how_to_go_on(model, tmp_path):
     command = [sys.executable, "-m", "lccost", "measure", "--model", model, "--context",
                ",".join(map(str, range(16, 32))), "--output", output, "--output-tokens", "4",
                "--seconds", "0.02"]  # fmt: skip
-    sweep = subprocess.Popen(command, cwd=ROOT, text=True, stderr=subprocess.PIPE)
+    # A background job of a shell hands on that interrupts are ignored.
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    sweep = subprocess.Popen(command, cwd=ROOT, text=True, stderr=subprocess.PIPE, preexec_fn=heard)
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not (output.exists() and output.stat().st_size):
         time.sleep(0.02)
