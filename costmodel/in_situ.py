@@ -20,10 +20,10 @@ caches). What draws power is multiplying, not what waits for what: s goes by the
 not by which limit of the device binds it, so neither a better device nor less work ever takes
 longer. The factors are the parameters of all engines' published runs of dense models, of which
 ``costmodel/data/serving.toml`` says what was fitted on how many runs and how far off unseen ones
-were. Leaving any engine or any GPU out of that fit moves compute_factor between 1.14 and 1.35, the
-factor on products in steps between 0.95 and 1.07, that on attention in steps between 0.35 and 0.63,
-layer_s between 1.6 and 3.6 us, the host time per step between 0.2 and 0.57 ms and first_token_s
-between 0.8 and 4.6 ms.
+were. Leaving any engine or any GPU out of that fit moves compute_factor between 1.14 and 1.40, the
+factor on products in steps between 0.95 and 1.07, that on attention in steps between 0.30 and 0.54,
+layer_s between 1.6 and 3.7 us, the host time per step between 0.21 and 0.58 ms and first_token_s
+between 0.8 and 5.0 ms.
 """
 
 import functools

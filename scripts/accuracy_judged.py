@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from costmodel.calibration.families import LEAST_ROWS, fit_families, judged_intervals
 from costmodel.calibration.tables import Rows, read_table
-from costmodel.calibration.transfer import generation_spread
+from costmodel.calibration.transfer import family_elsewhere, generation_spread
 from costmodel.hardware import load_hardware
-from costmodel.kernels.families import Family, family_without, shipped_families
+from costmodel.kernels.families import Family, shipped_families
 from costmodel.kernels.kinds import kernel_kind
 from costmodel.serving.__main__ import read_tables
 from costmodel.serving.engine_times import EngineTimes, facts_of, known_engines
@@ -250,16 +250,7 @@ def transferred_kernels(paths: Sequence[Path]) -> list[Judged]:
 
 def _transferred(path: Path, rows: Rows, families: Sequence[Family]) -> Judged | None:
     device, key = load_hardware(rows.key.hardware), rows.key
-    family = family_without(
-        key.hardware,
-        key.kind,
-        key.engine,
-        device,
-        variant=key.variant,
-        kernel=key.kernel,
-        within={k: float(np.median(v)) for k, v in rows.shape.items()},
-        families=families,
-    )
+    family = family_elsewhere(rows, families)
     if family is None:
         return None
     low, mid, high = (

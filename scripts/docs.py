@@ -30,8 +30,8 @@ from costmodel.predict import predict
 from costmodel.registry import load_architecture, model_names
 from costmodel.units import format_bytes
 from costmodel.workload import Workload
-from lccost.catalogue import model_rows
 from lccost.cli import COMMANDS, cli
+from lccost.model_catalogue import model_rows
 from measure.methods import build_layer_cache, forms_of
 from measure.mixers import build_cache
 from measure.numerics import Rope

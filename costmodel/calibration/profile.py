@@ -3,8 +3,7 @@
 The profile holds everything of the base device and, per kernel family of the table, a section
 ``[families."<kind>/<variant>/<engine>/<kernel>"]``: parameters with their meaning, number of rows,
 range of shapes, error and interval on rows that the judging fits had not seen. ``--gpu`` accepts it
-wherever it accepts a GPU. Its families go before those that ship, but for
-kernels they are not of.
+wherever it accepts a GPU. Its families go before those that ship, but for kernels they are not of.
 """
 
 import datetime

@@ -44,6 +44,23 @@ class Transferred:
     errors: dict[str, float]
 
 
+def family_elsewhere(rows: Rows, families: Sequence[Family] | None = None) -> Family | None:
+    """The family that answers for the rows of a kernel if none had been fitted on their GPU; of
+    those that ship, or of ``families``.
+    """
+    key = rows.key
+    return family_without(
+        key.hardware,
+        key.kind,
+        key.engine,
+        load_hardware(key.hardware),
+        variant=key.variant,
+        kernel=key.kernel,
+        within={k: float(np.median(v)) for k, v in rows.shape.items()},
+        families=families,
+    )
+
+
 def transfer_errors(paths: Sequence[Path], without: Sequence[str]) -> list[Transferred]:
     """Every kind of the tables on every GPU of ``without``, left out one at a time."""
     found: dict[tuple[str, str], list[tuple[Rows, tuple[Array, Array, Array]]]] = {}
@@ -52,18 +69,9 @@ def transfer_errors(paths: Sequence[Path], without: Sequence[str]) -> list[Trans
             key = rows.key
             if key.hardware not in without:
                 continue
-            family = family_without(
-                key.hardware,
-                key.kind,
-                key.engine,
-                load_hardware(key.hardware),
-                variant=key.variant,
-                kernel=key.kernel,
-                within={k: float(np.median(v)) for k, v in rows.shape.items()},
-            )
+            family = family_elsewhere(rows)
             if family is not None:
-                device = load_hardware(key.hardware)
-                times = family.time_s(device, rows.shape, cold=False)
+                times = family.time_s(load_hardware(key.hardware), rows.shape, cold=False)
                 found.setdefault((key.kind, key.hardware), []).append((rows, times))
     return [_judged(*key, items) for key, items in sorted(found.items())]
 
@@ -103,24 +111,14 @@ def generation_spread(families: Sequence[Family], tables: Sequence[Rows]) -> flo
     unmoved = [replace(f, generation_spread=0.0) for f in families]
     needed: dict[str, list[NDArray[np.float64]]] = {}
     for rows in tables:
-        key, device = rows.key, load_hardware(rows.key.hardware)
-        family = family_without(
-            key.hardware,
-            key.kind,
-            key.engine,
-            device,
-            variant=key.variant,
-            kernel=key.kernel,
-            within={k: float(np.median(v)) for k, v in rows.shape.items()},
-            families=unmoved,
-        )
+        family = family_elsewhere(rows, unmoved)
         if family is None:
             continue
-        low, mid, high = family.time_s(device, rows.shape, cold=False)
+        low, mid, high = family.time_s(load_hardware(rows.key.hardware), rows.shape, cold=False)
         off = np.log(rows.observed_s / mid)
         reach = np.log(np.where(off < 0.0, mid / low, high / mid))
         beyond = np.sqrt(np.maximum(off**2 - reach**2, 0.0))
-        needed.setdefault(key.hardware, []).append(np.broadcast_to(beyond, off.shape))
+        needed.setdefault(rows.key.hardware, []).append(np.broadcast_to(beyond, off.shape))
     by_gpu = [np.concatenate(parts) for parts in needed.values()]
     spreads = [np.quantile(x, COVERED_SHARE) for x in by_gpu if x.size >= LEAST_ROWS]
     return float(max([SISTER_SPREAD, *spreads])) if spreads else GENERATION_SPREAD

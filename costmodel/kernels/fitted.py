@@ -1,43 +1,19 @@
 """Seconds of an operation from the fitted kernel family nearest to a device and an engine.
 
-An operation carries counts; a family's model wants a shape. This is where one becomes the other.
 What no family was fitted for (sparse patterns, compressed caches, weight-only products,
 intermediates that pass through memory) returns None, and the prior answers.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from costmodel.hardware import HardwareProfile
 from costmodel.in_situ import InSitu
+from costmodel.kernels.asked import Asked, Mask, asked_of
 from costmodel.kernels.families import Family, load_family
 from costmodel.kernels.prior import KernelTime, prior_time
-from costmodel.operation import Array, Operation, causal_pairs, some
-from costmodel.units import DTYPE_BYTES
-
-#: Which points something holds for.
-Mask = NDArray[np.bool_] | np.bool_ | bool
-#: Two amounts that should be one and the same may differ by this much.
-SAME = 0.02
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """What an operation asks a family: its kind, variant, shape, and where it should be at home.
-
-    ``mask``: the points it describes (a packed cache is a plain one while all of it is residual).
-    """
-
-    kind: str
-    variant: str
-    shape: Mapping[str, Array]
-    kernel: str = ""
-    within: Mapping[str, float] | None = None
-    mask: Mask = True
+from costmodel.operation import Array, Operation, some
 
 
 def fitted_time(
@@ -58,14 +34,10 @@ def fitted_time(
         return None
     asked, family = described
     mid = _seconds(family, family.parameters, hardware, asked)
-    if in_situ is not None and asked.kind != "collective":
-        launch = float(getattr(family.parameters, "launch_s", 0.0))
-        more = in_situ.kernel_factor(operation) - 1.0
-        # a start that the roofline hides is none: a quicker one must not make the rest longer
-        running = np.maximum(mid - launch, np.minimum(mid, _floor_s(operation, hardware)))
-        besides = np.maximum(mid - _floor_s(operation, hardware, _attained(family)), 0.0)
-        mid = mid + more * np.where(more > 0.0, running, besides)
-    found = _kernel_time(operation, hardware, family, asked, mid, in_situ, middle_only)
+    if asked.kind == "collective":
+        found = _collective_time(hardware, family, asked, mid, in_situ, middle_only)
+    else:
+        found = _kernel_time(operation, hardware, family, asked, mid, in_situ, middle_only)
     if np.all(asked.mask):
         return found
     return _mixed(asked.mask, found, prior_time(operation, hardware, middle_only=middle_only))
@@ -87,10 +59,9 @@ def _described(
     operation: Operation, hardware: HardwareProfile, engine: str
 ) -> tuple[Asked, Family] | None:
     """What an operation asks, and the family that answers; None where there is none."""
-    reader = _READERS.get(operation.kind)
-    if reader is None or operation.unfitted or hardware.is_cpu or not hardware.n_units:
+    if hardware.is_cpu or not hardware.n_units:
         return None
-    asked = reader(operation)
+    asked = asked_of(operation)
     if asked is None:
         return None
     family = load_family(
@@ -144,38 +115,21 @@ def _kernel_time(
     hardware: HardwareProfile,
     family: Family,
     asked: Asked,
-    mid: Array,
+    alone: Array,
     in_situ: InSitu | None,
     middle_only: bool,
 ) -> KernelTime:
-    """Split the middle estimate into the parts that say what binds.
+    """A kernel alone or in a pass, and the parts that say what binds.
 
     Launch is the family's own; the rest goes to compute and memory as the roofline divides it.
     """
-    launch: Array = float(getattr(family.parameters, "launch_s", 0.0))
-    if np.size(mid) and np.min(mid) < launch:
-        launch = np.minimum(launch, mid)
-    extrapolated = 0.0 if middle_only else family.extrapolated(asked.shape)
-    if asked.kind == "collective":
-        if in_situ is not None:
-            mid, launch = mid * in_situ.collective_factor, launch * in_situ.collective_factor
-        floor = family.kind.roofline_s(hardware, asked.shape, family.variant)
-        mid = np.maximum(mid, floor)  # starts hide behind other kernels, bytes on a link do not
-        low, high = _factors(family, hardware, asked, in_situ)
-        return KernelTime(
-            low_s=np.maximum(mid * low, floor),
-            mid_s=mid,
-            high_s=mid * high,
-            compute_s=0.0,
-            memory_s=0.0,
-            launch_s=launch,
-            link_s=mid - launch,
-            basis=family.basis,
-            extrapolated=extrapolated,
-        )
+    floor = _floor_s(operation, hardware)
+    mid = alone
+    if in_situ is not None:
+        mid = alone + _change_s(operation, hardware, family, alone, floor, in_situ)
+    launch = _launch_s(family, mid)
     compute = operation.flops / hardware.peak(operation.dtype) if some(operation.flops) else 0.0
     memory = operation.moved_bytes / hardware.hbm_bytes_per_s
-    floor = _floor_s(operation, hardware)
     scale = (mid - launch) / np.maximum(np.maximum(compute, memory), 1e-300)
     compute, memory = compute * scale, memory * scale
     mid = np.maximum(mid, floor)
@@ -191,8 +145,63 @@ def _kernel_time(
         memory_s=memory,
         launch_s=launch,
         basis=family.basis,
-        extrapolated=extrapolated,
+        extrapolated=0.0 if middle_only else family.extrapolated(asked.shape),
     )
+
+
+def _change_s(
+    operation: Operation,
+    hardware: HardwareProfile,
+    family: Family,
+    alone: Array,
+    floor: Array,
+    in_situ: InSitu,
+) -> Array:
+    """By how much longer a kernel takes in a pass; see ``costmodel.in_situ``."""
+    more = in_situ.kernel_factor(operation) - 1.0
+    change: Array = np.float64(0.0)
+    if np.any(more > 0.0):
+        launch = float(getattr(family.parameters, "launch_s", 0.0))
+        # a start that the roofline hides is none: a quicker one must not make the rest longer
+        running = np.maximum(alone - launch, np.minimum(alone, floor))
+        change = np.maximum(more, 0.0) * running
+    if np.any(more < 0.0):
+        besides = np.maximum(alone - _floor_s(operation, hardware, _attained(family)), 0.0)
+        change = change + np.minimum(more, 0.0) * besides
+    return change
+
+
+def _collective_time(
+    hardware: HardwareProfile,
+    family: Family,
+    asked: Asked,
+    mid: Array,
+    in_situ: InSitu | None,
+    middle_only: bool,
+) -> KernelTime:
+    launch = _launch_s(family, mid)
+    if in_situ is not None:
+        mid, launch = mid * in_situ.collective_factor, launch * in_situ.collective_factor
+    floor = family.kind.roofline_s(hardware, asked.shape, family.variant)
+    mid = np.maximum(mid, floor)  # starts hide behind other kernels, bytes on a link do not
+    low, high = _factors(family, hardware, asked, in_situ)
+    return KernelTime(
+        low_s=np.maximum(mid * low, floor),
+        mid_s=mid,
+        high_s=mid * high,
+        compute_s=0.0,
+        memory_s=0.0,
+        launch_s=launch,
+        link_s=mid - launch,
+        basis=family.basis,
+        extrapolated=0.0 if middle_only else family.extrapolated(asked.shape),
+    )
+
+
+def _launch_s(family: Family, mid: Array) -> Array:
+    """The family's start, or all of what is shorter."""
+    launch: Array = float(getattr(family.parameters, "launch_s", 0.0))
+    return np.minimum(launch, mid) if np.size(mid) and np.min(mid) < launch else launch
 
 
 def _factors(
@@ -214,185 +223,3 @@ def _floor_s(operation: Operation, hardware: HardwareProfile, attained: float = 
     if not some(operation.flops):
         return memory
     return np.maximum(operation.flops / hardware.peak(operation.dtype), memory)
-
-
-def _close(a: Array, b: Array) -> Mask:
-    if a is b:
-        return True
-    near: Mask = np.abs(np.asarray(a) - b) <= SAME * np.abs(np.asarray(b)) + 1e-9
-    return near
-
-
-def _first(amount: Array) -> float:
-    return float(np.asarray(amount).flat[0])
-
-
-def _variant(operation: Operation, elements: Array) -> str | None:
-    """bf16 or fp8 where the weights are stored as they are multiplied; else None."""
-    stored = np.asarray(operation.weight_bytes) / np.maximum(elements, 1.0)
-    if operation.dtype in ("bf16", "fp16") and np.all(_close(stored, 2.0)):
-        return "bf16"
-    if operation.dtype == "fp8" and np.all((stored >= 0.98) & (stored <= 1.1)):
-        return "fp8"
-    return None
-
-
-def _gemm(operation: Operation) -> Asked | None:
-    shape = operation.shape
-    if not {"m", "n", "k"} <= shape.keys() or some(operation.workspace_bytes):
-        return None
-    m, n, k = shape["m"], shape["n"], shape["k"]
-    # A product in all points or in none: both sides are proportional to the rows.
-    if not _close(_first(operation.flops), 2.0 * _first(m) * n * k):
-        return None
-    variant = _variant(operation, np.asarray(n) * k)
-    if variant is None:
-        return None
-    return Asked("gemm", variant, {"m": m, "n": n, "k": k})
-
-
-def _moe(operation: Operation) -> Asked | None:
-    shape = operation.shape
-    if not {"m", "n", "k", "experts", "active_experts", "top_k"} <= shape.keys():
-        return None
-    variant = _variant(operation, np.asarray(shape["n"]) * shape["k"] * shape["active_experts"])
-    if variant is None:
-        return None
-    inner = shape["k"] if operation.name.endswith("down") else shape["n"]
-    if "gate" in operation.name:
-        inner = np.asarray(inner) / 2.0
-    more = {"tokens": shape["m"], "n_experts": shape["experts"], "inner": inner}
-    # Published fp8 experts carry scales per block of 128 x 128.
-    return Asked("moe_gemm", "fp8_block" if variant == "fp8" else variant, {**shape, **more})
-
-
-def _decode(operation: Operation) -> Asked | None:
-    shape = operation.shape
-    needed = {"batch", "kv_len", "n_heads", "n_kv_heads", "head_dim", "v_head_dim", "kv_bytes"}
-    if not needed <= shape.keys():
-        return None
-    # Scores, copies: no fitted kernel writes them.
-    plain = (
-        np.asarray(operation.workspace_bytes) == 0.0 if some(operation.workspace_bytes) else True
-    )
-    width = np.asarray(shape["head_dim"]) + shape["v_head_dim"]
-    elements = np.asarray(shape["batch"]) * shape["kv_len"] * (shape["n_kv_heads"] * width)
-    stored = np.asarray(shape["kv_bytes"]) / np.maximum(elements, 1.0)
-    names = ("batch", "kv_len", "n_heads", "n_kv_heads", "head_dim", "v_head_dim")
-    for element_bytes in (2.0, 1.0):
-        mask = _close(stored, element_bytes) & plain
-        if np.any(mask):
-            break
-    else:
-        return None
-    asked = {name: shape[name] for name in names} | {"element_bytes": element_bytes, "window": 0.0}
-    within = {"element_bytes": element_bytes}
-    return Asked("decode_attention", "", asked, within=within, mask=mask)
-
-
-def _prefill(operation: Operation) -> Asked | None:
-    shape = operation.shape
-    needed = {
-        "batch",
-        "q_len",
-        "kv_len",
-        "n_heads",
-        "n_kv_heads",
-        "head_dim",
-        "v_head_dim",
-        "pairs",
-    }
-    if not needed <= shape.keys():
-        return None
-    q, window = np.asarray(shape["q_len"]), np.asarray(shape.get("window_tokens", np.inf))
-    unbounded = bool(np.all(np.isinf(window)))
-    expected = causal_pairs(q, None if unbounded else window)
-    mask = _close(shape["kv_len"], shape["q_len"]) & _close(shape["pairs"], expected)
-    if some(operation.workspace_bytes):
-        # K and V that are not cached as they are: the kernel reads them all the same. Anything
-        # more is scores, which no fitted kernel writes.
-        width = np.asarray(shape["n_kv_heads"]) * (shape["head_dim"] + shape["v_head_dim"])
-        kv_bytes = shape["batch"] * shape["kv_len"] * width * DTYPE_BYTES[operation.dtype]
-        mask = mask & (operation.workspace_bytes <= kv_bytes * (1 + SAME))
-    if not np.any(mask):
-        return None
-    names = ("batch", "q_len", "n_heads", "n_kv_heads", "head_dim", "v_head_dim")
-    more: dict[str, Array] = {
-        "element_bytes": 2.0,
-        "window": 0.0 if unbounded else np.where(window >= q, 0.0, window),
-        "causal": 1.0,
-    }
-    asked = {**{name: shape[name] for name in names}, **more}
-    return Asked("prefill_attention", "", asked, within={"causal": 1.0}, mask=mask)
-
-
-def _mla_decode(operation: Operation) -> Asked | None:
-    shape = operation.shape
-    if not {"batch", "kv_len", "n_heads", "latent_dim", "rope_dim", "kv_bytes"} <= shape.keys():
-        return None
-    if shape["latent_dim"] != 512 or shape["rope_dim"] != 64:
-        return None
-    elements = np.asarray(shape["batch"]) * shape["kv_len"] * 576.0
-    stored = np.asarray(shape["kv_bytes"]) / np.maximum(elements, 1.0)
-    is_fp8 = float(np.min(stored)) < 1.5
-    mask = (stored >= 0.98) & (stored <= 1.2) if is_fp8 else _close(stored, 2.0)
-    if not np.any(mask):
-        return None
-    asked = {name: shape[name] for name in ("batch", "kv_len", "n_heads")}
-    more = {"element_bytes": 1.0 if is_fp8 else 2.0}
-    return Asked("mla_decode_attention", "", asked | more, within=more, mask=mask)
-
-
-def _mla_prefill(operation: Operation) -> Asked | None:
-    shape = operation.shape
-    if not {"batch", "q_len", "pairs", "n_heads", "head_dim", "v_head_dim"} <= shape.keys():
-        return None
-    if shape["head_dim"] != 192 or shape["v_head_dim"] != 128:
-        return None
-    mask = _close(shape["pairs"], causal_pairs(shape["q_len"]))
-    if not np.any(mask):
-        return None
-    asked = {name: shape[name] for name in ("batch", "q_len", "n_heads")}
-    asked |= {"element_bytes": 2.0, "absorbed": 0.0}
-    return Asked("mla_prefill_attention", "", asked, mask=mask)
-
-
-def _scan(operation: Operation) -> Asked | None:
-    """Gated DeltaNet and KDA; other recurrences have no family."""
-    name = operation.name
-    if "delta_rule" not in name and "kda" not in name:
-        return None
-    shape = operation.shape
-    batch, q_len = shape["batch"], shape["q_len"]
-    tokens = np.maximum(np.asarray(batch, dtype=np.float64) * q_len, 1.0)
-    step = operation.kind == "scan_step"
-    # A table's step and prompt both read a state and write one.
-    asked = {
-        "batch": batch,
-        "seq_len": q_len,
-        "token_bytes": operation.activation_bytes / tokens,
-        "state_bytes": 2.0 * np.asarray(shape["state_bytes"]) / batch,
-    }
-    return Asked("scan", "scan_step" if step else "scan_prefill", asked, kernel="")
-
-
-def _collective(operation: Operation) -> Asked | None:
-    shape = operation.shape
-    if not {"message_bytes", "n_gpus"} <= shape.keys():
-        return None
-    variant = "all_reduce" if operation.name == "all_reduce" else "all_gather"
-    asked = {"message_bytes": shape["message_bytes"], "n_gpus": shape["n_gpus"]}
-    return Asked("collective", variant, asked)
-
-
-_READERS: dict[str, Callable[[Operation], Asked | None]] = {
-    "gemm": _gemm,
-    "moe_gemm": _moe,
-    "decode_attention": _decode,
-    "prefill_attention": _prefill,
-    "mla_decode_attention": _mla_decode,
-    "mla_prefill_attention": _mla_prefill,
-    "scan_prefill": _scan,
-    "scan_step": _scan,
-    "collective": _collective,
-}

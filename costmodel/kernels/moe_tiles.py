@@ -9,8 +9,8 @@ The defaults are those of ``get_default_config`` in vLLM's ``fused_moe.py`` befo
 request 34846; the shapes with a file are listed in ``costmodel/data/fused_moe_tuned.json``.
 
 A tile that a default takes for more tokens is tried for fewer as well, and the faster one counts.
-What a library would take may be the slower by up to half; but a step with fewer tokens is then
-never priced above one with more, and the published rows are predicted as well either way.
+What a library would take may be the slower; but a step with fewer tokens is then never priced
+above one with more, and the published rows are predicted as well either way.
 """
 
 import functools

@@ -2,8 +2,9 @@
 
 Judging leaves out a set of rows, everywhere: half of them by a hash of their shape columns and a
 seed (rows of the same run cannot be on both sides), all of one GPU, of one model, or of one engine.
-They are predicted by fits that had seen none of them, and their intervals come from predictions of
-the other rows by fits that had seen neither. The parameters written are of all rows.
+They are predicted by fits that had seen none of them. Intervals come from errors on the other rows:
+of halves, by fits that had seen neither; of a GPU, a model or an engine, on the others left out in
+their turn, by fits that had seen this one. The parameters written are of all rows.
 """
 
 import functools

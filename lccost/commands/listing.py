@@ -33,7 +33,7 @@ def methods_list(form: str) -> None:
     Example:
       lccost methods list --format json
     """
-    from lccost import catalogue
+    from lccost import method_catalogue as catalogue
 
     rows = catalogue.method_rows()
     _print("methods", rows, form, catalogue.METHOD_COLUMNS)
@@ -54,7 +54,7 @@ def methods_show(spec: str, model: str, context: tuple[int, ...], form: str) -> 
     Example:
       lccost methods show kivi:bits=4 --model llama-3.1-70b --context 128k
     """
-    from lccost import catalogue
+    from lccost import method_catalogue as catalogue
 
     shown = catalogue.method_details(spec, model, context[0])
     if form == "json":
@@ -84,7 +84,7 @@ def models_list(form: str) -> None:
     Example:
       lccost models list --format json
     """
-    from lccost import catalogue
+    from lccost import model_catalogue as catalogue
 
     _print("models", catalogue.model_rows(), form, catalogue.MODEL_COLUMNS)
 
@@ -101,7 +101,7 @@ def models_show(name: str, assume: str | None, form: str) -> None:
     Example:
       lccost models show ./config.json
     """
-    from lccost import catalogue
+    from lccost import model_catalogue as catalogue
 
     shown = catalogue.model_details(name, assume)
     if form == "json":
@@ -131,7 +131,7 @@ def gpus_list(form: str) -> None:
     Example:
       lccost gpus list --format json
     """
-    from lccost import catalogue
+    from lccost import gpu_catalogue as catalogue
 
     _print("gpus", catalogue.gpu_rows(), form, catalogue.GPU_COLUMNS)
 
@@ -147,7 +147,7 @@ def gpus_show(name: str, form: str) -> None:
     Example:
       lccost gpus show h200-sxm --format json
     """
-    from lccost import catalogue
+    from lccost import gpu_catalogue as catalogue
 
     shown = catalogue.gpu_details(name)
     if form == "json":
@@ -166,9 +166,9 @@ def _document(command: str, results: list[dict[str, Any]]) -> dict[str, Any]:
 def _print(
     command: str, rows: list[dict[str, Any]], form: str, columns: dict[str, tuple[str, Any]]
 ) -> None:
-    from lccost import catalogue
+    from lccost.catalogue_table import table
 
     if form == "json":
         emit(to_json(_document(f"{command} list", rows)), None)
     else:
-        emit(catalogue.table(rows, columns), None)
+        emit(table(rows, columns), None)
